@@ -1,0 +1,1 @@
+"""distrain: a distributed training service."""

@@ -1,0 +1,24 @@
+"""The situations a run can end in, one class each, and the exit codes they become."""
+
+from enum import IntEnum
+
+
+class ConfigError(ValueError):
+    """A mistake of the user: one line with the key, its value, what is allowed and what to do next."""
+
+
+class RankFailed(RuntimeError):
+    """One rank failed and so did the run; the text names the rank, its log and its first error."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became NaN or infinite; every rank raises this after the same iteration."""
+
+
+class ExitCode(IntEnum):
+    """What the command returns to the shell."""
+
+    FINISHED = 0
+    FAILED = 1
+    BAD_CONFIG = 2
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint saved; run again
