@@ -1,0 +1,236 @@
+"""The keys that the service reads itself: their types, their ranges, and the check."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from distrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A number must not be smaller than `limit`."""
+
+    limit: int
+
+
+class Positive:
+    """A number must be larger than zero."""
+
+
+class Target(dict[str, Any]):
+    """A node that `config.build` makes an object of: `_target_` and the object's own keywords."""
+
+
+@dataclass
+class RunKeys:
+    """`run.*`: where the run lies."""
+
+    name: str
+    dir: str
+
+
+@dataclass
+class DataKeys:
+    """`data.*`: what the stream of samples is made of."""
+
+    batch_size: Annotated[int, AtLeast(1)]
+    train: Target
+    eval: Target | None = None
+    eval_batch_size: Annotated[int, AtLeast(1)] | None = None
+    workers: Annotated[int, AtLeast(0)] = 0
+    seed_samples: bool = False
+
+
+@dataclass
+class TrainerKeys:
+    """`trainer.*`: the loop and its step."""
+
+    max_iter: Annotated[int, AtLeast(1)]
+    window: Annotated[int, AtLeast(1)] = 20
+    accumulation: Annotated[int, AtLeast(1)] = 1
+    clip_norm: Annotated[float, Positive()] | None = None
+    clip_value: Annotated[float, Positive()] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    sync_batchnorm: bool = True
+    nonfinite: Literal["stop", "skip"] = "stop"
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptimKeys:
+    """`optim.*`: the groups of parameters; every other key is a keyword of the optimizer."""
+
+    lr: Annotated[float, AtLeast(0)]
+    target: str = "torch.optim.SGD"
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    weight_decay_norm: Annotated[float, AtLeast(0)] | None = None
+    bias_lr_factor: Annotated[float, AtLeast(0)] = 1.0
+    weight_decay_bias: Annotated[float, AtLeast(0)] | None = None
+    rules: dict[str, Any] | list[Any] = field(default_factory=dict)
+
+
+OPEN: tuple[type, ...] = (OptimKeys,)
+"""Classes of nodes that may hold keys beyond their fields."""
+
+
+@dataclass
+class Keys:
+    """The whole configuration."""
+
+    run: RunKeys
+    data: DataKeys
+    trainer: TrainerKeys
+    model: Target
+    optim: OptimKeys
+    launch: Target
+    schedule: Target | None = None
+    hooks: dict[str, Target | None] = field(default_factory=dict)
+    seed: Annotated[int, AtLeast(0)] = 0
+    resume: Literal["auto", "never", "must"] = "auto"
+    plan: bool = False
+    vars: dict[str, Any] = field(default_factory=dict)
+
+
+def check(conf: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with each key in its type, and with defaults filled in.
+
+    Args:
+        conf: plain values, as `config.resolve` makes them.
+
+    Raises:
+        ConfigError: for the first key that is unknown, missing, of another type or out of range.
+    """
+    checked: dict[str, Any] = _node(conf, Keys, "")
+    return checked
+
+
+def similar(word: str, words: list[str]) -> str:
+    """Return what to tell of `words` to someone who wrote `word`: the nearest ones, else all."""
+    near = difflib.get_close_matches(word, words, n=3)
+    if near:
+        return "did you mean " + " or ".join(near) + "?"
+    return "there is: " + ", ".join(sorted(words)) if words else "there is none"
+
+
+def wrong(key: str, value: object, expected: str) -> ConfigError:
+    """Return the error that says `key=value: expected`."""
+    return ConfigError(f"{key}={_short(value)}: {expected}")
+
+
+def _node(value: Any, cls: type, key: str) -> Any:
+    """Check the mapping at `key` against the dataclass `cls`."""
+    if not isinstance(value, dict):
+        raise wrong(key, value, "a group of keys is needed here, not one value")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    prefix = key + "." if key else ""
+    checked = {}
+    for name, item in value.items():
+        if name in hints:
+            checked[name] = _value(item, hints[name], prefix + str(name))
+        elif cls in OPEN:
+            checked[name] = item
+        else:
+            raise ConfigError(f"{prefix}{name}: no such key; {similar(str(name), list(hints))}")
+    for entry in dataclasses.fields(cls):
+        if entry.name in checked:
+            continue
+        if entry.default is not dataclasses.MISSING:
+            checked[entry.name] = entry.default
+        elif entry.default_factory is not dataclasses.MISSING:
+            checked[entry.name] = entry.default_factory()
+        else:
+            raise ConfigError(f"{prefix}{entry.name}: a value is needed")
+    return checked
+
+
+def _value(value: Any, hint: Any, key: str) -> Any:
+    """Check one value against a type hint; return it in that type."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        inner, *ranges = typing.get_args(hint)
+        checked = _value(value, inner, key)
+        for limit in ranges:
+            _in_range(checked, limit, key)
+        return checked
+    if origin in (types.UnionType, typing.Union):
+        return _one_of(value, typing.get_args(hint), key)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise wrong(key, value, "one of " + ", ".join(map(str, choices)) + " is needed")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _node(value, typing.cast(type, hint), key)
+    if hint is Target:
+        return _target(value, key)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong(key, value, "a group of keys is needed here, not one value")
+        of = typing.get_args(hint)[1]
+        return {k: v if of is Any else _value(v, of, f"{key}.{k}") for k, v in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise wrong(key, value, "a list is needed")
+        return value
+    return _plain(value, hint, key)
+
+
+def _one_of(value: Any, hints: tuple[Any, ...], key: str) -> Any:
+    """Check a value against `X | None`, or against a union that its own type decides."""
+    if value is None and type(None) in hints:
+        return None
+    rest = [hint for hint in hints if hint is not type(None)]
+    by_type = [hint for hint in rest if typing.get_origin(hint) is type(value)]
+    return _value(value, (by_type or rest)[0], key)
+
+
+def _target(value: Any, key: str) -> dict[str, Any]:
+    """Check a node that names what to build."""
+    if not isinstance(value, dict):
+        raise wrong(key, value, f"needs keys, at least {key}._target_=package.module.Name")
+    path = value.get("_target_")
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{key}._target_: a value is needed, as in package.module.Name")
+    return value
+
+
+def _plain(value: Any, hint: type, key: str) -> Any:
+    """Check a bool, int, float or str."""
+    if hint is str:
+        if isinstance(value, bool | int | float | str):
+            return str(value)
+        raise wrong(key, value, "a text is needed")
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong(key, value, "true or false is needed")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise wrong(key, value, "a number is needed")
+    if hint is int and value != int(value):
+        raise wrong(key, value, "a whole number is needed")
+    return hint(value)
+
+
+def _in_range(value: Any, limit: object, key: str) -> None:
+    """Check a number against one `AtLeast` or `Positive`."""
+    if isinstance(limit, AtLeast) and value < limit.limit:
+        raise wrong(key, value, f"at least {limit.limit} is needed")
+    if isinstance(limit, Positive) and value <= 0:
+        raise wrong(key, value, "a number above 0 is needed")
+
+
+def _short(value: object) -> str:
+    """Return the value as a user types it, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
