@@ -1,0 +1,299 @@
+"""Which parameter gets which settings, worked out once: for the optimizer and for the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from distrain.errors import ConfigError
+from distrain.rules import Place, Rule, Rules, number, parse
+
+# _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
+NORMS = (
+    _NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+class GroupRow(NamedTuple):
+    """One line of the table: a parameter and where it fell.
+
+    Args:
+        name: of the parameter, as the model calls it.
+        shape: of the parameter; None as long as a lazy module has not seen a batch.
+        group: the name of its group.
+        lr: learning rate, before any schedule.
+        weight_decay: weight decay.
+        why: what decided: the kind of parameter, then the rules.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    group: str
+    lr: float
+    weight_decay: float
+    why: str
+
+
+@dataclass
+class _Assigned:
+    """A parameter with its settings; `label` is the rules' part of a group's name and the kind."""
+
+    places: list[Place]
+    parameter: nn.Parameter
+    label: tuple[str, str]
+    settings: dict[str, Any]
+    why: str
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+    rules: Rules = (),
+) -> list[dict[str, Any]]:
+    """Return the parameter groups for an optimizer: as few as there are different settings.
+
+    Each trainable parameter falls into exactly one group. Parameters of norm layers, biases of
+    theirs included, take `weight_decay_norm`; other biases (`bias`, `bias_*`, `*_bias`) take
+    `lr * bias_lr_factor` and `weight_decay_bias`; the rest takes `lr` and `weight_decay`. Rules
+    come on top, in their order: for each key, the first rule that matches a parameter and sets the
+    key wins. `lr_factor` and `layer_decay` multiply the learning rate found so far, with
+    `layer_decay ** (L + 1 - depth)` for L layers (see `Rule`; Clark et al. 2020, ELECTRA): with
+    layer_decay 0.5 and two layers 0.125 before them, 0.25, 0.5, and 1 behind. A rule's `lr` takes
+    the place of `lr * bias_lr_factor`; `lr` and `lr_factor` are one key. A shared parameter counts
+    where the model names it first; a rule reaches it by any of its names.
+
+    The answer is the same for a model in DDP, after torch.compile, and before and after conversion
+    to SyncBatchNorm.
+
+    Args:
+        model: the model; frozen parameters are left out.
+        lr: learning rate of all that no factor changes.
+        weight_decay: weight decay of all that is neither norm nor bias.
+        weight_decay_norm: weight decay of norm layers; None means `weight_decay`.
+        bias_lr_factor: factor on `lr` for biases outside norm layers.
+        weight_decay_bias: weight decay of these biases; None means `weight_decay`.
+        rules: see `Rule`.
+
+    Returns:
+        dicts with `name`, `params`, `lr`, `weight_decay` and the other keys that rules set, in the
+        order in which the model names their first parameters. A group is named `default`, `norm`,
+        `bias`, by its rule (`head`, `head/bias`, `nearest.3` for depth 3), or by several with `+`.
+
+    Raises:
+        ConfigError: nothing is trainable, a value is out of range, or a rule matches no parameter.
+    """
+    defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
+    groups = []
+    for name, members in _grouped(_assign(model, defaults, parse(rules))).items():
+        params = [member.parameter for member in members]
+        groups.append({"name": name, "params": params, **members[0].settings})
+    return groups
+
+
+def explain_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+    rules: Rules = (),
+) -> list[GroupRow]:
+    """Return one row for each trainable parameter, in the model's order: its group, and why.
+
+    Takes what `param_groups` takes, raises what it raises, and comes from the same assignment.
+    """
+    defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
+    assigned = _assign(model, defaults, parse(rules))
+    group = {id(m): name for name, members in _grouped(assigned).items() for m in members}
+    return [
+        GroupRow(
+            name=each.places[0].name,
+            shape=None if is_lazy(each.parameter) else tuple(each.parameter.shape),
+            group=group[id(each)],
+            lr=each.settings["lr"],
+            weight_decay=each.settings["weight_decay"],
+            why=each.why,
+        )
+        for each in assigned
+    ]
+
+
+def format_groups(rows: Sequence[GroupRow]) -> str:
+    """Return two tables as text: the groups with their sizes, then every parameter and why."""
+    groups: dict[str, list[GroupRow]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    summary = [("group", "tensors", "elements", "lr", "weight_decay")]
+    for name, members in groups.items():
+        elements = sum(math.prod(row.shape) for row in members if row.shape is not None)
+        lr, decay = members[0].lr, members[0].weight_decay
+        summary.append((name, str(len(members)), f"{elements:,}", f"{lr:g}", f"{decay:g}"))
+    listing = [("parameter", "shape", "group", "lr", "weight_decay", "why")]
+    for row in rows:
+        shape = "lazy" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
+        numbers = (f"{row.lr:g}", f"{row.weight_decay:g}")
+        listing.append((row.name, shape, row.group, *numbers, row.why))
+    return f"{_columns(summary)}\n\n{_columns(listing)}\n"
+
+
+def _defaults(
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None,
+    bias_lr_factor: float,
+    weight_decay_bias: float | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the settings of each kind of parameter before any rule."""
+    lr, decay = number("lr", lr, above=0.0), number("weight_decay", weight_decay)
+    of_norm = decay if weight_decay_norm is None else number("weight_decay_norm", weight_decay_norm)
+    of_bias = decay if weight_decay_bias is None else number("weight_decay_bias", weight_decay_bias)
+    factor = number("bias_lr_factor", bias_lr_factor)
+    return {
+        "weight": {"lr": lr, "weight_decay": decay},
+        "norm": {"lr": lr, "weight_decay": of_norm},
+        "bias": {"lr": lr * factor, "weight_decay": of_bias},
+    }
+
+
+def _walk(
+    module: nn.Module, prefix: str = "", around: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[Place, nn.Parameter]]:
+    """Yield every place of every parameter, shared ones as often as they occur."""
+    inner = module.module if isinstance(module, WRAPPERS) else module._modules.get("_orig_mod")
+    if isinstance(inner, nn.Module):  # DDP, DataParallel or torch.compile: their names are left out
+        yield from _walk(inner, prefix, around)
+        return
+    around = (*around, module)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield Place(prefix + name, around), parameter
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{prefix}{name}.", around)
+
+
+def _kind(place: Place) -> str:
+    """Return `norm`, `bias` or `weight`; attention and LSTM have `in_proj_bias`, `bias_hh_l0`."""
+    if isinstance(place.modules[-1], NORMS):
+        return "norm"
+    name = place.name.rpartition(".")[2]
+    is_bias = name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+    return "bias" if is_bias else "weight"
+
+
+def _assign(
+    model: nn.Module, defaults: Mapping[str, Mapping[str, Any]], rules: Sequence[Rule]
+) -> list[_Assigned]:
+    """Return each trainable parameter once, in the model's order, with the settings it takes."""
+    parameters: dict[nn.Parameter, list[Place]] = {}
+    for place, parameter in _walk(model):
+        parameters.setdefault(parameter, []).append(place)
+    # Frozen parameters count where a rule is checked and layers are numbered: thawing one must not
+    # change the settings of the others.
+    matched: list[dict[nn.Parameter, tuple[int, int]]] = []
+    for rule in rules:
+        members = [p for p, places in parameters.items() if rule.matches(places)]
+        if not members:
+            raise rule.nothing_matched(parameters.values())
+        depths, last = rule.depths([parameters[p] for p in members])
+        matched.append({p: (depth, last) for p, depth in zip(members, depths, strict=True)})
+    trainable = [(p, places) for p, places in parameters.items() if p.requires_grad]
+    if not trainable:
+        raise ConfigError(
+            f"nothing to train: the model has {len(parameters)} parameters and all are frozen; "
+            "set requires_grad=True for some"
+        )
+    assigned = []
+    for p, places in trainable:
+        hits = [(rule, *m[p]) for rule, m in zip(rules, matched, strict=True) if p in m]
+        assigned.append(_settle(p, places, defaults, hits))
+    return assigned
+
+
+def _settle(
+    parameter: nn.Parameter,
+    places: list[Place],
+    defaults: Mapping[str, Mapping[str, Any]],
+    rules: Sequence[tuple[Rule, int, int]],
+) -> _Assigned:
+    """Return the settings of one parameter; `rules` match it, each with (depth, last depth)."""
+    kind = _kind(places[0])
+    settings = dict(defaults[kind])
+    labels, reasons, factor = [], [kind], 1.0
+    taken: set[str] = set()
+    for rule, depth, last in rules:
+        new = {k: v for k, v in rule.settings.items() if _slot(k) not in taken}
+        if not new:
+            continue
+        taken.update(map(_slot, new))
+        text = ", ".join(f"{key}={value}" for key, value in new.items())
+        if "layer_decay" in new:
+            factor *= new.pop("layer_decay") ** (last - depth)
+            labels.append(f"{rule.name}.{depth}")
+            text += f" ** {last - depth} (depth {depth} of {last})"
+        else:
+            labels.append(rule.name)
+        if "lr_factor" in new:
+            factor *= new.pop("lr_factor")
+        settings.update(new)
+        reasons.append(f"rule {rule.name}: {text}")
+    if factor != 1.0:
+        settings["lr"] *= factor
+    if len(places) > 1:
+        reasons.append(f"shared with {', '.join(place.name for place in places[1:])}")
+    return _Assigned(places, parameter, ("+".join(labels), kind), settings, "; ".join(reasons))
+
+
+def _slot(key: str) -> str:
+    return "lr" if key == "lr_factor" else key
+
+
+def _grouped(assigned: Sequence[_Assigned]) -> dict[str, list[_Assigned]]:
+    """Return the groups by name: parameters whose settings are all equal are together."""
+    groups: dict[str, list[_Assigned]] = {}
+    for each in assigned:
+        groups.setdefault(repr(sorted(each.settings.items())), []).append(each)
+    named: dict[str, list[_Assigned]] = {}
+    for members in groups.values():
+        name = base = _name(list(dict.fromkeys(member.label for member in members)))
+        count = 1
+        while name in named:  # a rule may be called `norm` or `bias`
+            count += 1
+            name = f"{base}_{count}"
+        named[name] = members
+    return named
+
+
+def _name(labels: Sequence[tuple[str, str]]) -> str:
+    """Return the name of a group from the (rules, kind) that fell together in it."""
+    if ("", "weight") in labels:
+        return "default"
+    whole = [rule for rule, kind in labels if kind == "weight"]
+    parts = ["/".join(filter(None, label)) for label in labels if label[0] not in whole]
+    return "+".join(whole + parts)
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as text in which each column has one width."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    texts = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(texts)

@@ -1,0 +1,231 @@
+"""The optimizer of a run: parameter groups by rules, any optimizer class, clipping."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from distrain.errors import ConfigError
+from distrain.groups import GroupRow, explain_groups, format_groups, param_groups
+from distrain.rules import MATCH_KEYS, Rules, near, number, parse, plain, resolve
+
+__all__ = [
+    "GroupRow",
+    "build_optimizer",
+    "clip_gradients",
+    "explain_groups",
+    "format_groups",
+    "param_groups",
+    "representative_group",
+]
+
+FUSED = (SGD, Adam, AdamW, Adagrad)
+OWN_KEYS = ("weight_decay_norm", "bias_lr_factor", "weight_decay_bias", "rules", "target")
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    target: str = "torch.optim.SGD",
+    lr: float,
+    weight_decay: float = 0.0,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+    rules: Rules = (),
+    fused: bool | None = None,
+    **keywords: Any,
+) -> Optimizer:
+    """Return an optimizer of any class over the model's parameter groups.
+
+    `fused=None` takes the fused implementation wherever it is right: on the CPU it is the fastest,
+    on CUDA it was not measured here. Elsewhere torch chooses; foreach, the slowest on the CPU, is
+    never forced. What was found of torch 2.13's fused kernels on the CPU:
+
+    - They follow the same formulas but round in another order. SGD without momentum gives the bits
+      of the plain loop; SGD with momentum, Adam, AdamW and Adagrad differ from it in the last bits
+      (20 steps in float32: up to 2e-7 of the largest value). They repeat themselves exactly, with
+      any number of threads.
+    - SGD in float16 and bfloat16 leaves most elements untouched (pytorch issue 191763), so half
+      precision parameters are not fused here.
+    - They walk through memory without regard to strides: a gradient, or a loaded momentum, that
+      lies in memory otherwise than its parameter changes the wrong elements, silently. Autograd
+      lays out a gradient like its parameter where that is dense, in channels_last too, so only
+      dense parameters are fused. Whoever puts state into the optimizer must keep the strides.
+
+    Sparse gradients (`Embedding(sparse=True)`) are not fused either: the kernels refuse them.
+
+    Args:
+        model: the model, plain or wrapped; on its device already.
+        target: import path of a `torch.optim.Optimizer` class.
+        lr: learning rate, > 0.
+        weight_decay: see `param_groups`; must be 0 where the optimizer has none.
+        weight_decay_norm: see `param_groups`.
+        bias_lr_factor: see `param_groups`.
+        weight_decay_bias: see `param_groups`.
+        rules: see `param_groups`; they may set any keyword of the optimizer.
+        fused: True or False decides; None as said above.
+        **keywords: of the optimizer, such as `momentum` or `betas`; lists become tuples.
+
+    Raises:
+        ConfigError: the target is no optimizer, or does not take a keyword or value.
+    """
+    optimizer_class = _optimizer_class(target)
+    create: Callable[..., Optimizer] = optimizer_class
+    keywords = {key: plain(value) for key, value in keywords.items()}
+    if fused is not None:
+        keywords["fused"] = fused
+    allowed = _allowed_keywords(optimizer_class)
+    _check_keywords(target, allowed, keywords, rules)
+    groups = param_groups(
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=weight_decay_norm,
+        bias_lr_factor=bias_lr_factor,
+        weight_decay_bias=weight_decay_bias,
+        rules=rules,
+    )
+    if allowed is None or "weight_decay" in allowed:
+        keywords["weight_decay"] = float(weight_decay)
+    elif any(group.pop("weight_decay") for group in groups):
+        raise ConfigError(f"{target} has no weight decay; leave weight_decay and its kin at 0")
+    if fused is None and _can_fuse(optimizer_class, model, keywords):
+        keywords["fused"] = True
+    try:
+        return create(groups, lr=float(lr), **keywords)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{target} refuses its settings: {error}") from error
+
+
+def clip_gradients(
+    parameters: Iterable[Tensor], *, norm: float | None = None, value: float | None = None
+) -> Tensor | None:
+    """Limit the gradients in place and return their total norm as it was before.
+
+    Nothing is read back from the device. A total norm that is not finite raises nothing and spoils
+    all gradients: what follows, such as skipping the step, is the caller's choice.
+
+    Args:
+        parameters: those whose gradients are limited; without a gradient they are passed over.
+        norm: the 2-norm that all gradients together may have; `inf` measures it only.
+        value: the size that each element may have, instead of `norm`.
+
+    Returns:
+        the 2-norm of all gradients, 0-dim on their device; None without `norm`.
+
+    Raises:
+        ConfigError: both are given, or one is not > 0.
+    """
+    if norm is not None and value is not None:
+        raise ConfigError(f"clip_norm={norm!r} and clip_value={value!r} are both set; set one only")
+    if norm is not None:
+        _check_limit("clip_norm", norm)
+        return nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=False)
+    if value is not None:
+        _check_limit("clip_value", value)
+        nn.utils.clip_grad_value_(parameters, value)
+    return None
+
+
+def representative_group(optimizer: Optimizer) -> int:
+    """Return the index of the group whose learning rate stands for the run.
+
+    It is the group with most parameters (tensors); where each group holds a single one, the first
+    of those with the most common initial learning rate. Example: groups of 1, 3, 2 tensors -> 1;
+    three groups of one tensor with 0.1, 0.2, 0.2 -> 1.
+    """
+    groups = optimizer.param_groups
+    sizes = [len(group["params"]) for group in groups]
+    if max(sizes) > 1:
+        return sizes.index(max(sizes))
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    return rates.index(Counter(rates).most_common(1)[0][0])
+
+
+def _optimizer_class(target: str) -> type[Optimizer]:
+    """Return the class that the import path names."""
+    names = [name for name, value in vars(torch.optim).items() if _is_optimizer(value)]
+    if isinstance(target, str) and target in names:
+        raise ConfigError(f"target={target!r} is no import path; give torch.optim.{target}")
+    if not isinstance(target, str) or "." not in target:
+        hint = near(str(target), names)
+        raise ConfigError(f"target={target!r}; give the import path of an optimizer class ({hint})")
+    module, _, name = target.rpartition(".")
+    if module == "torch.optim" and name not in names:
+        raise ConfigError(
+            f"target={target!r}: torch.optim has no such optimizer; {near(name, names)}"
+        )
+    found = resolve("target", target)
+    if not _is_optimizer(found):
+        raise ConfigError(
+            f"target={target!r} is not a class of torch.optim.Optimizer; "
+            "give the import path of one, such as torch.optim.AdamW"
+        )
+    optimizer_class: type[Optimizer] = found
+    return optimizer_class
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+
+
+def _allowed_keywords(optimizer_class: type[Optimizer]) -> list[str] | None:
+    """Return the keywords that the class takes, or None where it takes any."""
+    parameters = list(inspect.signature(optimizer_class).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters if parameter.name != "params"]
+
+
+def _check_keywords(
+    target: str, allowed: list[str] | None, keywords: Mapping[str, Any], rules: Rules
+) -> None:
+    """Raise ConfigError for a keyword that the optimizer would not take, in a rule too."""
+    if allowed is None:
+        return
+    ours = ("lr_factor", "layer_decay", *MATCH_KEYS)
+    asked = [(key, key, OWN_KEYS) for key in keywords]
+    for rule in parse(rules):
+        asked += [(f"rules.{rule.name}.{key}", key, ours) for key in rule.settings]
+    for where, key, also in asked:
+        if key not in allowed and key not in also:
+            known = sorted({*allowed, *also})
+            raise ConfigError(
+                f"{where}: {target} takes no {key!r} ({near(key, known)}); "
+                f"allowed: {', '.join(known)}"
+            )
+
+
+def _can_fuse(
+    optimizer_class: type[Optimizer], model: nn.Module, keywords: Mapping[str, Any]
+) -> bool:
+    """Return whether the fused implementation exists and is right for this model."""
+    chosen = keywords.get("foreach") is not None or keywords.get("differentiable")
+    if optimizer_class not in FUSED or chosen:
+        return False
+    if any(getattr(module, "sparse", False) is True for module in model.modules()):
+        return False
+    return all(_fuses(p) for p in model.parameters() if p.requires_grad)
+
+
+def _fuses(parameter: Tensor) -> bool:
+    if is_lazy(parameter) or not parameter.is_floating_point():
+        return False
+    if parameter.device.type != "cpu":
+        return parameter.device.type == "cuda"
+    # empty_like keeps the strides of a tensor that is dense and does not overlap, of no other
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return dense and parameter.dtype in (torch.float32, torch.float64)
+
+
+def _check_limit(key: str, limit: Any) -> None:
+    if limit != float("inf"):
+        number(key, limit, above=0.0)
