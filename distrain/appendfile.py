@@ -1,0 +1,78 @@
+"""A file that grows by whole records only, whatever the disk or a kill does to the process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_BYTES = 64 * 2**20
+
+
+class AppendFile:
+    """A file to which records are appended; a reader never meets a torn one in its middle.
+
+    One `flush` is one system call in the ordinary case, so kill -9 tears no record. A write that
+    fails half way, on a full disk, is taken back; its records wait in memory (64 MiB at most, then
+    they are dropped with a warning) and go out with the first flush that succeeds.
+
+    Args:
+        path: the file; made if it is missing, continued if it is there.
+        exclusive: refuse a file that is there.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, exclusive: bool = False) -> None:
+        self.path = Path(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if exclusive else 0)
+        self._fd = os.open(self.path, flags, 0o666)
+        self._size = os.fstat(self._fd).st_size  # what is written and whole
+        # append may run in another thread than flush: both ends of a deque are safe without a lock
+        self._waiting: deque[bytes] = deque()
+
+    def append(self, record: bytes) -> None:
+        """Let a record wait for the next `flush`; touches no disk."""
+        self._waiting.append(record)
+
+    def flush(self) -> None:
+        """Hand all waiting records to the operating system.
+
+        Raises:
+            OSError: nothing was written, the records wait on.
+        """
+        records = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        data = memoryview(b"".join(records))
+        done = 0
+        try:
+            while done < len(data):
+                done += os.write(self._fd, data[done:])
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            if len(data) <= MAX_WAITING_BYTES:
+                self._waiting.extendleft(reversed(records))
+            else:
+                logger.warning("%s: %d bytes that cannot be written are lost", self.path, len(data))
+            if done:
+                os.ftruncate(self._fd, self._size)
+            raise
+        self._size += done
+
+    def close(self) -> None:
+        """Flush, wait until the data is on the disk, and close; a second call does nothing.
+
+        Raises:
+            OSError: what still waited is lost; the file is closed all the same.
+        """
+        if self._fd < 0:
+            return
+        try:
+            self.flush()
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
