@@ -1,0 +1,98 @@
+"""metrics.jsonl: every row as one line of JSON, for pandas, jq and whatever comes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+from distrain.appendfile import AppendFile
+from distrain.writers import NewScalars, Row
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLinesWriter:
+    """Appends `{"iteration": N, name: value, ...}` for each row that brings a new scalar.
+
+    A value is the newest one at iteration N that no earlier line holds. JSON knows no NaN: values
+    that are not finite are the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON),
+    which `float()` of Python and `Number()` of JavaScript read.
+
+    Args:
+        path: the file; continued if it is there. A torn last line is removed.
+        start_iteration: first iteration to be run; lines of it and of later ones, which an
+            interrupted attempt wrote, are dropped, so that each iteration is there once, in order.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, start_iteration: int | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines(path, math.inf if start_iteration is None else start_iteration)
+        self._new = NewScalars(start_iteration or 0)
+        self._file = AppendFile(path)
+
+    def write(self, row: Row) -> None:
+        """Append a line, by one system call; OSError if the disk refuses."""
+        new = self._new(row)
+        if new:
+            line: dict[str, float | str] = {"iteration": row.iteration}
+            line.update((name, _strict(value)) for name, (value, _) in new.items())
+            self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what waits and wait for the disk."""
+        self._file.close()
+
+
+def _strict(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _drop_lines(path: Path, limit: float) -> None:
+    """Drop the lines of iteration >= limit and those that are not whole; kill -9 safe."""
+    if not path.exists():
+        return
+    beside = path.with_name(path.name + ".new")
+    damaged = dropped = 0
+    with path.open("rb") as old, beside.open("wb") as new:
+        for line in old:
+            iteration = _iteration(line)
+            if iteration is None:
+                damaged += 1
+            elif iteration >= limit:
+                dropped += 1
+            else:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    if damaged:
+        logger.warning("%s: %d damaged lines removed", path, damaged)
+    if not damaged + dropped:
+        beside.unlink()
+        return
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _iteration(line: bytes) -> int | None:
+    """Return the iteration of a whole line; None for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also UnicodeDecodeError, which zeroed pages may give
+        return None
+    if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("iteration"), int):
+        return int(row["iteration"])
+    return None
