@@ -1,0 +1,119 @@
+"""Progress for people: a live bar in a terminal, one plain line a row elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, TextIO
+
+from distrain.writers import NewScalars, Row
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+MAX_VALUES = 12
+REFRESH_S = 0.2
+
+
+class ConsoleWriter:
+    """Shows losses, metrics, learning rate, time a step and time left.
+
+    In a terminal that is a rich progress bar on one live line, counting finished iterations;
+    elsewhere (a file, a pipe, TERM=dumb or NO_COLOR set) a line a row::
+
+        iter 199/2000  loss 0.0312  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07
+
+    There "iter" is the index of the last finished iteration, the step that TensorBoard and
+    metrics.jsonl show too. At most 12 values are listed, losses first; all of them are in
+    metrics.jsonl. A value that was in an earlier line (an evaluation's) is not repeated.
+
+    Args:
+        stream: where to write; the standard output by default.
+        start_iteration: first iteration to be run; older values are not news.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, start_iteration: int = 0) -> None:
+        self._stream = stream or sys.stdout
+        self._live = (
+            self._stream.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        )
+        self._bar: Progress | None = None
+        self._next_refresh_s = 0.0
+        self._new = NewScalars(start_iteration)
+
+    def write(self, row: Row) -> None:
+        """Show a row."""
+        if not self._live:
+            new = {name: value for name, (value, _) in self._new(row).items()}
+            if new:
+                text = f"iter {row.iteration}/{row.max_iter}  {describe(new)}".rstrip()
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            return
+        if self._bar is None:
+            self._bar = _start_bar(self._stream, row.max_iter)
+        text = describe({name: value for name, (value, _) in row.scalars.items()})
+        task = self._bar.task_ids[0]
+        self._bar.update(task, completed=row.iteration + 1, total=row.max_iter, text=text)
+        now_s = time.monotonic()
+        if now_s >= self._next_refresh_s:  # drawing costs milliseconds
+            self._next_refresh_s = now_s + REFRESH_S
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen, and the cursor visible."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Return the readable values of a line: losses (a total first), metrics, lr, time, time left.
+
+    Args:
+        values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
+            have their places at the end; others under `lr/`, `perf/` and `gpu/` are left out.
+
+    Example:
+        `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
+        gives "loss 0.03123  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07".
+    """
+    shown = [n for n in values if n != "lr" and not n.startswith(("lr/", "perf/", "gpu/"))]
+    losses = [name for name in shown if "loss" in name.lower()]
+    losses.sort(key=lambda name: "total" not in name.lower())
+    names = losses + [name for name in shown if name not in losses]
+    parts = [f"{name} {values[name]:.4g}" for name in names[:MAX_VALUES]]
+    if "lr" in values:
+        parts.append(f"lr {values['lr']:#.3g}")
+    if "perf/step_s" in values:
+        parts.append(f"{values['perf/step_s']:.3g} s/it")
+    eta_s = values.get("perf/eta_s", float("inf"))
+    if 0 <= eta_s < timedelta.max.total_seconds():
+        parts.append(f"eta {timedelta(seconds=int(eta_s))}")
+    return "  ".join(parts)
+
+
+def _start_bar(stream: TextIO, max_iter: int) -> Progress:
+    from rich.console import Console  # only where there is a terminal
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    # the text gives way on a narrow terminal, so that the line stays one line
+    one_line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    bar = Progress(
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[text]}", markup=False, table_column=one_line),
+        console=Console(file=stream),
+        auto_refresh=False,  # no thread of its own
+        expand=True,
+    )
+    bar.add_task("", total=max_iter, text="")
+    bar.start()
+    return bar

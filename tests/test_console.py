@@ -1,0 +1,114 @@
+"""Plain lines for a fixed row, and a live bar only where there is a terminal."""
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+
+from distrain.console import ConsoleWriter, describe
+from distrain.writers import Row
+
+SCALARS = {
+    "accuracy": (0.98, 199),
+    "loss_box": (0.02, 199),
+    "total_loss": (0.03124, 199),
+    "gpu/memory_bytes": (1e9, 199),
+    "lr": (0.001, 199),
+    "lr/head": (0.01, 199),
+    "perf/step_s": (0.0042, 199),
+    "perf/data_s": (0.0001, 199),
+    "perf/eta_s": (7.56, 199),
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_line() -> None:
+    stream = io.StringIO()
+    writer = ConsoleWriter(stream=stream)
+    writer.write(Row(199, 2000, SCALARS))
+    writer.close()
+    assert stream.getvalue() == (
+        "iter 199/2000  total_loss 0.03124  loss_box 0.02  accuracy 0.98  lr 0.00100  "
+        "0.0042 s/it  eta 0:00:07\n"
+    )
+
+
+def test_old_values_are_not_repeated() -> None:
+    stream = io.StringIO()
+    writer = ConsoleWriter(stream=stream, start_iteration=20)
+    writer.write(Row(29, 100, {"loss": (1.0, 29), "eval/accuracy": (0.5, 19)}))
+    writer.write(Row(39, 100, {"loss": (0.5, 39), "eval/accuracy": (0.75, 39)}))
+    writer.write(Row(49, 100, {"loss": (0.25, 49), "eval/accuracy": (0.75, 39)}))
+    writer.write(Row(49, 100, {"loss": (0.25, 49), "eval/accuracy": (0.75, 39)}))
+    assert stream.getvalue().splitlines() == [
+        "iter 29/100  loss 1",
+        "iter 39/100  loss 0.5  eval/accuracy 0.75",
+        "iter 49/100  loss 0.25",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, ""),
+        ({"perf/eta_s": 100_000.0}, "eta 1 day, 3:46:40"),
+        ({"perf/eta_s": math.inf}, ""),
+        ({"perf/eta_s": math.nan}, ""),
+        ({"perf/eta_s": -1.0}, ""),
+        ({"loss": math.nan}, "loss nan"),
+        ({"b": 2.0, "Loss": 123456.0}, "Loss 1.235e+05  b 2"),
+        ({f"m{i}": 1.0 for i in range(20)}, "  ".join(f"m{i} 1" for i in range(12))),
+    ],
+)
+def test_describe(values: dict[str, float], text: str) -> None:
+    assert describe(values) == text
+
+
+def test_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    writer = ConsoleWriter(stream=stream)
+    for iteration in range(0, 100, 10):
+        scalars = {"loss": (1.5, iteration), "[bold]": (2.0, iteration)}
+        writer.write(Row(iteration + 9, 100, scalars))
+    writer.close()
+    text = stream.getvalue()
+    assert "10/100" in text
+    assert text.split("\n")[0].rstrip("\r").rpartition("\r")[2].startswith("\x1b[2K100/100 ")
+    assert "loss 1.5  [bold] 2" in text  # a name is not markup
+    assert text.count("\n") == 1  # one live line
+    assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_plain_where_a_terminal_is_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    stream = Terminal()
+    writer = ConsoleWriter(stream=stream)
+    writer.write(Row(9, 10, {"loss": (1.5, 9)}))
+    writer.close()
+    assert stream.getvalue() == "iter 9/10  loss 1.5\n"
+
+
+def test_rich_is_imported_for_a_terminal_only() -> None:
+    script = (
+        "import sys\n"
+        "from distrain.console import ConsoleWriter\n"
+        "from distrain.writers import Row\n"
+        "ConsoleWriter().write(Row(9, 10, {'loss': (1.5, 9)}))\n"
+        "assert not {'rich', 'torch', 'numpy'} & {*sys.modules}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout == "iter 9/10  loss 1.5\n"
