@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ConfigError(ValueError):
-    """A mistake of the user: one line with the key, its value, what is allowed and what to do next."""
+    """A mistake of the user: one line with key, value, what is allowed and what to do next."""
 
 
 class RankFailed(RuntimeError):

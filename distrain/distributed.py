@@ -1,0 +1,197 @@
+"""The process group: who we are, on which device, with which seed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands among the ranks.
+
+    Attributes:
+        rank: of this process, 0 <= rank < world_size.
+        world_size: how many ranks there are.
+        local_rank: of this process on its node.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+def topology() -> Topology:
+    """Return where this process stands: from the process group, or alone without one.
+
+    Raises:
+        ConfigError: a launcher announced several ranks, but no process group was made.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Topology(
+            dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+        )
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={announced}, but there is no process group; train inside "
+            "`with distrain.distributed.process_group():`"
+        )
+    return Topology()
+
+
+def local_device() -> torch.device:
+    """Return the device of this rank: its GPU where CUDA works, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(*, timeout_s: float = 600.0) -> Iterator[Topology]:
+    """Join the ranks that the environment names, and leave them at the end.
+
+    NCCL carries CUDA tensors and gloo those of the CPU. Without WORLD_SIZE, or with one rank, there
+    is nothing to join.
+
+    Args:
+        timeout_s: how long a collective waits for a rank that does not come.
+
+    Yields:
+        where this process stands.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Topology()
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield topology()
+    except BaseException:
+        # Others may be gone: leaving the group in order would wait for them. The end of the
+        # process closes its connections, and that is what tells them.
+        raise
+    else:
+        dist.barrier()  # nobody closes a connection that another still reads
+        dist.destroy_process_group()
+
+
+def new_cpu_group() -> dist.ProcessGroup | None:
+    """Return a process group of all ranks for CPU tensors; None with one rank. A collective.
+
+    The window's collectives have a group of their own: two threads that use one gloo group hang.
+    """
+    if topology().world_size == 1:
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
+
+
+def default_store() -> Any:
+    """Return the key-value store that the ranks met in; None with one rank."""
+    if topology().world_size == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def seed_everything(seed: int, *, rank: int) -> None:
+    """Seed python, numpy and torch (all devices): differently on each rank.
+
+    Args:
+        seed: of the run.
+        rank: of this process.
+    """
+    words = np.random.SeedSequence([seed, rank]).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1] % 2**32))
+    torch.manual_seed(int(words[2] >> 1))
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the random generators of this process, for `restore_random_states`."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
+        "numpy": {
+            "name": name,
+            "keys": keys,
+            "position": position,
+            "has_gauss": has_gauss,
+            "cached": cached,
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Take back what `random_states` returned."""
+    python, legacy = states["python"], states["numpy"]
+    internal = tuple(int(word) for word in python["internal"])
+    random.setstate((python["version"], internal, python["gauss"]))
+    np.random.set_state(
+        (
+            legacy["name"],
+            np.asarray(legacy["keys"]),
+            legacy["position"],
+            legacy["has_gauss"],
+            legacy["cached"],
+        )
+    )
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def gather_to_main(value: Any) -> list[Any] | None:
+    """Return the values of all ranks in their order on rank 0, None elsewhere. A collective.
+
+    For rare moments such as a checkpoint: objects travel pickled between ranks of one run.
+    """
+    where = topology()
+    if where.world_size == 1:
+        return [value]
+    values: list[Any] | None = [None] * where.world_size if where.is_main else None
+    dist.gather_object(value, values)
+    return values
+
+
+def gather_to_all(value: Any) -> list[Any]:
+    """Return the values of all ranks in their order, on all ranks. A collective, as above."""
+    world_size = topology().world_size
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_from_main(value: Any) -> Any:
+    """Return rank 0's value on all ranks. A collective for rare moments."""
+    if topology().world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,411 @@
+"""What training says of itself: scalars, images and histograms, by name and iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distrain.histogram import Histogram, PendingHistogram, count_values
+from distrain.history import Floats, HistoryBuffer, Ints
+
+Operation = Literal["mean", "sum", "max", "min", "local"]
+OPERATIONS: tuple[str, ...] = get_args(Operation)
+
+
+class ScalarKind(NamedTuple):
+    """How one scalar is treated.
+
+    Attributes:
+        reduce: its operation over ranks.
+        smoothing_hint: whether writers may show a median over iterations.
+        is_loss: whether training stops when it is not finite on any rank.
+    """
+
+    reduce: Operation
+    smoothing_hint: bool
+    is_loss: bool = False
+
+
+LOSS = ScalarKind("mean", smoothing_hint=True, is_loss=True)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far one scalar's mean over a window differs between ranks (float32 precision)."""
+
+    min: float
+    min_rank: int
+    max: float
+    max_rank: int
+
+
+@dataclass(slots=True)
+class ScalarRow:
+    """What one rank put in one iteration: scalars not yet combined over ranks.
+
+    Attributes:
+        iteration: the iteration.
+        values: by name, a float or `(block, position)`: one element of a detached 1-d tensor that
+            is our own copy.
+        counts: by name, the weight in the mean where one was given.
+        blocks: the 1-d tensors that `values` points into.
+    """
+
+    iteration: int
+    values: dict[str, float | tuple[Tensor, int]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    blocks: list[Tensor] = field(default_factory=list)
+
+
+class EventStorage:
+    """Holds what training says of itself; found by `get_event_storage` while it is entered.
+
+    Alone, a value is in its history at once. Under a trainer, a value is first this rank's own, and
+    enters the history, combined over all ranks, when its window is over (see `reduction`).
+
+    Args:
+        start_iter: the first iteration.
+    """
+
+    def __init__(self, start_iter: int = 0) -> None:
+        self._iter = start_iter
+        self._prefix = ""
+        self._kinds: dict[str, ScalarKind] = {}
+        self._row = ScalarRow(start_iter)
+        self._rows: list[ScalarRow] = [self._row]
+        self._histories: dict[str, HistoryBuffer] = {}
+        self._images: list[tuple[str, NDArray[Any], int]] = []
+        self._histograms: list[tuple[str, PendingHistogram, int]] = []
+        self._spreads: dict[str, Spread] = {}
+        self.combined_by_trainer = False  # True: rows wait for `take_rows` instead of folding
+        self.early_stop = False  # True on any rank ends training on all, at one iteration
+
+    @property
+    def iter(self) -> int:
+        """The current iteration."""
+        return self._iter
+
+    @iter.setter
+    def iter(self, iteration: int) -> None:
+        if iteration != self._iter:
+            self._iter = iteration
+            if self._row.values:
+                if not self.combined_by_trainer and len(self._rows) > 1000:
+                    self.histories()  # nobody else bounds them
+                self._row = ScalarRow(iteration)
+                self._rows.append(self._row)
+            else:
+                self._row.iteration = iteration
+
+    def step(self) -> None:
+        """Go on to the next iteration."""
+        self.iter = self._iter + 1
+
+    def put_scalar(
+        self,
+        name: str,
+        value: float | Tensor,
+        smoothing_hint: bool = True,
+        *,
+        reduce: Operation = "mean",
+        count: float | None = None,
+    ) -> None:
+        """Put one scalar of this iteration; a second put of the name replaces the first.
+
+        A tensor is copied on its device and not read back.
+
+        Args:
+            name: its name, behind the current `name_scope`.
+            value: a number, or a tensor with one element on any device.
+            smoothing_hint: whether writers may show a median over iterations.
+            reduce: the operation over ranks; "local" keeps this rank's value to itself.
+            count: how many samples the value stands for: its weight in the mean over ranks.
+
+        Raises:
+            ValueError: the tensor has more than one element, the operation does not exist, or the
+                name was put with other settings before.
+        """
+        name = self._prefix + name
+        kind = self._kinds.get(name)
+        if kind is None or kind[:2] != (reduce, smoothing_hint):
+            self._declare(name, ScalarKind(reduce, bool(smoothing_hint)))
+        if not self.combined_by_trainer and name in self._row.values:
+            self.histories()
+        row = self._row
+        if isinstance(value, Tensor):
+            block = _own_copy(name, value)  # (1,)
+            row.blocks.append(block)
+            row.values[name] = (block, 0)
+        else:
+            row.values[name] = float(value)
+        if count is not None:
+            row.counts[name] = float(count)
+
+    def put_scalars(
+        self,
+        *,
+        smoothing_hint: bool = True,
+        reduce: Operation = "mean",
+        count: float | None = None,
+        **scalars: float | Tensor,
+    ) -> None:
+        """Put several scalars with the same settings: `put_scalars(loss=0.5, accuracy=0.9)`.
+
+        The tensors among them are copied in one operation, which makes this the cheap way.
+        Arguments and errors are those of `put_scalar`.
+        """
+        self._put_all(scalars, ScalarKind(reduce, bool(smoothing_hint)), count)
+
+    def put_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Put what is minimised: training stops on all ranks if one is not finite on any.
+
+        Args:
+            losses: by name, tensors with one element.
+        """
+        self._put_all(losses, LOSS, None)
+
+    def _put_all(
+        self, scalars: Mapping[str, float | Tensor], kind: ScalarKind, count: float | None
+    ) -> None:
+        if self._prefix:
+            scalars = {self._prefix + name: value for name, value in scalars.items()}
+        if not self.combined_by_trainer and any(name in self._row.values for name in scalars):
+            self.histories()
+        kinds, row = self._kinds, self._row
+        tensors: dict[str, Tensor] = {}
+        for name, value in scalars.items():
+            if kinds.get(name) != kind:
+                self._declare(name, kind)
+            if value.__class__ is float:
+                row.values[name] = value
+            elif isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                row.values[name] = float(value)
+        if len(tensors) == 1:
+            [(name, tensor)] = tensors.items()
+            block = _own_copy(name, tensor)  # (1,)
+            row.blocks.append(block)
+            row.values[name] = (block, 0)
+        elif tensors:
+            block = _stack(tensors)  # (num_tensors,)
+            row.blocks.append(block)
+            for position, name in enumerate(tensors):
+                row.values[name] = (block, position)
+        if count is not None:
+            row.counts.update(dict.fromkeys(scalars, float(count)))
+
+    def _declare(self, name: str, kind: ScalarKind) -> None:
+        if kind.reduce not in OPERATIONS:
+            raise ValueError(f"{name}: reduce={kind.reduce!r}; choose one of {OPERATIONS}")
+        known = self._kinds.setdefault(name, kind)
+        if known != kind:
+            raise ValueError(f"{name}: put as {kind}, but before as {known}; use another name")
+
+    def put_image(self, name: str, image: Tensor | NDArray[Any]) -> None:
+        """Put an image for the writers.
+
+        Args:
+            name: its name, behind the current `name_scope`.
+            image: (3, H, W), (1, H, W) or (H, W); uint8, or floats in [0, 1].
+
+        Raises:
+            ValueError: another shape.
+        """
+        array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+        if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[0] not in (1, 3)):
+            raise ValueError(
+                f"image {self._prefix + name!r} has shape {array.shape}; "
+                "allowed are (3, H, W), (1, H, W) and (H, W)"
+            )
+        self._images.append((self._prefix + name, array.copy(), self._iter))
+
+    def put_histogram(self, name: str, values: Tensor, bins: int = 64) -> None:
+        """Put the histogram of a tensor's values; counted on its device, read when written.
+
+        Args:
+            name: its name, behind the current `name_scope`.
+            values: any shape, floating or integer.
+            bins: how many bins of equal width between the smallest and the largest value.
+        """
+        pending = count_values(values, bins=bins)
+        self._histograms.append((self._prefix + name, pending, self._iter))
+
+    def latest(self) -> dict[str, float]:
+        """Return the newest value of every scalar.
+
+        A value whose window is not over yet is this rank's own (a tensor is read back for it).
+        """
+        found = {name: history.latest() for name, history in self._histories.items()}
+        for row in self._rows:
+            found.update((name, _read(value)) for name, value in row.values.items())
+        return found
+
+    def put_now(self, name: str) -> float | None:
+        """Return what this rank put under a name in the current iteration, None if nothing."""
+        value = self._row.values.get(name) if self._row.iteration == self._iter else None
+        return None if value is None else _read(value)
+
+    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, float]:
+        """Return for every scalar in the histories its latest value, or its median.
+
+        Args:
+            window_size: how many values the median is over, where the scalar may be smoothed.
+        """
+        return {
+            name: history.median(window_size)
+            if self._kinds[name].smoothing_hint
+            else history.latest()
+            for name, history in self.histories().items()
+        }
+
+    def history(self, name: str) -> HistoryBuffer:
+        """Return the history of one scalar; KeyError names those there are."""
+        histories = self.histories()
+        if name not in histories:
+            raise KeyError(f"no scalar {name!r}; there are {sorted(histories)}")
+        return histories[name]
+
+    def histories(self) -> dict[str, HistoryBuffer]:
+        """Return all histories by name."""
+        if not self.combined_by_trainer:
+            for row in self.take_rows():
+                for name, value in row.values.items():
+                    self._history(name).update(_read(value), row.iteration)
+        return self._histories
+
+    def spread(self, name: str) -> Spread:
+        """Return how the scalar differed between ranks in the last window; KeyError if unknown."""
+        return self._spreads[name]
+
+    @property
+    def kinds(self) -> Mapping[str, ScalarKind]:
+        """The settings of every scalar ever put, by name."""
+        return self._kinds
+
+    @contextmanager
+    def name_scope(self, name: str) -> Iterator[None]:
+        """Put `name/` before all that is put inside."""
+        old = self._prefix
+        self._prefix = f"{old}{name.rstrip('/')}/"
+        try:
+            yield
+        finally:
+            self._prefix = old
+
+    def vis_data(self) -> list[tuple[str, NDArray[Any], int]]:
+        """Return the images put and not cleared: `[(name, image, iteration), ...]`."""
+        return list(self._images)
+
+    def clear_images(self) -> None:
+        """Forget the images; their writer calls it."""
+        self._images = []
+
+    def histograms(self) -> list[tuple[str, Histogram, int]]:
+        """Return the histograms put and not cleared; each is read back from its device now."""
+        return [(name, pending.read(), iteration) for name, pending, iteration in self._histograms]
+
+    def clear_histograms(self) -> None:
+        """Forget the histograms; their writer calls it."""
+        self._histograms = []
+
+    def take_rows(self) -> list[ScalarRow]:
+        """Hand over the rows put so far; what is put from now on starts a new one."""
+        taken = [row for row in self._rows if row.values]
+        self._row = ScalarRow(self._iter)
+        self._rows = [self._row]
+        return taken
+
+    def fold(self, name: str, kind: ScalarKind, values: Floats, iterations: Ints) -> None:
+        """Append combined values to the history of a scalar.
+
+        Args:
+            name: the scalar, which this rank may never have put itself.
+            kind: its settings.
+            values: (n,) oldest first.
+            iterations: (n,) of the values.
+        """
+        self._kinds.setdefault(name, kind)
+        self._history(name).extend(values, iterations)
+
+    def set_spread(self, name: str, spread: Spread) -> None:
+        """Keep how the scalar differed between ranks in the window just over."""
+        self._spreads[name] = spread
+
+    def _history(self, name: str) -> HistoryBuffer:
+        history = self._histories.get(name)
+        if history is None:
+            history = self._histories[name] = HistoryBuffer()
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the histories and kinds by name; what is not folded yet is not in it."""
+        return {
+            name: {
+                **history.state_dict(),
+                "reduce": self._kinds[name].reduce,
+                "smoothing_hint": self._kinds[name].smoothing_hint,
+                "is_loss": self._kinds[name].is_loss,
+            }
+            for name, history in self.histories().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take back the histories of `state_dict`."""
+        for name, saved in state.items():
+            self._kinds[name] = ScalarKind(
+                saved["reduce"], saved["smoothing_hint"], saved["is_loss"]
+            )
+            self._history(name).load_state_dict(saved)
+
+    def __enter__(self) -> EventStorage:
+        _entered.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert _entered[-1] is self
+        _entered.pop()
+
+
+_entered: list[EventStorage] = []
+
+
+def get_event_storage() -> EventStorage:
+    """Return the EventStorage entered last; RuntimeError outside of any."""
+    if not _entered:
+        raise RuntimeError("no EventStorage here: use it inside `with EventStorage(0) as storage:`")
+    return _entered[-1]
+
+
+def _own_copy(name: str, value: Tensor) -> Tensor:
+    """Copy a tensor of one element into a detached (1,) tensor on its device."""
+    if value.numel() != 1:
+        raise ValueError(f"{name}: a scalar has one element, not shape {[*value.shape]}")
+    return value.detach().reshape(1).clone()
+
+
+def _stack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Copy tensors of one element into a detached (n,) tensor; one operation if they are alike."""
+    first = next(iter(tensors.values()))
+    alike = [t if not t.dim() else _own_copy(name, t)[0] for name, t in tensors.items()]
+    if any(t.dtype != first.dtype or t.device != first.device for t in alike):
+        alike = [t.to(first.device, torch.float64, non_blocking=True) for t in alike]
+    with torch.no_grad():
+        return torch.stack(alike)
+
+
+def _read(value: float | tuple[Tensor, int]) -> float:
+    return value if isinstance(value, float) else float(value[0][value[1]])

@@ -1,0 +1,76 @@
+"""What a hook is: five moments of training at which code of the user's choice runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from distrain.trainer import TrainerBase
+
+Moment = Literal["before_train", "before_step", "after_backward", "after_step", "after_train"]
+MOMENTS: tuple[Moment, ...] = (
+    "before_train",
+    "before_step",
+    "after_backward",
+    "after_step",
+    "after_train",
+)
+
+
+class HookBase:
+    """Base class of the hooks that a trainer calls while it trains.
+
+    The calling sequence, on every rank::
+
+        hook.before_train()
+        for iteration in range(start_iter, max_iter):
+            hook.before_step()
+            trainer.run_step()          # forward, backward, hook.after_backward(), update
+            hook.after_step()
+        hook.after_train()              # also when training failed: see trainer.error
+
+    Only the moments that a class overrides are called, so an empty one costs nothing. Hooks run in
+    the order of `order`, and in the order given where that is equal.
+
+    Attributes:
+        trainer: the trainer that the hook is registered with; set before `before_train`.
+        order: smaller runs first. 10 timers, 20 schedules, 50 what users add, 60 evaluation,
+            70 what decides on its result, 80 checkpoints, 90 writers. A hook above 80 must not put
+            scalars or change state: the checkpoint of the iteration is made already.
+        ranks: "all", or "main" for a hook that runs on rank 0 only (it must not communicate).
+        part: the part of a checkpoint that its state lies in.
+    """
+
+    trainer: TrainerBase
+    order: ClassVar[int] = 50
+    ranks: ClassVar[Literal["all", "main"]] = "all"
+    part: ClassVar[str] = "hooks"
+
+    def before_train(self) -> None:
+        """Run once, before the first iteration."""
+
+    def before_step(self) -> None:
+        """Run before each iteration."""
+
+    def after_backward(self) -> None:
+        """Run between backward and update: gradients are complete, summed up and averaged."""
+
+    def after_step(self) -> None:
+        """Run after each iteration."""
+
+    def after_train(self) -> None:
+        """Run once, at the end; after a failure too, when `trainer.error` is set.
+
+        Other ranks may be dead then, so a hook communicates here only if `trainer.error` is None.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; equal on all ranks, for rank 0's copy is kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Args:
+            state: as it was returned, with tensors on the CPU.
+        """

@@ -1,0 +1,20 @@
+"""The hooks that come with distrain, one a file."""
+
+from distrain.hooks.callback import CallbackHook
+from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
+from distrain.hooks.early_stopping import EarlyStopping
+from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.schedule import LRScheduler
+from distrain.hooks.timer import IterationTimer
+from distrain.hooks.writer import PeriodicWriter
+
+__all__ = [
+    "BestCheckpointer",
+    "CallbackHook",
+    "EarlyStopping",
+    "EvalHook",
+    "IterationTimer",
+    "LRScheduler",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+]

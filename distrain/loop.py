@@ -1,0 +1,185 @@
+"""The loop: iterations, hooks, and scalars combined over ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from distrain.distributed import default_store, new_cpu_group, topology
+from distrain.errors import ConfigError
+from distrain.events import EventStorage
+from distrain.hook import MOMENTS, HookBase, Moment
+from distrain.reduction import STOP_REQUESTED, ScalarReduction
+
+
+class TrainerBase:
+    """A loop over iterations with hooks; subclasses say what one step is.
+
+    Args:
+        hooks: by name, or a list of them (then named after their classes). The name is the key of
+            a hook's state in checkpoints.
+        window: scalars are combined over ranks and written every so many iterations.
+        stop_on_nonfinite: end training on all ranks when a loss is not finite on any.
+
+    Attributes:
+        iter: the current iteration; after training, the number of iterations done.
+        iter_done: the number of iterations whose step is done.
+        start_iter: the first iteration of this run.
+        max_iter: one past the last.
+        storage: the EventStorage of this run.
+        reduction: combines its scalars over ranks.
+        error: what ended training, None while all is well.
+        where: the place of this process among the ranks.
+    """
+
+    storage: EventStorage
+    reduction: ScalarReduction
+
+    def __init__(
+        self,
+        hooks: Mapping[str, HookBase] | Iterable[HookBase] = (),
+        *,
+        window: int = 20,
+        stop_on_nonfinite: bool = True,
+    ) -> None:
+        if window < 1:
+            raise ConfigError(f"trainer.window={window}; it is at least 1 iteration")
+        self.iter = self.iter_done = self.start_iter = self.max_iter = 0
+        self.window = window
+        self.error: BaseException | None = None
+        self.where = topology()
+        self.hooks: dict[str, HookBase] = {}
+        self._stop_on_nonfinite = stop_on_nonfinite
+        self._stop_requested = False
+        self._histories: Mapping[str, Any] = {}
+        self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
+        self.register_hooks(hooks)
+
+    def register_hooks(self, hooks: Mapping[str, HookBase] | Iterable[HookBase]) -> None:
+        """Add hooks; all are put in the order that `HookBase.order` asks for.
+
+        Args:
+            hooks: by name, or a list of them.
+
+        Raises:
+            ValueError: a name is taken.
+        """
+        if not isinstance(hooks, Mapping):
+            named: dict[str, HookBase] = {}
+            for hook in hooks:
+                name = kind = type(hook).__name__
+                for number in itertools.count(2):
+                    if name not in named and name not in self.hooks:
+                        break
+                    name = f"{kind}_{number}"
+                named[name] = hook
+            hooks = named
+        for name, hook in hooks.items():
+            if name in self.hooks:
+                raise ValueError(f"there is a hook {name!r} already; choose another name")
+            hook.trainer = self
+            self.hooks[name] = hook
+        self.hooks = dict(sorted(self.hooks.items(), key=lambda item: item[1].order))
+        for moment in MOMENTS:
+            self._calls[moment] = [
+                getattr(hook, moment)
+                for hook in self.hooks.values()
+                if getattr(type(hook), moment) is not getattr(HookBase, moment)
+                and (hook.ranks == "all" or self.where.is_main)
+            ]
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Train from iteration `start_iter` up to, not including, `max_iter`.
+
+        Args:
+            start_iter: 0, or the number of iterations that the loaded state has done.
+            max_iter: how many iterations will be done in the end.
+
+        Raises:
+            NonFiniteLoss: a loss was not finite on some rank; on all ranks at one iteration.
+        """
+        if not 0 <= start_iter <= max_iter:
+            raise ConfigError(f"start_iter={start_iter}, max_iter={max_iter}: 0 <= start <= max")
+        self.iter = self.iter_done = self.start_iter = start_iter
+        self.max_iter = max_iter
+        self.error = None
+        with EventStorage(start_iter) as self.storage:
+            self.storage.load_state_dict(self._histories)
+            self.reduction = ScalarReduction(
+                self.storage,
+                period=self.window,
+                first_iter=start_iter,
+                rank=self.where.rank,
+                world_size=self.where.world_size,
+                group=new_cpu_group(),
+                store=default_store(),
+                stop_on_nonfinite=self._stop_on_nonfinite,
+            )
+            if self._stop_requested:
+                self.request_stop()
+            try:
+                self.prepare()
+                self._call("before_train")
+                self._loop()
+                self.reduction.drain(self.storage.iter)
+            except BaseException as error:
+                self.error = error
+                raise
+            finally:
+                self._call("after_train")
+
+    def _loop(self) -> None:
+        before_step, after_step = self._calls["before_step"], self._calls["after_step"]
+        storage, reduction = self.storage, self.reduction
+        for iteration in range(self.start_iter, self.max_iter):
+            self.iter = storage.iter = iteration
+            for call in before_step:
+                call()
+            self.run_step()
+            self.iter_done = iteration + 1
+            reduction.advance(iteration)
+            for call in after_step:
+                call()
+            reduction.close_if_due(iteration)
+            if reduction.stop:
+                break
+        self.iter = self.iter_done
+
+    def prepare(self) -> None:
+        """Make ready for the first step; runs before any hook."""
+
+    def run_step(self) -> None:
+        """Do one iteration."""
+        raise TypeError(f"{type(self).__name__} does not say what a step is: override run_step")
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop after one common iteration soon; safe in a signal handler."""
+        self._stop_requested = True
+        if hasattr(self, "reduction"):
+            self.reduction.stop_request = STOP_REQUESTED
+
+    def _call(self, moment: Moment) -> None:
+        for call in self._calls[moment]:
+            call()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the hooks' states by part and name, the histories."""
+        state: dict[str, Any] = {"histories": self.storage.state_dict()}
+        for name, hook in self.hooks.items():
+            state.setdefault(hook.part, {})[name] = hook.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned, before `train`.
+
+        A hook that the state does not know starts anew.
+
+        Args:
+            state: with tensors on the CPU.
+        """
+        self._histories = state["histories"]
+        for name, hook in self.hooks.items():
+            saved = state.get(hook.part, {}).get(name)
+            if saved:
+                hook.load_state_dict(saved)

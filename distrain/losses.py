@@ -1,0 +1,77 @@
+"""How a model is called, and what of its answer is minimised."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.errors import ConfigError
+
+
+def takes_whole_batch(model: nn.Module) -> bool:
+    """Whether the model's forward has exactly one parameter, so that it gets the batch whole."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    kinds = {p.kind for p in parameters}
+    starred = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return len(parameters) == 1 and not kinds & starred
+
+
+def call(model: Callable[..., Any], batch: Any, *, whole: bool) -> Any:
+    """Call a model with a batch.
+
+    Args:
+        model: the model, or a method of it.
+        batch: a tensor, or a tuple, list or dict of arguments.
+        whole: hand the batch over as it is.
+    """
+    if whole:
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Sequence):
+        return model(*batch)
+    return model(batch)
+
+
+def total_loss(output: Any) -> dict[str, Tensor]:
+    """Return named losses with their sum as "loss".
+
+    Args:
+        output: of a model: a tensor with one element, or a mapping of such.
+
+    Raises:
+        ConfigError: it is neither; says what came.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return {"loss": output.reshape(())}
+    if isinstance(output, Mapping) and output:
+        for name, loss in output.items():
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ConfigError(
+                    f"the model's forward returned {name!r}: {_describe(loss)}; a loss is a tensor "
+                    "with one element. Keep losses in the result and put the rest with "
+                    "get_event_storage().put_scalar"
+                )
+        if len(output) == 1 and "loss" in output:
+            return {"loss": output["loss"].reshape(())}
+        if "loss" in output:
+            raise ConfigError(
+                f"the model's forward returned 'loss' among {list(output)}; all of them are added "
+                "up and the sum is called loss: return the parts only, or the loss only"
+            )
+        total = torch.stack([loss.reshape(()) for loss in output.values()]).sum()
+        return {"loss": total, **output}
+    raise ConfigError(
+        f"the model's forward returned {_describe(output)}, not a loss; in training it returns a "
+        "tensor with one element, or a dict of such by name"
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {[*value.shape]}"
+    return f"{type(value).__name__} ({str(value)[:60]})"

@@ -1,0 +1,306 @@
+"""Scalars over ranks: nothing on an ordinary step, two small collectives a window.
+
+A window is a run of iterations that all ranks agree on. At its end every rank packs the scalars of
+all its iterations into two vectors (see `packing`) and starts two asynchronous all-reduces, a sum
+and a maximum. Nothing grows with the number of ranks. The stages are a step apart, so that nobody
+waits: copy to the host, send, read. Stop requests ride in the maximum, and so does the time of a
+step, from which all ranks compute the same length for the next window.
+
+Ranks may put different names. A name travels from the window after the one in which it was first
+put, for all ranks must pack alike: whoever has new names publishes them in the process group's
+key-value store and sets a bit in the maximum; when the bit comes back all ranks read the same list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distrain.errors import NonFiniteLoss
+from distrain.events import EventStorage, ScalarKind, ScalarRow
+from distrain.history import Floats
+from distrain.packing import Columns, Unrolled, read_blocks
+
+NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
+
+_HEADER = 3  # stop request, has new names, nanoseconds of a step
+_STOP_WITHIN_S = 1.5  # of windows; with the two steps of the stages it makes about two seconds
+_SLOW_STEP_S = 0.5  # from here on a blocking collective is no cost, and a stop should not wait
+
+_instances = itertools.count()
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's key-value stores."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter and return it."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Set a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Get a key, waiting until it is set."""
+
+
+@dataclass
+class _Window:
+    """A window on its way: iterations [since, last] and what became of this rank's rows."""
+
+    since: int
+    last: int
+    rows: list[ScalarRow]
+    blocks: list[Tensor]
+    host: Tensor  # the values of all blocks, float64 on the host once `copied` has passed
+    copied: torch.cuda.Event | None
+    unrolled: Unrolled | None = None
+    sums: Tensor | None = None
+    extremes: Tensor | None = None
+    works: Sequence[dist.Work] = ()
+
+
+class ScalarReduction:
+    """Combines the scalars of an EventStorage over ranks, a window at a time.
+
+    All methods are called by all ranks at the same iterations, from the training thread.
+
+    Args:
+        storage: where scalars come from and go to.
+        period: a window ends at the latest when `period` divides the number of iterations done.
+        first_iter: the first iteration of this run.
+        rank: of this process. world_size: how many there are.
+        group: the process group of the collectives, of its own (gloo); None if world_size is 1.
+        store: where new names are published; None if world_size is 1.
+        stop_on_nonfinite: raise NonFiniteLoss when a loss is not finite on any rank.
+
+    Attributes:
+        stop: what all ranks agreed on: NO_STOP, STOP_EARLY or STOP_REQUESTED.
+        stop_request: what this rank asks for.
+        combined_iter: the last iteration that the histories hold.
+        step_s: seconds of one step, the mean over the last window on the slowest rank.
+    """
+
+    def __init__(
+        self,
+        storage: EventStorage,
+        *,
+        period: int,
+        first_iter: int,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        store: Store | None = None,
+        stop_on_nonfinite: bool = True,
+    ) -> None:
+        self.stop = NO_STOP
+        self.stop_request = NO_STOP
+        self.combined_iter = first_iter - 1
+        self.step_s = float("inf")
+        self._storage = storage
+        self._period = period
+        self._rank, self._world_size = rank, world_size
+        self._group = group
+        self._names = None if store is None else _SharedNames(store)
+        self._stop_on_nonfinite = stop_on_nonfinite
+        self._columns = Columns()
+        self._held: list[ScalarRow] = []  # rows of names that not all ranks know yet
+        self._since = self._close_at = first_iter
+        self._window: _Window | None = None
+        self._sent_time, self._sent_iter = time.perf_counter(), first_iter - 1
+        storage.combined_by_trainer = True
+
+    def advance(self, iteration: int) -> None:
+        """Move what is in flight on by one stage; called early in every iteration's end.
+
+        Raises:
+            NonFiniteLoss: a loss of the window is not finite; on all ranks alike.
+        """
+        if self._window is not None:
+            if self._window.sums is None:
+                self._send(self._window)
+            else:
+                self._finish(self._window, iteration)
+
+    def close_if_due(self, iteration: int) -> None:
+        """Close the window if it ends with this iteration; called when all scalars are put."""
+        if iteration >= self._close_at and self._window is None:
+            self._close(iteration)
+            if self._period < 3 or self.step_s > _SLOW_STEP_S:
+                self._complete(iteration)
+
+    def drain(self, iteration: int) -> None:
+        """Combine all that was put, now, waiting for it: before a checkpoint and at the end.
+
+        Raises:
+            NonFiniteLoss: as in `advance`.
+        """
+        self._complete(iteration)
+        self._close(iteration)
+        if self._complete(iteration):  # new names: their values have not travelled yet
+            self._close(iteration)
+            self._complete(iteration)
+
+    def _complete(self, iteration: int) -> bool:
+        """Bring what is in flight home, waiting; return whether names were learnt from it."""
+        window, num_names = self._window, len(self._columns.kinds)
+        if window is None:
+            return False
+        if window.sums is None:
+            self._send(window)
+        self._finish(window, iteration)
+        return self._world_size > 1 and len(self._columns.kinds) != num_names
+
+    def _close(self, iteration: int) -> None:
+        """Stage 1: take the rows and start the copy of their tensors to the host."""
+        rows = self._held + self._storage.take_rows()
+        self._held = []
+        blocks = read_blocks(rows)
+        host, copied = torch.empty(0, dtype=torch.float64), None
+        if blocks:
+            device = blocks[0].device
+            # a copy even of one block: the host may reuse a buffer, the block stays the row's own
+            host = torch.cat([b.to(device, torch.float64, non_blocking=True) for b in blocks])
+            if device.type == "cuda":
+                packed = host
+                host = torch.empty(len(packed), dtype=torch.float64, pin_memory=True)
+                host.copy_(packed, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+        self._window = _Window(self._since, iteration, rows, blocks, host, copied)
+
+    def _send(self, window: _Window) -> None:
+        """Stage 2: lay the rows out and start the collectives."""
+        if window.copied is not None:
+            window.copied.synchronize()  # the device has a younger step queued, so it stays busy
+        kinds = self._storage.kinds
+        new = self._columns.unknown(window.rows, kinds)
+        if new and self._names is not None:
+            self._names.publish(new)
+        elif new:
+            self._columns.learn(new)
+        ends = itertools.accumulate(len(block) for block in window.blocks)
+        host = window.host.numpy()
+        read: dict[int, Floats] = {
+            id(block): host[end - len(block) : end]
+            for block, end in zip(window.blocks, ends, strict=True)
+        }
+        window.unrolled = self._columns.unroll(
+            window.rows, kinds, since=window.since, last=window.last, read=read
+        )
+        self._held = window.unrolled.held
+        now = time.perf_counter()
+        step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
+        self._sent_time, self._sent_iter = now, window.last
+        stop = max(self.stop_request, STOP_EARLY if self._storage.early_stop else NO_STOP)
+        header = np.array([stop, bool(new), int(step_s * 1e9)], dtype=np.int64)
+        extremes = self._columns.pack_extremes(window.unrolled, self._rank)
+        window.sums = torch.from_numpy(self._columns.pack_sums(window.unrolled))
+        window.extremes = torch.from_numpy(np.concatenate([header, extremes]))
+        if self._world_size > 1:
+            works = (
+                dist.all_reduce(window.sums, group=self._group, async_op=True),
+                dist.all_reduce(
+                    window.extremes, dist.ReduceOp.MAX, group=self._group, async_op=True
+                ),
+            )
+            window.works = [work for work in works if work is not None]
+
+    def _finish(self, window: _Window, iteration: int) -> None:
+        """Stage 3: read what all ranks agreed on, and let the histories have it."""
+        for work in window.works:
+            work.wait()
+        assert window.sums is not None
+        assert window.extremes is not None
+        assert window.unrolled is not None
+        self._window = None
+        stop, has_new_names, step_ns = window.extremes[:_HEADER].tolist()
+        sums, extremes = window.sums.numpy(), window.extremes[_HEADER:].numpy()
+        iterations = np.arange(window.since, window.last + 1)
+        bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
+        for series in itertools.chain(
+            self._columns.unpack_sums(sums, iterations),
+            self._columns.unpack_extremes(extremes, iterations),
+            window.unrolled.local,
+        ):
+            self._storage.fold(*series)
+            if series.kind.is_loss and not np.isfinite(series.values).all():
+                bad[series.name] = int(series.iterations[~np.isfinite(series.values)][0])
+        for name, spread in self._columns.unpack_spreads(extremes):
+            self._storage.set_spread(name, spread)
+        self.stop = max(self.stop, stop)
+        self.step_s = step_ns / 1e9
+        self.combined_iter = window.last
+        # Values held back may belong to any iteration of this window, and what a late hook puts
+        # to its last one.
+        self._since = window.since if has_new_names else window.last
+        length = max(1, min(self._period, int(_STOP_WITHIN_S / max(self.step_s, 1e-9))))
+        boundary = window.last + self._period - (window.last + 1) % self._period
+        self._close_at = max(iteration, min(window.last + length, boundary))
+        if has_new_names and self._names is not None:
+            self._columns.learn(self._names.read())
+        if bad and self._stop_on_nonfinite:
+            raise NonFiniteLoss(self._describe(bad, window.unrolled))
+
+    def _describe(self, bad: Mapping[str, int], unrolled: Unrolled) -> str:
+        """Say which losses are not finite, since when and on which ranks; a collective."""
+        ranks = [0]
+        if self._world_size > 1:
+            values = unrolled.values[:, [self._columns.index(name) for name in bad]]
+            mine = torch.tensor([not np.isfinite(values).all()])
+            all_ranks = [torch.empty_like(mine) for _ in range(self._world_size)]
+            dist.all_gather(all_ranks, mine, group=self._group)
+            ranks = [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
+        return (
+            f"{', '.join(bad)} not finite from iteration {min(bad.values())} on, on "
+            f"rank {', '.join(map(str, ranks))} of {self._world_size}; no checkpoint was saved "
+            "since. Lower optim.lr, clip gradients (trainer.clip_norm=1.0), look at the data, or "
+            "leave such updates out (trainer.nonfinite=skip)"
+        )
+
+
+class _SharedNames:
+    """The names that ranks have and others may not, told through a key-value store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._prefix = f"distrain/names/{next(_instances)}"  # ranks build the same number of these
+        self._num_read = 0
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._prefix, str(self._num_read), *map(str, parts)])
+
+    def publish(self, kinds: Mapping[str, ScalarKind]) -> None:
+        """Tell this rank's new names; equal lists of many ranks are stored once."""
+        text = json.dumps(kinds, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self._store.add(self._key(digest), 1) == 1:
+            slot = self._store.add(self._key("num"), 1)
+            self._store.set(self._key("list", slot), text)
+
+    def read(self) -> dict[str, ScalarKind]:
+        """Return what any rank told since the last `read`.
+
+        Called by all ranks after a collective that each entered after its `publish`, so all is
+        there and all read the same.
+
+        Raises:
+            ValueError: two ranks put one name with different settings.
+        """
+        found: dict[str, ScalarKind] = {}
+        for slot in range(1, self._store.add(self._key("num"), 0) + 1):
+            for name, fields in json.loads(self._store.get(self._key("list", slot))).items():
+                kind = ScalarKind(*fields)
+                if found.setdefault(name, kind) != kind:
+                    raise ValueError(f"{name}: one rank put it as {kind}, another as {found[name]}")
+        self._num_read += 1
+        return found

@@ -1,0 +1,289 @@
+"""The step of data-parallel training."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distrain.data import to_device
+from distrain.distributed import local_device, random_states, restore_random_states
+from distrain.errors import ConfigError
+from distrain.events import EventStorage
+from distrain.hook import HookBase
+from distrain.loop import TrainerBase
+from distrain.losses import call, takes_whole_batch, total_loss
+from distrain.optim import clip_gradients
+
+__all__ = ["Seekable", "Trainer", "TrainerBase"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """Data whose stream can start anywhere."""
+
+    def batches(self, start_iter: int) -> Iterator[Any]:
+        """Return the endless micro-batches of this rank from an iteration on."""
+
+
+class Trainer(TrainerBase):
+    """Data-parallel training of one model with one optimizer.
+
+    With several ranks the model is wrapped in DistributedDataParallel here; what changes its
+    parameters (SyncBatchNorm, the optimizer's groups) comes before.
+
+    Args:
+        model: called as `model(batch)` if its forward takes one argument, else as
+            `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element, or
+            several by name, whose sum is minimised.
+        optimizer: over parameters of the model.
+        data: an iterable of this rank's batches, started again when it ends; or a `TrainLoader`,
+            whose stream starts at any iteration.
+        hooks: see `TrainerBase`.
+        device: where to train; None is this rank's GPU, or the CPU.
+        window: see `TrainerBase`.
+        accumulation: A, forwards in one step; the loss is their mean.
+        clip_norm: scale gradients down to this global norm.
+        clip_value: clamp gradients to this magnitude.
+        precision: "bf16" and "fp16" run forward under autocast, "fp16" with a scaled loss.
+        channels_last: keep images and filters in that memory format.
+        compile: run the model through torch.compile.
+        nonfinite: "stop" ends training when a loss is not finite; "skip" leaves the update out,
+            which costs one read-back a step.
+        ddp: further keywords of DistributedDataParallel.
+
+    Attributes:
+        model: what is called in a step. module: the model itself, unwrapped.
+        data_s: seconds that the last step waited for its data.
+        grad_norm: () global norm before clipping, on the device; None without clip_norm.
+
+    Raises:
+        ConfigError: a keyword has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Iterable[Any] | Seekable,
+        *,
+        hooks: Mapping[str, HookBase] | Iterable[HookBase] = (),
+        device: torch.device | None = None,
+        window: int = 20,
+        accumulation: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        precision: Precision = "fp32",
+        channels_last: bool = False,
+        compile: bool = False,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        ddp: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
+        if precision not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"trainer.precision={precision!r}; choose fp32, bf16 or fp16")
+        if nonfinite not in ("stop", "skip"):
+            raise ConfigError(f"trainer.nonfinite={nonfinite!r}; choose stop or skip")
+        if accumulation < 1:
+            raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
+        if clip_norm is not None and clip_value is not None:
+            raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
+        self.device = device or local_device()
+        self.module = model.to(self.device)
+        if channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            self.module.compile()
+        self.model = _wrap(self.module, self.device, self.where.world_size, ddp or {})
+        self.optimizer = optimizer
+        self.data = data
+        self.accumulation = accumulation
+        self.precision = precision
+        self.data_s = 0.0
+        self.grad_norm: Tensor | None = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self._clip = {"norm": clip_norm, "value": clip_value}
+        self._is_clipping = clip_norm is not None or clip_value is not None
+        self._skip_nonfinite = nonfinite == "skip"
+        self._channels_last = channels_last
+        self._takes_whole_batch = takes_whole_batch(self.module)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def prepare(self) -> None:
+        """Start the stream at `start_iter`; with three ranks or more settle DDP's buckets."""
+        self.module.train()
+        if isinstance(self.data, Seekable):
+            self._batches = self.data.batches(self.start_iter)
+        else:
+            self._batches = endless(self.data)
+        if self.where.world_size > 2 and self.start_iter < self.max_iter:
+            batch = next(self._batches)
+            self._settle_buckets(batch)
+            self._batches = itertools.chain([batch], self._batches)
+
+    def run_step(self) -> None:
+        """Forward, backward, `after_backward`, clipping, update."""
+        self.data_s = 0.0
+        if self.accumulation == 1:
+            losses = self._forward_backward()
+        else:
+            losses = self._accumulate()
+        self.storage.put_losses(losses)
+        self._call("after_backward")
+        if self._is_clipping or self._skip_nonfinite:
+            self.scaler.unscale_(self.optimizer)
+        if self._is_clipping:
+            self.grad_norm = clip_gradients(self._parameters, **self._clip)
+        if not self._skip_nonfinite or self._gradients_are_finite():
+            if self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _accumulate(self) -> dict[str, Tensor]:
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
+        with no_sync():
+            parts = [self._forward_backward() for _ in range(self.accumulation - 1)]
+        parts.append(self._forward_backward())
+        return {
+            name: torch.stack([part[name].detach() for part in parts]).mean()
+            for name in parts[0]
+        }
+
+    def _forward_backward(self) -> dict[str, Tensor]:
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.data_s += time.perf_counter() - begin
+        losses = self.forward(batch)
+        loss = losses["loss"]
+        if self.accumulation > 1:
+            loss = loss / self.accumulation
+        if self.scaler.is_enabled():
+            loss = self.scaler.scale(loss)
+        loss.backward()
+        return losses
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Return the losses of a batch by name; "loss" is their sum.
+
+        Args:
+            batch: as the data gave it.
+
+        Raises:
+            ConfigError: the model returned something else than losses.
+        """
+        batch = to_device(batch, self.device)
+        if self._channels_last:
+            batch = _to_channels_last(batch)
+        if self._autocast is None:
+            return total_loss(call(self.model, batch, whole=self._takes_whole_batch))
+        with torch.autocast(self.device.type, self._autocast):
+            return total_loss(call(self.model, batch, whole=self._takes_whole_batch))
+
+    def _gradients_are_finite(self) -> bool:
+        """Whether the update may be applied: the same on all ranks, as the gradients are."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        is_finite = bool(torch.isfinite(norm))
+        self.storage.put_scalar("skipped_update", float(not is_finite), smoothing_hint=False)
+        return is_finite
+
+    def _settle_buckets(self, batch: Any) -> None:
+        """Make one throw-away forward and backward, and leave no trace of it.
+
+        DDP orders its gradient buckets anew after the first backward. From three ranks on that
+        changes the order of additions, so a resumed run, which has a first backward of its own,
+        would differ from a straight one in the last bits.
+        """
+        random, buffers = random_states(), [b.clone() for b in self.module.buffers()]
+        with EventStorage(self.start_iter):
+            self.forward(batch)["loss"].backward()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, old in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+        restore_random_states(random)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of model, optimizer, scaler, stream, hooks and histories."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "stream": {"iteration": self.iter_done},
+            **super().state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned, before `train`.
+
+        Args:
+            state: with tensors on the CPU.
+
+        Raises:
+            RuntimeError: names or shapes of the model's tensors differ; all are listed.
+        """
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        super().load_state_dict(state)
+
+
+def endless(data: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of an iterable over and over; a DistributedSampler learns of each epoch.
+
+    Raises:
+        ConfigError: there is no batch in it.
+    """
+    for epoch in itertools.count():
+        set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        is_empty = True
+        for batch in data:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ConfigError("the data has no batch; training needs at least one")
+
+
+def _wrap(
+    module: nn.Module, device: torch.device, world_size: int, options: Mapping[str, Any]
+) -> nn.Module:
+    if world_size == 1:
+        return module
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": has_own_buffers(module)} | dict(
+        options
+    )
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, **options)
+
+
+def has_own_buffers(module: nn.Module) -> bool:
+    """Whether ranks may come to hold different buffers: those of SyncBatchNorm stay equal."""
+    return any(
+        "SyncBatchNorm" not in type(part).__name__
+        for part in module.modules()
+        for _ in part.buffers(recurse=False)
+    )
+
+
+def _to_channels_last(batch: Any) -> Any:
+    if isinstance(batch, Tensor) and batch.dim() == 4:
+        return batch.contiguous(memory_format=torch.channels_last)
+    if isinstance(batch, Mapping):
+        return {name: _to_channels_last(part) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to_channels_last(part) for part in batch)
+    return batch
