@@ -56,13 +56,13 @@ class DigitCanvas(Dataset[tuple[Tensor, Tensor, Tensor]]):
     Args:
         split: "train" or "test"; the digits are those of `digits.load_split`.
         canvases: how many canvases show each digit.
-        seed: of places and sizes.
+        places_seed: of places and sizes; the seed of a run does not change them.
     """
 
-    def __init__(self, split: Split = "train", *, canvases: int = 4, seed: int = 0) -> None:
+    def __init__(self, split: Split = "train", *, canvases: int = 8, places_seed: int = 0) -> None:
         self.digits, self.labels = load_split(split)  # (N, 8, 8), (N,)
         self.inks = ink_boxes(self.digits)  # (N, 4)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(places_seed)
         draws = torch.rand(len(self.digits) * canvases, 3, generator=generator)
         self.scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draws[:, 0]  # (N canvases,)
         self.corner = draws[:, 1:] * (CANVAS - SIDE * self.scale[:, None])  # (N canvases, 2)
@@ -88,8 +88,9 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
     Example: (0, 0, 2, 2) and (1, 1, 3, 3) share 1 of 4 + 4 - 1 = 7: 0.1429.
     """
-    overlap = torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])
-    shared = overlap.clamp(min=0).prod(dim=1)
+    low = torch.maximum(boxes[:, :2], others[:, :2])  # (B, 2)
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=1)
     areas = [(b[:, 2:] - b[:, :2]).clamp(min=0).prod(dim=1) for b in (boxes, others)]
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
 
@@ -182,7 +183,7 @@ class DigitFinder(nn.Module):
         accuracy = (scores.argmax(dim=1) == labels).float()
         return {"accuracy": accuracy, "box_iou": box_iou(found, boxes)}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _report(
         self, canvases: Tensor, labels: Tensor, boxes: Tensor, scores: Tensor, found: Tensor
     ) -> None:

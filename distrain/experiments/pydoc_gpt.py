@@ -9,10 +9,10 @@ version (377,000 characters in 3.11); the vocabulary does not. Letters beside te
 
 import math
 from functools import cache
+from pydoc_data.topics import topics
 from typing import Literal
 
 import torch
-from pydoc_data.topics import topics
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -32,7 +32,7 @@ def corpus() -> str:
     Topics repeat each other (a fifth of the text in Python 3.11). What is held out for the test
     would otherwise be known from training.
     """
-    paragraphs = (part for topic in topics.values() for part in topic.split("\n\n"))
+    paragraphs = (part.strip("\n") for topic in topics.values() for part in topic.split("\n\n"))
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
