@@ -1,0 +1,300 @@
+"""Learning-rate schedules: pure functions of the iteration, as torch schedulers.
+
+All follow `lr(t) = base_lr * warmup(t) * decay(t)`, where t is the number of updates made. Nothing
+else is state, so a resumed run, or one whose horizon was changed, goes on as if it had always been
+so. The examples give `decay(t)` for t = 0, 1, 2, ...; `WarmupLR` describes the warm-up. Any
+scheduler of torch that steps once an iteration can stand in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from distrain.curve import schedule_values
+from distrain.errors import ConfigError
+from distrain.rules import number
+from distrain.warmup import HorizonLR, WarmupLR, choice, whole
+
+__all__ = [
+    "OneCycleLR",
+    "WarmupConstantLR",
+    "WarmupCosineLR",
+    "WarmupExponentialLR",
+    "WarmupLinearLR",
+    "WarmupMultiStepLR",
+    "WarmupPolynomialLR",
+    "WarmupStableDecayLR",
+    "names",
+    "schedule_values",
+]
+
+DECAY_METHODS = ("cosine", "linear", "sqrt")
+ANNEAL_METHODS = ("cosine", "linear")
+
+
+class WarmupConstantLR(WarmupLR):
+    """The base rate after the warm-up: `decay(t) = 1`."""
+
+    def decay(self, t: int) -> float:
+        """Return 1."""
+        return 1.0
+
+
+class WarmupMultiStepLR(WarmupLR):
+    """Steps down at milestones: `decay(t) = gamma ** bisect_right(milestones, t)`.
+
+    The schedule of ResNet (He et al. 2016) and of most detectors. Example: milestones [2, 4], gamma
+    0.1: 1, 1, 0.1, 0.1, 0.01, ...
+
+    Args:
+        milestones: the t from which on a further gamma counts, ascending.
+        gamma: factor of each step, >= 0.
+        optimizer, warmup_*, last_epoch: see `WarmupLR`.
+
+    Raises:
+        ConfigError: the milestones do not ascend; the text gives them.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[int],
+        gamma: float = 0.1,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+            raise ConfigError(f"milestones={milestones!r}; give a list of iterations")
+        self.milestones = [whole("milestones", each, least=0) for each in milestones]
+        if self.milestones != sorted(self.milestones):
+            raise ConfigError(f"milestones={self.milestones} must ascend; sort the list")
+        self.gamma = number("gamma", gamma)
+        super().__init__(optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch)
+
+    def decay(self, t: int) -> float:
+        """Return gamma to the power of the number of milestones reached."""
+        return float(self.gamma ** bisect_right(self.milestones, t))
+
+
+class WarmupCosineLR(HorizonLR):
+    """Half a cosine down to 0 at `max_iters`: `decay(t) = 0.5 * (1 + cos(pi * t / max_iters))`.
+
+    Loshchilov & Hutter 2017, "SGDR", equation 5, without restarts. The cosine runs on beneath the
+    warm-up, and rises again past `max_iters`. Example: max_iters 4: 1, 0.853553, 0.5, 0.146447, 0.
+    """
+
+    def decay(self, t: int) -> float:
+        """Return the cosine's share."""
+        return 0.5 * (1.0 + math.cos(math.pi * t / self.max_iters))
+
+
+class WarmupLinearLR(HorizonLR):
+    """A straight line: `decay(t) = 1 - (1 - final_factor) * p`, p = t / max_iters, 1 at most.
+
+    The usual one for fine-tuning (Devlin et al. 2019, BERT, appendix A.2: to 0). Example: max_iters
+    4, final_factor 0.2: 1, 0.8, 0.6, 0.4, 0.2, 0.2, ...
+
+    Args:
+        final_factor: share of the base rate at the end, >= 0.
+        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *,
+        final_factor: float = 0.0,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.final_factor = number("final_factor", final_factor)
+        super().__init__(
+            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
+        )
+
+    def decay(self, t: int) -> float:
+        """Return the line's height."""
+        return 1.0 - (1.0 - self.final_factor) * self.progress(t)
+
+
+class WarmupPolynomialLR(HorizonLR):
+    """A power of what is left: `decay(t) = (1 - p) ** power`, p = t / max_iters, 1 at most.
+
+    "poly" of DeepLab (Chen et al. 2017, section 4.1), there with power 0.9. Example: max_iters 4,
+    power 2: 1, 0.5625, 0.25, 0.0625, 0, 0, ...
+
+    Args:
+        power: exponent, > 0.
+        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *,
+        power: float = 0.9,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.power = number("power", power, above=0.0)
+        super().__init__(
+            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
+        )
+
+    def decay(self, t: int) -> float:
+        """Return the power of the share that is left."""
+        return math.pow(1.0 - self.progress(t), self.power)
+
+
+class WarmupExponentialLR(HorizonLR):
+    """The same factor in each iteration: `decay(t) = final_factor ** (t / max_iters)`.
+
+    torch's `ExponentialLR` with gamma = final_factor ** (1 / max_iters); it goes on past the end.
+    Example: max_iters 4, final_factor 0.01: 1, 0.316228, 0.1, 0.0316228, 0.01, 0.00316228, ...
+
+    Args:
+        final_factor: share of the base rate at `max_iters`, > 0.
+        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *,
+        final_factor: float = 0.01,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.final_factor = number("final_factor", final_factor, above=0.0)
+        super().__init__(
+            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
+        )
+
+    def decay(self, t: int) -> float:
+        """Return the power of the final factor."""
+        return math.pow(self.final_factor, t / self.max_iters)
+
+
+class WarmupStableDecayLR(HorizonLR):
+    """Warm-up, a long constant part, and a decay at the end (WSD).
+
+    `decay(t) = 1` until `max_iters - decay_iters`; from there x = (t - that) / decay_iters, 1 at
+    most, and `decay(t) = final_factor + (1 - final_factor) * shape(x)`, where shape is `1 - x`
+    (linear), `0.5 * (1 + cos(pi * x))` (cosine) or `1 - sqrt(x)` (sqrt). Hu et al. 2024, MiniCPM,
+    section 4; the three shapes are compared in Hägele et al. 2024, "Scaling Laws and
+    Compute-Optimal Training Beyond Fixed Training Durations", where 1 - sqrt does best. A longer
+    horizon only moves the decay: resume from before it. Example: max_iters 6, decay_iters 4,
+    linear: 1, 1, 1, 0.75, 0.5, 0.25, 0; sqrt: 1, 1, 1, 0.5, 0.292893, 0.133975, 0.
+
+    Args:
+        decay_iters: length of the decay, 1 ... max_iters.
+        decay_method: "linear", "cosine" or "sqrt".
+        final_factor: share of the base rate at the end, >= 0.
+        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *,
+        decay_iters: int,
+        decay_method: str = "linear",
+        final_factor: float = 0.0,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.decay_iters = whole("decay_iters", decay_iters, least=1)
+        if self.decay_iters > whole("max_iters", max_iters, least=1):
+            raise ConfigError(f"decay_iters={decay_iters} exceeds max_iters={max_iters}")
+        self.decay_method = choice("decay_method", decay_method, DECAY_METHODS)
+        self.final_factor = number("final_factor", final_factor)
+        super().__init__(
+            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
+        )
+
+    def decay(self, t: int) -> float:
+        """Return 1, or the height in the final decay."""
+        x = min(max(t - (self.max_iters - self.decay_iters), 0) / self.decay_iters, 1.0)
+        if self.decay_method == "linear":
+            shape = 1.0 - x
+        elif self.decay_method == "cosine":
+            shape = 0.5 * (1.0 + math.cos(math.pi * x))
+        else:
+            shape = 1.0 - math.sqrt(x)
+        return self.final_factor + (1.0 - self.final_factor) * shape
+
+
+class OneCycleLR(WarmupLR):
+    """Up to the base rate and down again: one cycle, with the base rate as its peak.
+
+    With top = rise * max_iters - 1: from `start_factor` at 0 to 1 at top, then to `final_factor` at
+    max_iters - 1, where it stays; `cosine` goes from a to b as `b + (a - b) * 0.5 * (1 + cos(pi *
+    x))`, `linear` straight. Smith & Topin 2018, "Super-Convergence". The rates are those of torch's
+    `OneCycleLR(max_lr=lr, total_steps=max_iters, pct_start=rise)`; momentum is left alone. Example:
+    max_iters 9, rise 1/3, start_factor 0.2, final_factor 0, linear: 0.2, 0.6, 1, 5/6, 4/6, ... 0.
+
+    Args:
+        max_iters: length of the cycle.
+        rise: share of the cycle that goes up, >= 0 and < 1.
+        method: "cosine" or "linear".
+        start_factor: share of the base rate at t = 0, >= 0.
+        final_factor: share of the base rate at the end, >= 0.
+        optimizer, last_epoch: see `WarmupLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *,
+        rise: float = 0.3,
+        method: str = "cosine",
+        start_factor: float = 0.04,
+        final_factor: float = 4e-6,
+        last_epoch: int = -1,
+    ) -> None:
+        self.max_iters = whole("max_iters", max_iters, least=1)
+        self.rise = number("rise", rise)
+        if self.rise >= 1.0:
+            raise ConfigError(f"rise={rise!r}; give a share of the cycle, >= 0 and < 1")
+        self.method = choice("method", method, ANNEAL_METHODS)
+        self.start_factor = number("start_factor", start_factor)
+        self.final_factor = number("final_factor", final_factor)
+        super().__init__(optimizer, warmup_iters=0, last_epoch=last_epoch)
+
+    def decay(self, t: int) -> float:
+        """Return the height of the cycle."""
+        top, last = self.rise * self.max_iters - 1, self.max_iters - 1
+        if t < top:
+            return self._between(self.start_factor, 1.0, t / top)
+        if t >= last:
+            return self.final_factor
+        return self._between(1.0, self.final_factor, (t - max(top, 0)) / (last - max(top, 0)))
+
+    def _between(self, start: float, end: float, x: float) -> float:
+        if self.method == "linear":
+            return start + (end - start) * x
+        return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * x))
+
+
+def names() -> list[str]:
+    """Return the names of the schedules here, for an error that says what exists."""
+    return [name for name in __all__ if name.endswith("LR")]

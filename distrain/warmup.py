@@ -1,0 +1,160 @@
+"""What all learning-rate schedules share: the warm-up, and a torch scheduler that is pure in t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from distrain.errors import ConfigError
+from distrain.rules import number
+
+WARMUP_METHODS = ("constant", "linear")
+
+
+class WarmupLR(LRScheduler):
+    """Base of the schedules: a warm-up times what a subclass defines as `decay(t)`.
+
+    `warmup(t)` is 1 from `warmup_iters` on. Before that it is `warmup_factor` (constant), or, with
+    a = t / warmup_iters, `warmup_factor * (1 - a) + a` (linear; Goyal et al. 2017, "Accurate, Large
+    Minibatch SGD", section 2.2). Example: warmup_factor 0.1, warmup_iters 4, linear: 0.1, 0.325,
+    0.55, 0.775, 1, 1, ...
+
+    The difference to torch's own schedulers: `state_dict` holds `last_epoch` alone, everything else
+    comes from the arguments, so that a longer horizon in the configuration counts; `get_last_lr`
+    gives plain floats for tensor rates too, which are filled in place; `step`, called in every
+    iteration, leaves out torch's bookkeeping and its warnings about the order of calls.
+    `SequentialLR` works. `ChainedScheduler` does not: each step sets the rate afresh and would undo
+    what the schedulers before it did.
+
+    Args:
+        optimizer: its groups' `initial_lr`, or else `lr`, are the base rates.
+        warmup_factor: share of the base rate at t = 0, >= 0.
+        warmup_iters: iterations until the warm-up ends; 0 for none.
+        warmup_method: "linear" or "constant".
+        last_epoch: as in torch: the updates made before, less one; -1 starts anew.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.warmup_factor = number("warmup_factor", warmup_factor)
+        self.warmup_iters = whole("warmup_iters", warmup_iters, least=0)
+        self.warmup_method = choice("warmup_method", warmup_method, WARMUP_METHODS)
+        super().__init__(optimizer, last_epoch)
+        self.base_lrs = [float(base) for base in self.base_lrs]  # never read a tensor back again
+
+    def decay(self, t: int) -> float:
+        """Return the factor of the schedule itself after t updates."""
+        raise NotImplementedError
+
+    def warmup(self, t: int) -> float:
+        """Return the factor of the warm-up after t updates."""
+        if t >= self.warmup_iters:
+            return 1.0
+        if self.warmup_method == "constant":
+            return self.warmup_factor
+        alpha = t / self.warmup_iters
+        return self.warmup_factor * (1 - alpha) + alpha
+
+    def factor(self, t: int) -> float:
+        """Return what the base rates are multiplied by after t updates."""
+        return self.warmup(t) * self.decay(t)
+
+    def lr_at(self, t: int) -> list[float]:
+        """Return the rate of each group after t updates, without going there."""
+        warmup, decay = self.warmup(t), self.decay(t)
+        return [float(base) * warmup * decay for base in self.base_lrs]
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group now, as torch's schedulers call it."""
+        return [*self.lr_at(self.last_epoch)]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Count one update, or go to update `epoch`, and set the rates of all groups."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self.apply()
+
+    def apply(self) -> None:
+        """Set the rates of all groups for the present t, such as after loading a state."""
+        rates = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates as `last_epoch`."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the number of updates back, from one of torch's schedulers too.
+
+        As in torch the optimizer is not touched: its own state holds the rates. Where the schedule
+        has changed since, `apply` sets them at once and `step` one update later.
+        """
+        self.last_epoch = int(state_dict["last_epoch"])
+        self._last_lr = self.get_lr()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.step(epoch)  # SequentialLR calls this to start a schedule at 0
+
+
+class HorizonLR(WarmupLR):
+    """Base of the schedules that end at an iteration.
+
+    Args:
+        max_iters: the t at which the schedule ends, >= 1.
+        optimizer, warmup_*, last_epoch: see `WarmupLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        warmup_factor: float = 0.001,
+        warmup_iters: int = 1000,
+        warmup_method: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        self.max_iters = whole("max_iters", max_iters, least=1)
+        super().__init__(optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch)
+
+    def progress(self, t: int) -> float:
+        """Return t / max_iters, but never more than 1."""
+        return min(t / self.max_iters, 1.0)
+
+
+def whole(key: str, value: Any, *, least: int) -> int:
+    """Return a number of iterations, checked to be an int of at least `least`.
+
+    Raises:
+        ConfigError: it is none, with the key, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key}={value!r}; give a whole number of iterations >= {least}")
+    return value
+
+
+def choice(key: str, value: Any, choices: Sequence[str]) -> str:
+    """Return a word, checked to be one of the choices.
+
+    Raises:
+        ConfigError: it is none, with the key, the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{key}={value!r}; choose one of {', '.join(choices)}")
+    return str(value)
