@@ -1,0 +1,131 @@
+"""Finding checkpoints in a run's folder. Standard library only: the command line starts fast."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distrain import checkpoint_format as fmt
+from distrain import durable
+
+ORPHAN_PATIENCE_S = 60.0
+
+_log = logging.getLogger("distrain")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint's folder says of itself.
+
+    Attributes:
+        path: the folder.
+        iteration: how many iterations were finished.
+        valid: whether every file is what was written.
+        why_not: the file and the reason if it is not valid.
+        world_size: the number of ranks that wrote it; this and all below are empty if the manifest
+            cannot be trusted.
+        bytes: the size of its files together.
+        created: when, in UTC.
+        attempt: how often the run was started before.
+        metric: the metric's value if one was given.
+        run_id: the id of the run that wrote it.
+        digests: a sha256 of each part, equal for equal parts.
+    """
+
+    path: Path
+    iteration: int
+    valid: bool
+    why_not: str = ""
+    world_size: int = 0
+    bytes: int = 0
+    created: str = ""
+    attempt: int = 0
+    metric: float | None = None
+    run_id: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_all(folder: str | Path) -> list[Path]:
+    """Return the folders of all checkpoints in a folder, oldest iteration first, unverified."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbered = [(fmt.iteration_of(name), name) for name in names]
+    return [
+        Path(folder, name) for n, name in sorted((n, name) for n, name in numbered if n is not None)
+    ]
+
+
+def describe(path: str | Path) -> Found:
+    """Verify a checkpoint and return what it says of itself.
+
+    Args:
+        path: its folder.
+    """
+    path = Path(path)
+    try:
+        manifest = fmt.verify(os.fspath(path))
+        why_not = ""
+    except fmt.CheckpointDamaged as error:
+        why_not = str(error)
+        try:
+            manifest = fmt.read_manifest(os.fspath(path))
+        except fmt.CheckpointDamaged:
+            return Found(path, fmt.iteration_of(path.name) or 0, valid=False, why_not=why_not)
+    return Found(
+        path=path,
+        iteration=manifest["iteration"],
+        valid=not why_not,
+        why_not=why_not,
+        world_size=manifest["world_size"],
+        bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+        created=manifest["created"],
+        attempt=manifest["attempt"],
+        metric=manifest["metric"],
+        run_id=manifest["run_id"],
+        digests=manifest["parts"],
+    )
+
+
+def newest_valid(folder: str | Path) -> Found | None:
+    """Return the newest valid checkpoint in a folder; None if there is none.
+
+    A damaged one is named in a warning and passed over.
+    """
+    for path in reversed(find_all(folder)):
+        found = describe(path)
+        if found.valid:
+            return found
+        _log.warning("checkpoint passed over: %s", found.why_not)
+    return None
+
+
+def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S) -> None:
+    """Remove what killed processes were writing or deleting in a folder.
+
+    The writer of a run that was killed may still be at work, on the newest checkpoint there is. It
+    is waited for; what is in use after that is left alone.
+
+    Args:
+        folder: the folder of a run's checkpoints.
+        patience_s: how long to wait at most.
+    """
+    deadline = time.monotonic() + patience_s
+    for path in _scratch_paths(folder):
+        while durable.in_use(path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not durable.in_use(path):
+            durable.remove(path)
+
+
+def _scratch_paths(folder: str | Path) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [os.path.join(folder, name) for name in names if durable.is_scratch(name)]

@@ -1,0 +1,132 @@
+"""The checkpoints of one run as a table, or the digests of two runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from distrain.checkpoint_found import Found, describe, find_all
+from distrain.checkpoint_retention import read_best
+
+DIGITS = 12  # of a digest: enough to tell parts apart
+
+
+class NothingFound(ValueError):
+    """A run has no checkpoint of the kind asked for; the text is one line for the user."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distrain.checkpoint",
+        description="List and verify the checkpoints of a run, or compare those of two runs.",
+        epilog="Exit status: 0 valid (and equal), 1 damaged or different, 2 nothing to look at.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/first")
+    parser.add_argument(
+        "other", type=Path, metavar="RUN2", nargs="?", help="another run, to compare with"
+    )
+    parser.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="show or compare the digests of this iteration (default: the newest valid one)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what the command line asks for and return the exit status."""
+    options = build_parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "unequal"
+    try:
+        if options.other is None:
+            return show(options.run, iteration=options.iteration)
+        return compare(options.run, options.other, iteration=options.iteration)
+    except NothingFound as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def show(run: Path, *, iteration: int | None = None) -> int:
+    """Print all checkpoints of a run, and the digests of one; 1 if none is valid, else 0."""
+    folder = checkpoint_folder(run)
+    found = [describe(path) for path in find_all(folder)]
+    if not found:
+        raise NothingFound(f"{run}: no checkpoints in {folder}")
+    best = read_best(str(folder))
+    print(f"{'iteration':>12} {'ranks':>6} {'size':>10}  state")
+    for one in found:
+        state = "valid" if one.valid else f"damaged: {one.why_not}"
+        state += " (best)" if best is not None and best["iteration"] == one.iteration else ""
+        print(f"{one.iteration:>12} {one.world_size or '?':>6} {_size(one.bytes):>10}  {state}")
+    if iteration is None and not any(one.valid for one in found):
+        return 1
+    chosen = choose(run, reversed(found), iteration=iteration)
+    print(f"\ndigests of iteration {chosen.iteration}")
+    for part, digest in chosen.digests.items():
+        print(f"  {part:<12} {digest[:DIGITS]}")
+    return 0
+
+
+def compare(run: Path, other: Path, *, iteration: int | None = None) -> int:
+    """Print the digests of two runs' checkpoints side by side; 0 if all are equal, else 1."""
+    left, right = (choose(one, _newest_first(one), iteration=iteration) for one in (run, other))
+    rows = [("iteration", str(left.iteration), str(right.iteration))]
+    for part in dict.fromkeys([*left.digests, *right.digests]):
+        rows.append((part, left.digests.get(part, "-"), right.digests.get(part, "-")))
+    print(f"{'':<14}{run!s:<16} {other}")
+    for name, a, b in rows:
+        print(f"{name:<13} {a[:DIGITS]:<16} {b[:DIGITS]:<14} {'=' if a == b else '≠'}")
+    return 0 if all(a == b for _, a, b in rows) else 1
+
+
+def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found:
+    """Return the newest valid checkpoint, or the one of an iteration.
+
+    Args:
+        run: the run's folder.
+        found: its checkpoints, newest first.
+        iteration: the iteration; None for the newest valid one.
+
+    Raises:
+        NothingFound: there is none, or it is damaged.
+    """
+    for one in found:
+        if iteration is None and one.valid:
+            return one
+        if one.iteration == iteration:
+            if one.valid:
+                return one
+            raise NothingFound(f"{run}: the checkpoint of iteration {iteration} is damaged")
+    what = "valid checkpoint" if iteration is None else f"checkpoint of iteration {iteration}"
+    raise NothingFound(f"{run}: no {what}")
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Return where a run's checkpoints are; `run` may also be that folder itself.
+
+    Raises:
+        NothingFound: there is no such folder.
+    """
+    if not run.is_dir():
+        raise NothingFound(f"{run}: no such run folder")
+    folder = run / "checkpoints"
+    return folder if folder.is_dir() or not find_all(run) else run
+
+
+def _newest_first(run: Path) -> Iterator[Found]:
+    """Verify a run's checkpoints one after the other, for as long as the caller asks for more."""
+    return (describe(path) for path in reversed(find_all(checkpoint_folder(run))))
+
+
+def _size(number: int) -> str:
+    size = float(number)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,208 @@
+"""The process that writes checkpoints, so that training waits for a copy and not for a disk.
+
+It is started by `checkpoint_process`, shares the staging memory with the training process, reads
+requests from its standard input and answers on its standard output, one JSON object a line each:
+
+    {"reserve": bytes}                    make the staging memory that large, its pages in place
+    {"save": [offset, length]}            write the checkpoint that the job, JSON text at that
+                                          place of the staging memory, describes
+    {"best": {...}, "folder": path}       note which checkpoint is the best
+
+When the training process dies it finishes what it was asked for, and ends. Standard library only:
+it starts in 30 ms and needs a few MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+
+from distrain import checkpoint_format as fmt
+from distrain import checkpoint_retention as retention
+from distrain import durable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+CHUNK_BYTES = 1 << 20  # stays in the cache while two hashes and the file take it
+NICE = 10
+
+
+def perform(request: dict[str, Any], staging_fd: int) -> dict[str, Any]:
+    """Do what a request asks for and return the answer; every failure is an answer too.
+
+    Returns:
+        `error`: None, or one line; `notes`: lines about what went wrong without harm;
+        `write_s`: the seconds that it took.
+    """
+    start = time.perf_counter()
+    notes: list[str] = []
+    error = None
+    try:
+        if "reserve" in request:
+            reserve(staging_fd, request["reserve"])
+        elif "best" in request:
+            retention.mark_best(request["folder"], request["best"], notes)
+        else:
+            offset, length = request["save"]
+            with mmap.mmap(staging_fd, 0, prot=mmap.PROT_READ) as memory:
+                job = json.loads(memory[offset : offset + length])
+                _save(job, memory, notes)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return {"error": error, "notes": notes, "write_s": time.perf_counter() - start}
+
+
+def reserve(staging_fd: int, size: int) -> None:
+    """Make the staging memory at least `size` bytes large and put its pages in place.
+
+    Raises:
+        OSError: there is not so much memory.
+    """
+    if os.fstat(staging_fd).st_size < size:
+        os.posix_fallocate(staging_fd, 0, size)
+        mmap.mmap(staging_fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE).close()
+
+
+def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
+    """Write one checkpoint and give it its name; then delete the ones no longer kept."""
+    folder = job["folder"]
+    _make_folder(folder)
+    run_id = retention.run_id_of(folder)
+    path = os.path.join(folder, fmt.folder_name(job["iteration"]))
+    if not _is_valid(path):
+        scratch = os.path.join(folder, job["scratch"])
+        os.mkdir(scratch, 0o755)
+        try:
+            with open(durable.create(os.path.join(scratch, fmt.MANIFEST_FILE)), "wb") as manifest:
+                durable.lock(manifest.fileno())  # until the checkpoint has its name: see `in_use`
+                fields = _write_files(scratch, job, memory)
+                manifest.write(fmt.render_manifest({**fields, "run_id": run_id}))
+                manifest.flush()
+                os.fsync(manifest.fileno())
+                durable.sync_folder(scratch)
+                retention.set_aside(path, run_id, notes)
+                os.rename(scratch, path)
+                durable.sync_folder(folder)
+        except BaseException:
+            durable.remove(scratch)
+            raise
+    if job["best"] is not None:
+        retention.mark_best(folder, job["best"], notes)
+    try:
+        retention.prune(folder, run_id, job["iteration"], job["keep"])
+    except OSError as error:
+        notes.append(f"old checkpoints could not be deleted: {error}")
+
+
+def _write_files(scratch: str, job: dict[str, Any], memory: mmap.mmap) -> dict[str, Any]:
+    """Write and fsync all files but the manifest; return the manifest's fields."""
+    files: dict[str, Any] = {}
+    sha256: dict[tuple[str, str], str] = {}
+    with memoryview(memory) as buffer:
+        for name, tensors in job["files"].items():
+            files[name], hashes = _write_tensors(os.path.join(scratch, name), tensors, buffer)
+            sha256.update({(name, tensor): value for tensor, value in hashes.items()})
+    lines = [f"{json.dumps(part)}: {json.dumps(node)}" for part, node in job["tree"].items()]
+    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    with open(durable.create(os.path.join(scratch, fmt.STATE_FILE)), "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    files[fmt.STATE_FILE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    parts = fmt.part_digests(job["tree"], lambda file, tensor: sha256[file, tensor])
+    return {"iteration": job["iteration"], **job["manifest"], "files": files, "parts": parts}
+
+
+def _write_tensors(
+    path: str, tensors: list[list[Any]], buffer: memoryview
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write a safetensors file: length of the header (8 bytes, little-endian), header, bytes.
+
+    Format: https://github.com/huggingface/safetensors#format
+
+    Args:
+        path: the new file.
+        tensors: for each its name, dtype, shape, offset in the buffer and size in bytes.
+        buffer: the staging memory.
+
+    Returns:
+        The file's entry in the manifest; the sha256 of each tensor's bytes by name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, _, size in tensors:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    of_file, hashes = hashlib.sha256(text), {}
+    with open(durable.create(path), "wb") as file:
+        file.write(text)
+        for name, _, _, offset, size in tensors:
+            of_tensor = hashlib.sha256()
+            for start in range(offset, offset + size, CHUNK_BYTES):
+                with buffer[start : min(start + CHUNK_BYTES, offset + size)] as chunk:
+                    of_tensor.update(chunk)
+                    of_file.update(chunk)
+                    file.write(chunk)
+            hashes[name] = of_tensor.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(text) + end, "sha256": of_file.hexdigest()}, hashes
+
+
+def _make_folder(folder: str) -> None:
+    if not os.path.isdir(folder):
+        os.makedirs(folder, 0o755, exist_ok=True)
+        durable.sync_folder(os.path.dirname(folder))
+
+
+def _is_valid(path: str) -> bool:
+    try:
+        fmt.verify(path)
+    except fmt.CheckpointDamaged:
+        return False
+    return True
+
+
+def main(arguments: list[str]) -> None:
+    """Answer requests until the training process closes the pipe or is gone.
+
+    Args:
+        arguments: the file descriptor of the staging memory; the training process's id.
+    """
+    staging_fd, parent = map(int, arguments)
+    for number in IGNORED_SIGNALS:  # the launcher and SLURM signal every process of a job
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    os.nice(NICE)
+    pending = b""
+    while True:
+        # loader workers that were forked may hold the pipe open longer than the parent lives
+        while not select.select([0], [], [], 1.0)[0]:
+            if os.getppid() != parent:
+                return
+        data = os.read(0, 1 << 16)
+        if not data:
+            return
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            answer = json.dumps(perform(json.loads(line), staging_fd)) + "\n"
+            try:
+                os.write(1, answer.encode())
+            except BrokenPipeError:
+                continue  # nobody waits for the answer any more; do the rest all the same
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

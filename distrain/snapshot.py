@@ -1,0 +1,246 @@
+"""A nested training state taken apart into a JSON tree and named tensors (back: `restore`).
+
+In the tree a list is a JSON array, a dict whose keys are all str a JSON object, and the rest an
+object with one key that begins with "$": {"$tuple": [...]}, {"$tensor": name, ...} and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from base64 import b64encode
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distrain.checkpoint_format import MODEL_FILE, MODEL_PART, TRAINING_FILE, part_digests
+
+ALLOWED = (
+    "dict (also OrderedDict, Counter) with str or int keys, list, tuple, int, float, bool, str, "
+    "bytes, None, dense torch tensors, numpy arrays and scalars of numbers"
+)
+MAX_DEPTH = 64
+INT64 = range(-(1 << 63), 1 << 63)
+TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# names of https://github.com/huggingface/safetensors by the names of torch and numpy; what is not
+# among them is kept as a row of bytes
+SAFETENSORS_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+
+
+class NamedTensor(NamedTuple):
+    """One tensor of a state and its place in a checkpoint.
+
+    Attributes:
+        file: the safetensors file that holds it.
+        name: its name there.
+        dtype: its dtype there.
+        shape: its shape there.
+        nbytes: the size of its values.
+        source: the tensor, or a contiguous numpy array of its bytes.
+    """
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: Tensor | NDArray[np.uint8]
+
+
+@dataclass
+class Snapshot:
+    """A state taken apart.
+
+    Attributes:
+        tree: the parts (top-level keys of the state) by name, as JSON values.
+        tensors: what the tree refers to, in the tree's order; not copied yet.
+    """
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    tensors: list[NamedTensor] = field(default_factory=list)
+
+
+def encode(state: Mapping[str, Any]) -> Snapshot:
+    """Take a state apart.
+
+    Args:
+        state: parts by name, such as model, optimizer, rng; nested as `ALLOWED` says.
+
+    Raises:
+        TypeError: a value of another type; the text has its dotted path.
+    """
+    encoder = _Encoder()
+    for part, value in state.items():
+        if type(part) is not str or not part or part.startswith("$"):
+            raise TypeError(f"checkpoint state: {part!r} cannot name a part; use a plain str")
+        encoder.snapshot.tree[part] = encoder.encode(value, (part,))
+    return encoder.snapshot
+
+
+class _Encoder:
+    """Walks through a state and fills a snapshot."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+        self._names: set[tuple[str, str]] = set()
+
+    def encode(self, value: Any, path: tuple[str, ...]) -> Any:
+        """Return the JSON value for `value`, which lies at `path`."""
+        if len(path) > MAX_DEPTH:
+            raise TypeError(f"checkpoint state at {'.'.join(path[:8])}...: nested in itself?")
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if kind is int:
+            return value if value in INT64 else {"$int": hex(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+        if kind is str:
+            return _encode_str(value)
+        if kind is bytes:
+            return {"$bytes": b64encode(value).decode()}
+        if kind in (list, tuple):
+            items = self._encode_items(value, path)
+            return items if kind is list else {"$tuple": items}
+        if kind in (dict, OrderedDict, Counter):
+            return self._encode_dict(value, path)
+        if kind in TENSOR_TYPES:
+            return self._encode_tensor(value, path)
+        if kind is np.ndarray and value.dtype.kind in "biufc":
+            return self._encode_array(value, path)
+        if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+            return {"$scalar": value.tobytes().hex(), "dtype": value.dtype.str}
+        if kind is np.ndarray or isinstance(value, np.generic):
+            raise _refused(f"numpy values of dtype {value.dtype}", path)
+        raise _refused(f"a {kind.__module__}.{kind.__qualname__}", path)
+
+    def _encode_items(self, value: Sequence[Any], path: tuple[str, ...]) -> list[Any]:
+        if set(map(type, value)) == {int} and min(value) in INT64 and max(value) in INT64:
+            return list(value)  # fast, for the 625 numbers of each rank's random generator
+        return [self.encode(item, (*path, str(i))) for i, item in enumerate(value)]
+
+    def _encode_dict(self, value: dict[Any, Any], path: tuple[str, ...]) -> Any:
+        for key in value:
+            if type(key) not in (str, int):
+                raise _refused(f"the key {key!r} of type {type(key).__qualname__}", path)
+        pairs = [(key, self.encode(item, (*path, str(key)))) for key, item in value.items()]
+        plain = all(type(key) is str and _is_plain(key) and key[:1] != "$" for key in value)
+        if type(value) is dict and plain:
+            return dict(pairs)
+        rows = [[self.encode(key, path), item] for key, item in pairs]
+        if type(value) is OrderedDict:
+            node: dict[str, Any] = {"$ordered": rows}
+            if hasattr(value, "_metadata"):  # of nn.Module.state_dict: the modules' versions
+                node["metadata"] = self.encode(value._metadata, (*path, "_metadata"))
+            return node
+        return {"$counter" if type(value) is Counter else "$dict": rows}
+
+    def _encode_tensor(self, value: Tensor, path: tuple[str, ...]) -> Any:
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+            raise _refused(f"a tensor of layout {value.layout} on {value.device}", path)
+        dtype = str(value.dtype).removeprefix("torch.")
+        shape = tuple(value.shape)
+        name = self._add(value.detach(), dtype, shape, value.numel() * value.itemsize, path)
+        node: dict[str, Any] = {"$tensor": name, "dtype": dtype, "shape": list(shape)}
+        order = _memory_order(value)
+        return node if order is None else {**node, "order": order}
+
+    def _encode_array(self, value: NDArray[Any], path: tuple[str, ...]) -> Any:
+        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        dtype = value.dtype.name if value.dtype.isnative else value.dtype.str
+        name = self._add(flat, dtype, value.shape, value.nbytes, path)
+        return {"$array": name, "dtype": value.dtype.str, "shape": list(value.shape)}
+
+    def _add(
+        self,
+        source: Tensor | NDArray[np.uint8],
+        dtype: str,
+        shape: tuple[int, ...],
+        nbytes: int,
+        path: tuple[str, ...],
+    ) -> str:
+        """List a tensor under a name of its own in its file, and return the name."""
+        in_model = path[0] == MODEL_PART
+        file = MODEL_FILE if in_model else TRAINING_FILE
+        text = ".".join(path[1:] if in_model and len(path) > 1 else path)
+        name = text = text.encode(errors="replace").decode()  # other readers want valid Unicode
+        count = 1
+        while (file, name) in self._names or name == "__metadata__":
+            count += 1
+            name = f"{text}#{count}"
+        self._names.add((file, name))
+        if dtype in SAFETENSORS_DTYPES:
+            placed = NamedTensor(file, name, SAFETENSORS_DTYPES[dtype], shape, nbytes, source)
+        else:
+            placed = NamedTensor(file, name, "U8", (nbytes,), nbytes, source)
+        self.snapshot.tensors.append(placed)
+        return name
+
+
+def _refused(what: str, path: tuple[str, ...]) -> TypeError:
+    return TypeError(
+        f"checkpoint state at {'.'.join(path)}: {what} cannot be saved; allowed: {ALLOWED}"
+    )
+
+
+def _is_plain(text: str) -> bool:
+    """Say whether JSON gives the text back: halves of surrogate pairs may join there."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _encode_str(text: str) -> Any:
+    if _is_plain(text):
+        return text
+    return {"$str": b64encode(text.encode("utf-8", "surrogatepass")).decode()}
+
+
+def _memory_order(tensor: Tensor) -> list[int] | None:
+    """Return the dimensions, outermost in memory first, if it is dense but permuted.
+
+    So a channels-last tensor comes back as one, and what uses it stays as fast.
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def state_digests(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each part of a state, as its checkpoint's manifest has them."""
+    snapshot = encode(state)
+    hashes = {(t.file, t.name): hashlib.sha256(bytes_of(t.source).data) for t in snapshot.tensors}
+    return part_digests(snapshot.tree, lambda file, name: hashes[file, name].hexdigest())
+
+
+def bytes_of(source: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor, (nbytes,), on the host."""
+    if isinstance(source, np.ndarray):
+        return source
+    flat = source.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array

@@ -1,0 +1,151 @@
+"""The memory into which a checkpoint is copied, shared with the process that writes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrain.checkpoint_format import MODEL_FILE, TRAINING_FILE
+from distrain.snapshot import NamedTensor, Snapshot
+
+ALIGNMENT = 64  # bytes; any dtype can lie there, and copies start at a cache line
+GRANULE = 1 << 21  # grow in steps, so that histories that grow do not move the memory at each save
+CUDA_HOST_REGISTER_PORTABLE = 1
+
+_log = logging.getLogger("distrain")
+
+
+class Staging:
+    """A memory file that another process can map, reused from save to save and grown when needed.
+
+    A memory file rather than /dev/shm, whose size containers limit to 64 MB by default.
+
+    Attributes:
+        fd: its file descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("distrain-staging")
+        self._memory: Tensor = torch.empty(0, dtype=torch.uint8)  # (bytes,) once it is mapped
+        self._places: list[tuple[str, tuple[int, ...], int]] = []
+        self._views: list[Tensor] = []
+        self._pinned: bool | None = None  # None: not tried
+
+    def fill(self, snapshot: Snapshot, job: dict[str, Any]) -> tuple[int, int]:
+        """Copy a state and the job that saves it; when this returns, training may change the state.
+
+        Args:
+            snapshot: the state.
+            job: what the writer process gets, see `checkpoint_writer`; files and tree are added.
+
+        Returns:
+            Offset and length of the job's JSON text in the memory.
+
+        Raises:
+            OSError: there is not enough memory.
+        """
+        tensors = snapshot.tensors
+        offsets, end = place(tensors)
+        files: dict[str, list[list[Any]]] = {MODEL_FILE: [], TRAINING_FILE: []}
+        # in a safetensors file nothing lies between the tensors: wide elements first keeps each
+        # aligned to its own size
+        for row in sorted(range(len(tensors)), key=lambda row: -_element_bytes(tensors[row])):
+            file, name, dtype, shape, nbytes, _ = tensors[row]
+            files[file].append([name, dtype, shape, offsets[row], nbytes])
+        text = json.dumps({**job, "files": files, "tree": snapshot.tree}).encode()
+        self._map(end + len(text))
+        self._copy(tensors, offsets)
+        self._memory.numpy()[end : end + len(text)] = np.frombuffer(text, np.uint8)
+        return end, len(text)
+
+    def _map(self, size: int) -> None:
+        """Map at least `size` bytes."""
+        if size <= self._memory.numel():
+            return
+        self._unpin()
+        self._places, self._views = [], []
+        if os.fstat(self.fd).st_size < size:
+            os.posix_fallocate(self.fd, 0, size_with_headroom(size))
+        size = os.fstat(self.fd).st_size
+        shared = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._memory = torch.frombuffer(shared, dtype=torch.uint8)
+
+    def _copy(self, tensors: Sequence[NamedTensor], offsets: Sequence[int]) -> None:
+        places = [
+            (str(t.source.dtype), tuple(t.source.shape), offset)
+            for t, offset in zip(tensors, offsets, strict=True)
+        ]
+        if places != self._places:
+            views = [_view(self._memory, t, o) for t, o in zip(tensors, offsets, strict=True)]
+            self._places, self._views = places, views
+        devices = {t.source.device for t in tensors if isinstance(t.source, Tensor)}
+        cuda = [device for device in devices if device.type == "cuda"]
+        if cuda and self._pinned is None:
+            self._pin()
+        for view, (*_, source) in zip(self._views, tensors, strict=True):
+            if isinstance(source, Tensor):
+                view.copy_(source, non_blocking=source.is_cuda)
+            else:
+                view.numpy()[:] = source
+        for device in cuda:
+            torch.cuda.current_stream(device).synchronize()
+
+    def _pin(self) -> None:
+        """Pin the memory's pages, so that devices copy to it directly and all at once."""
+        code = _cudart().cudaHostRegister(
+            self._memory.data_ptr(), self._memory.numel(), CUDA_HOST_REGISTER_PORTABLE
+        )
+        self._pinned = int(code) == 0
+        if not self._pinned:
+            _log.warning("the checkpoint memory could not be pinned (CUDA error %d)", int(code))
+
+    def _unpin(self) -> None:
+        if self._pinned:
+            _cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._pinned = None
+
+    def close(self) -> None:
+        """Give the memory back; a writer process that has mapped it keeps it until it ends."""
+        self._unpin()
+        self._places, self._views = [], []
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        os.close(self.fd)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def place(tensors: Sequence[NamedTensor]) -> tuple[list[int], int]:
+    """Return the offset of each tensor in the staging memory, and the end of the last."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def size_with_headroom(size: int) -> int:
+    """Return how large the memory is made when `size` bytes are needed: a sixteenth more."""
+    return -(-(size + size // 16) // GRANULE) * GRANULE
+
+
+def _element_bytes(tensor: NamedTensor) -> int:
+    return tensor.nbytes // (math.prod(tensor.shape) or 1)
+
+
+def _view(memory: Tensor, tensor: NamedTensor, offset: int) -> Tensor:
+    """Return the place of a tensor in the memory, as a tensor like its source."""
+    place = memory[offset : offset + tensor.nbytes]
+    if isinstance(tensor.source, Tensor):
+        return place.view(tensor.source.dtype).view(tensor.source.shape)
+    return place
