@@ -15,14 +15,7 @@ from distrain.errors import ConfigError
 from distrain.rules import Place, Rule, Rules, number, parse
 
 # _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
-NORMS = (
-    _NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -100,11 +93,11 @@ def param_groups(
         ConfigError: nothing is trainable, a value is out of range, or a rule matches no parameter.
     """
     defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
-    groups = []
-    for name, members in _grouped(_assign(model, defaults, parse(rules))).items():
-        params = [member.parameter for member in members]
-        groups.append({"name": name, "params": params, **members[0].settings})
-    return groups
+    assigned = _assign(model, defaults, parse(rules))
+    return [
+        {"name": name, "params": [member.parameter for member in members], **members[0].settings}
+        for name, members in _grouped(assigned).items()
+    ]
 
 
 def explain_groups(
@@ -241,10 +234,10 @@ def _settle(
     labels, reasons, factor = [], [kind], 1.0
     taken: set[str] = set()
     for rule, depth, last in rules:
-        new = {k: v for k, v in rule.settings.items() if _slot(k) not in taken}
+        new = {k: v for k, v in rule.settings.items() if k not in taken}
         if not new:
             continue
-        taken.update(map(_slot, new))
+        taken |= {"lr", "lr_factor", *new} if new.keys() & {"lr", "lr_factor"} else new.keys()
         text = ", ".join(f"{key}={value}" for key, value in new.items())
         if "layer_decay" in new:
             factor *= new.pop("layer_decay") ** (last - depth)
@@ -263,18 +256,15 @@ def _settle(
     return _Assigned(places, parameter, ("+".join(labels), kind), settings, "; ".join(reasons))
 
 
-def _slot(key: str) -> str:
-    return "lr" if key == "lr_factor" else key
-
-
 def _grouped(assigned: Sequence[_Assigned]) -> dict[str, list[_Assigned]]:
     """Return the groups by name: parameters whose settings are all equal are together."""
     groups: dict[str, list[_Assigned]] = {}
     for each in assigned:
         groups.setdefault(repr(sorted(each.settings.items())), []).append(each)
     named: dict[str, list[_Assigned]] = {}
+    labels = {each.label for each in assigned}
     for members in groups.values():
-        name = base = _name(list(dict.fromkeys(member.label for member in members)))
+        name = base = _name(list(dict.fromkeys(member.label for member in members)), labels)
         count = 1
         while name in named:  # a rule may be called `norm` or `bias`
             count += 1
@@ -283,11 +273,16 @@ def _grouped(assigned: Sequence[_Assigned]) -> dict[str, list[_Assigned]]:
     return named
 
 
-def _name(labels: Sequence[tuple[str, str]]) -> str:
+def _name(labels: Sequence[tuple[str, str]], everywhere: set[tuple[str, str]]) -> str:
     """Return the name of a group from the (rules, kind) that fell together in it."""
     if ("", "weight") in labels:
         return "default"
-    whole = [rule for rule, kind in labels if kind == "weight"]
+    # The kind needs no telling with the weights here, or with all that the rules reach.
+    whole = [
+        rules
+        for rules in dict.fromkeys(rules for rules, _ in labels if rules)
+        if (rules, "weight") in labels or {x for x in everywhere if x[0] == rules} <= {*labels}
+    ]
     parts = ["/".join(filter(None, label)) for label in labels if label[0] not in whole]
     return "+".join(whole + parts)
 

@@ -45,9 +45,13 @@ def number(key: str, value: Any, *, above: float | None = None, least: float = 0
 
 def near(word: str, known: Iterable[str], *, first: int = 3) -> str:
     """Return the known words nearest to a mistyped one, or the first ones, as text for an error."""
-    words = list(dict.fromkeys(known))
-    found = difflib.get_close_matches(word, words, n=first, cutoff=0.4)
-    return f"near: {', '.join(found)}" if found else f"there are: {', '.join(words[:first])}"
+    words = {each.lower(): each for each in known}
+    found = [words[w] for w in difflib.get_close_matches(word.lower(), words, n=first, cutoff=0.4)]
+    return (
+        "near: " + ", ".join(found)
+        if found
+        else "there are: " + ", ".join([*words.values()][:first])
+    )
 
 
 def plain(value: Any) -> Any:
