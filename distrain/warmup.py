@@ -74,6 +74,7 @@ class WarmupLR(LRScheduler):
 
     def lr_at(self, t: int) -> list[float]:
         """Return the rate of each group after t updates, without going there."""
+        t = max(t, 0)  # SequentialLR keeps those that have not begun at -1
         warmup, decay = self.warmup(t), self.decay(t)
         return [float(base) * warmup * decay for base in self.base_lrs]
 
