@@ -1,0 +1,46 @@
+"""One real SLURM for all tests here: made by slurm/dev-cluster, gone at the end."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dev_cluster import NODES, Cluster, wait_for
+
+
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[Cluster]:
+    # munge's socket needs a short path, and folders that others may enter
+    with tempfile.TemporaryDirectory(prefix="distrain-") as folder:
+        Path(folder).chmod(0o755)
+        cluster = Cluster(Path(folder) / "c")
+        for command in ("install",), ("start", str(NODES)):
+            done = cluster.script(*command)
+            if done.returncode:
+                pytest.skip(f"no SLURM here: {' '.join(command)}: {done.stderr.strip()[-500:]}")
+        outer = os.environ.get("SLURM_CONF")
+        os.environ["SLURM_CONF"] = str(cluster.conf)
+        try:
+            yield cluster
+        finally:
+            os.environ.pop("SLURM_CONF")
+            if outer is not None:
+                os.environ["SLURM_CONF"] = outer
+            stopped = cluster.script("stop")
+        assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.fixture
+def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with all nodes up and no job, before the test and after it."""
+    yield session_cluster
+    subprocess.run(["scancel", "--user", str(os.getuid())], timeout=60, check=False)
+    for i in range(1, NODES + 1):
+        session_cluster.script("start-node", f"n{i}")
+    wait_for(
+        lambda: len(session_cluster.run("sinfo", "-hN", "-plow", "-tidle").splitlines()) == NODES,
+        timeout_s=60,
+        what=lambda: session_cluster.script("status").stdout,
+    )
