@@ -1,0 +1,159 @@
+"""Why a rank failed: written down where it happens, and the cause found among several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from distrain.errors import ConfigError, NonFiniteLoss, RankFailed
+
+_LOST_PEER = re.compile(
+    r"gloo[/\\]|connection (was )?(closed|reset|refused)|broken pipe|socket timeout|timed out|"
+    r"nccl (error|communicator)|remote process exited|watchdog|aborted",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed.
+
+    Attributes:
+        rank: of the rank, over all nodes.
+        kind: "config" and "nonfinite" as in `distrain.errors`; "exit" for a rank that left by
+            itself; "signal" for one that was ended; "error" for every other exception.
+        text: one line.
+        trace: the traceback, "" without one.
+        log: the rank's log file.
+        time_s: when, in seconds since 1970 by the rank's clock.
+        of_peer: whether it looks like the consequence of another rank's failure.
+    """
+
+    rank: int
+    kind: str
+    text: str
+    trace: str = ""
+    log: str = ""
+    time_s: float = 0.0
+    of_peer: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another try would fail in the same way."""
+        return self.kind in ("config", "nonfinite")
+
+    def line(self) -> str:
+        """Return what happened in one line that names rank and log."""
+        return f"rank {self.rank} failed: {self.text} (log: {self.log})"
+
+    def error(self) -> Exception:
+        """Return the exception to raise where the job was started."""
+        if self.kind == "config":
+            return ConfigError(self.text)
+        if self.kind == "nonfinite":
+            return NonFiniteLoss(self.text)
+        return RankFailed(f"{self.line()}\n{self.trace}".rstrip())
+
+
+def cause(failures: Iterable[Failure]) -> Failure:
+    """Return the failure that led to the others.
+
+    A rank that dies takes the connections of the others with it, and they may be faster to say so:
+    what looks like that counts only if there is nothing else.
+    """
+    return min(failures, key=lambda failure: (failure.of_peer, failure.time_s))
+
+
+def of_exception(error: BaseException, *, rank: int, log: str) -> Failure:
+    """Return the failure of a rank whose job raised `error`."""
+    kind, text = "error", _one_line(error)
+    if isinstance(error, ConfigError):
+        kind, text = "config", str(error)
+    elif isinstance(error, NonFiniteLoss):
+        kind, text = "nonfinite", str(error)
+    elif isinstance(error, SystemExit):
+        kind, text = "exit", f"the program left early by sys.exit({error.code!r})"
+    trace = "".join(traceback.format_exception(error))
+    of_peer = kind == "error" and _is_of_peer(error)
+    return Failure(rank, kind, text, trace, log, time.time(), of_peer)
+
+
+def of_exit_code(code: int, *, rank: int, log: str) -> Failure:
+    """Return the failure of a rank whose process ended without a word.
+
+    Args:
+        code: of the process as multiprocessing gives it: a signal's number is negative.
+        rank: over all nodes.
+        log: the rank's log file.
+    """
+    if code >= 0:
+        text = f"its process left early by exit code {code}"
+        return Failure(rank, "exit", text, log=log, time_s=time.time())
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    text = f"its process was ended by {name}"
+    if -code == signal.SIGKILL:
+        text += ": by hand, or by the system for want of memory"
+    return Failure(rank, "signal", text, log=log, time_s=time.time())
+
+
+def write(failure: Failure, path: str) -> None:
+    """Write a failure to a file, in a form that torch's agents understand as well."""
+    extra = {"py_callstack": failure.trace, "timestamp": str(int(failure.time_s))}
+    record = {
+        "message": {"message": failure.text, "extraInfo": extra},
+        "distrain": dataclasses.asdict(failure),
+    }
+    scratch = f"{path}.{os.getpid()}"
+    with open(scratch, "w") as file:
+        json.dump(record, file)
+    os.replace(scratch, path)
+
+
+def read(path: str) -> Failure | None:
+    """Return the failure in a file; None where there is none."""
+    try:
+        with open(path) as file:
+            record: dict[str, Any] = json.load(file)
+        return Failure(**record["distrain"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    """Return type and text of an exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    name = type(error).__name__
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def _is_of_peer(error: BaseException) -> bool:
+    """Say whether an exception, or one that it came from, is about a lost connection."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if _is_connection_error(current):
+            return True
+        current = current.__cause__ or (
+            None if current.__suppress_context__ else current.__context__
+        )
+    return False
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError):
+        return True
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))

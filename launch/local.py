@@ -1,0 +1,180 @@
+"""launch=local: the ranks run on this machine, started by an agent in this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.errors import ConfigError, ExitCode
+from distrain.launch import Job
+from distrain.launch.stop import StopRequest
+
+_DEFAULT_RANKS = 2
+
+_idle_threads: int | None = None  # of this process, right after it has imported torch for the ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLauncher:
+    """Starts jobs on this machine.
+
+    Args:
+        ranks: how many; None: one a GPU, else 2.
+        max_restarts: how often all ranks start again after one has failed.
+        in_process: run the job in this very process, as the only rank: a debugger works.
+        grace_s: from a request to stop until ranks that are still there are killed, in seconds.
+        start_method: "fork" or "spawn"; None: fork where that is sound, as it is faster.
+
+    Raises:
+        ConfigError: an argument out of its range.
+    """
+
+    ranks: int | None = None
+    max_restarts: int = 0
+    in_process: bool = False
+    grace_s: float = 120.0
+    start_method: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.ranks < 1:
+            raise ConfigError(f"ranks={self.ranks}: at least 1 is needed")
+        if self.in_process and self.ranks not in (None, 1):
+            raise ConfigError(f"ranks={self.ranks}: with in_process=true there is one rank")
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts={self.max_restarts}: at least 0 is needed")
+        if self.grace_s <= 0:
+            raise ConfigError(f"grace_s={self.grace_s}: a number above 0 is needed")
+        if self.start_method not in (None, "fork", "spawn"):
+            raise ConfigError(f"start_method={self.start_method}: fork, spawn or null is needed")
+
+    def start(self, job: Job) -> ExitCode:
+        """Run a job to its end; see `distrain.launch.Launcher`."""
+        if self.in_process:
+            return run_here(job)
+        refuse_among_ranks()
+        ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
+        with StopRequest() as stop:  # before torch is imported: that takes a second
+            method = self.start_method or ("fork" if _may_fork() else "spawn")
+            from distrain.launch.agent import run_node
+
+            return run_node(
+                job,
+                ranks=ranks,
+                log_dir=Path(job.run_dir).absolute() / "logs",
+                stop=stop,
+                max_restarts=self.max_restarts,
+                grace_s=self.grace_s,
+                start_method=method,
+            )
+
+    def plan(self, job: Job) -> str:
+        """Return what `start` would do, in one line."""
+        if self.in_process:
+            return "one rank in this process"
+        how = "one a GPU" if self.ranks is None and count_gpus() else "launch.ranks"
+        ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
+        return f"{ranks} ranks on this machine ({how}), at most {self.max_restarts} restarts"
+
+
+def run_here(job: Job) -> ExitCode:
+    """Run a job in this process as the only rank, with the environment of one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with environment(env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}):
+        return ExitCode(job())
+
+
+def refuse_among_ranks() -> None:
+    """Check that this process is not a rank itself.
+
+    Raises:
+        ConfigError: torchrun or srun has started this process as one of several ranks.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if by_torchrun or int(tasks) > 1:
+        who = "torchrun" if by_torchrun else f"srun, one of {tasks} tasks"
+        raise ConfigError(
+            f"this process is a rank already (of {who}); use launch=external, or start the command "
+            "without it"
+        )
+
+
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use, without making CUDA start."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()  # type: ignore[no-untyped-call]
+    except pynvml.NVMLError:
+        return 0
+    try:
+        count = int(pynvml.nvmlDeviceGetCount())  # type: ignore[no-untyped-call]
+    except pynvml.NVMLError:
+        return 0
+    finally:
+        pynvml.nvmlShutdown()  # type: ignore[no-untyped-call]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    return _num_visible(visible, count)
+
+
+def _num_visible(visible: str, count: int) -> int:
+    """Return how many of `count` GPUs CUDA_VISIBLE_DEVICES names; CUDA ends at the first wrong.
+
+    Example: "0,1" of 8: 2; "" or "-1": 0; "0,9,1" of 8: 1; "GPU-8f2c,MIG-a1": 2.
+    """
+    number = 0
+    for name in visible.replace(" ", "").split(","):
+        is_index = name.isdigit() and int(name) < count
+        if not is_index and not name.startswith(("GPU-", "MIG-")):
+            break
+        number += 1
+    return number
+
+
+def _may_fork() -> bool:
+    """Say whether a forked rank can use torch; imports it.
+
+    It can where this process has only imported torch: the thread pools of OpenMP and autograd, and
+    a CUDA context, do not survive a fork.
+    """
+    global _idle_threads
+    if not os.path.isdir("/proc/self/task") or threading.active_count() > 1:
+        return False
+    is_first = "torch" not in sys.modules
+    import torch
+
+    if is_first:
+        _idle_threads = _num_threads()
+    is_idle = _idle_threads is not None and _num_threads() <= _idle_threads
+    return is_idle and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+def _num_threads() -> int:
+    """Return how many threads this process has, native ones too."""
+    return len(os.listdir("/proc/self/task"))
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables inside `with`."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

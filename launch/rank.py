@@ -1,0 +1,121 @@
+"""The first and last things that a rank's process does, around its job."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from distrain.errors import ExitCode
+from distrain.launch import Job, failure
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""What asks a rank to stop; its job sets the handlers."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_log: IO[bytes] | None = None  # faulthandler writes to it at the very end
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """What an agent tells the ranks that it starts.
+
+    Attributes:
+        job: to run.
+        log_dir: folder of the logs.
+        agent_pid: the process that starts the ranks.
+        num_threads: of torch in each rank; None leaves the number alone.
+    """
+
+    job: Job
+    log_dir: Path
+    agent_pid: int
+    num_threads: int | None
+
+
+def rank_main(task: RankTask) -> int:
+    """Run a job as a rank of an agent; return its exit code.
+
+    The process gets a session of its own, so that a Ctrl-C in the terminal reaches only the agent,
+    which asks the ranks to stop. It dies with the agent, however that dies.
+
+    Raises:
+        SystemExit: with FAILED, when the job has failed; why is in TORCHELASTIC_ERROR_FILE.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    os.setsid()
+    die_with_parent()
+    if os.getppid() != task.agent_pid:  # it died before we asked
+        os._exit(ExitCode.FAILED)
+    rank = int(os.environ["RANK"])
+    log = open_log(task.log_dir, rank)
+    if task.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(task.num_threads)
+    try:
+        return ExitCode(task.job())
+    except BaseException as error:
+        # the frame of this function tells the user nothing
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        what = failure.of_exception(error, rank=rank, log=log)
+        append(log, what.trace)
+        failure.write(what, os.environ["TORCHELASTIC_ERROR_FILE"])
+        raise SystemExit(int(ExitCode.FAILED)) from None
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, also by `kill -9`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def log_path(log_dir: Path, rank: int) -> str:
+    """Return the path of a rank's log."""
+    return str(log_dir / f"rank_{rank}.log")
+
+
+def open_log(log_dir: Path, rank: int) -> str:
+    """Send what this rank prints to its log, except for rank 0, which keeps the console.
+
+    The stack of a crash goes to the log on every rank.
+
+    Returns:
+        the log's path.
+    """
+    global _log
+    log_dir.mkdir(parents=True, exist_ok=True)
+    path = log_path(log_dir, rank)
+    _log = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
+    faulthandler.enable(file=_log)
+    if rank != 0:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            os.dup2(_log.fileno(), number)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    return path
+
+
+def append(path: str, text: str) -> None:
+    """Add text to a log, whole even where several write to it."""
+    if text:
+        with open(path, "ab", buffering=0) as file:
+            file.write(text.encode(errors="replace"))
+
+
+def loopback_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep the traffic of ranks on one machine off its network."""
+    if not os.path.exists("/sys/class/net/lo"):
+        return {}
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: "lo" for name in names if name not in env}
