@@ -1,0 +1,165 @@
+"""What SLURM says of jobs, asked without accounting: `sacct` needs a database few sites give."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distrain.errors import ConfigError
+
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+)
+"""States that a job does not leave by itself."""
+
+
+class QueueError(RuntimeError):
+    """SLURM did not answer, or refused; the text is its own first line."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What SLURM knows of one job.
+
+    Attributes:
+        job_id: as `squeue` writes it, an array's element as `12_3`.
+        state: such as PENDING, RUNNING, COMPLETING or one of `ENDED`.
+        reason: why it waits, or why it ended; "None" if there is nothing to say.
+        nodes: their names in SLURM's short form, as n[1-2]; "" before the job has any.
+        restarts: how often it was requeued.
+        exit_code: of the batch script.
+        signal: that ended the batch script, 0 if none did.
+    """
+
+    job_id: str
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+    exit_code: int
+    signal: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job is over."""
+        return self.state in ENDED
+
+
+def parse(line: str) -> Status:
+    """Read a line of `scontrol show job --oneliner`."""
+    fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", line))
+    job_id = fields["JobId"]
+    if "ArrayTaskId" in fields and fields["ArrayTaskId"].isdigit():
+        job_id = f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"
+    code, _, signal = fields.get("ExitCode", "0:0").partition(":")
+    return Status(
+        job_id=job_id,
+        state=fields["JobState"],
+        reason=fields.get("Reason", "None"),
+        nodes=fields.get("NodeList", "").replace("(null)", ""),
+        restarts=int(fields.get("Restarts", "0")),
+        exit_code=int(code),
+        signal=int(signal or 0),
+    )
+
+
+def statuses(job_id: str) -> list[Status]:
+    """Return what SLURM knows of a job, of each started element if it is an array.
+
+    Empty when SLURM has forgotten the job, which it does minutes after its end.
+
+    Raises:
+        QueueError: SLURM does not answer.
+    """
+    try:
+        text = run(["scontrol", "show", "job", "--oneliner", job_id])
+    except QueueError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+    return [parse(line) for line in text.splitlines() if line.startswith("JobId=")]
+
+
+def status(job_id: str) -> Status | None:
+    """Return what SLURM knows of one job; None when it has forgotten it."""
+    known = statuses(job_id)
+    return known[0] if known else None
+
+
+def requeue(job_id: str) -> None:
+    """Send a job back into the queue; an array's element is named as `12_3`.
+
+    Raises:
+        QueueError: SLURM refuses.
+    """
+    run(["scontrol", "requeue", job_id])
+
+
+def hostnames(nodes: str) -> list[str]:
+    """Return the names that a short form stands for: n[1-2] is n1 and n2."""
+    return run(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
+
+
+def partitions() -> list[str]:
+    """Return the names of all partitions."""
+    return sorted(set(run(["sinfo", "--noheader", "--format=%R"]).split()))
+
+
+def node_kinds(partition: str | None) -> str:
+    """Return what nodes a partition has, for an error message; all partitions if None."""
+    command = ["sinfo", "--noheader", "--exact", "--format=%D nodes of %c CPUs, %m MB, gres %G"]
+    if partition:
+        command.append(f"--partition={partition}")
+    return "; ".join(dict.fromkeys(run(command).splitlines()))
+
+
+def own_job_id() -> str | None:
+    """Return the id of the job that this process is part of; None outside of any."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def own_restarts() -> int:
+    """Return how often the job of this process was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def require() -> None:
+    """Check that this machine can submit.
+
+    Raises:
+        ConfigError: there is no `sbatch` here.
+    """
+    missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
+    if missing:
+        raise ConfigError(
+            f"launch=slurm: no {', '.join(missing)} on the PATH of this machine; run this where "
+            "jobs are submitted, or launch=local for this machine alone"
+        )
+
+
+def run(command: Sequence[str], *, timeout_s: float = 60.0) -> str:
+    """Return what a command of SLURM prints.
+
+    Raises:
+        QueueError: it failed; the text is what it said.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except FileNotFoundError:
+        raise QueueError(f"{command[0]}: there is no such command here") from None
+    except subprocess.TimeoutExpired:
+        raise QueueError(f"{command[0]} gave no answer in {timeout_s:.0f} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise QueueError(said[0] if said else f"{command[0]} failed with {done.returncode}")
+    return done.stdout

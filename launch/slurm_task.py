@@ -1,0 +1,172 @@
+"""What runs once on each node of a SLURM job: the agent of the node's ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
+from distrain.launch import Job, slurm_queue
+from distrain.launch.failure import Failure
+from distrain.launch.slurm_attempts import NodeRecord, attempt_folder, read_nodes
+from distrain.launch.stop import StopRequest
+
+_ENDPOINT_FILE = "endpoint"
+_POLL_S = 0.1
+_START_S = 60.0  # from the first node's word that all are there to its port
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeTask:
+    """Runs a job's ranks on the node it is called on, together with those of the other nodes.
+
+    Any signal to it or to a rank asks all ranks to save and stop. submitit has handlers too, which
+    act on the first node only, and pickle inside of a handler: ours replace them, and as we leave
+    by `SystemExit` it writes no result, which would carry no attempt.
+
+    Attributes:
+        job: run by every rank.
+        run_dir: absolute.
+        ranks: on each node.
+        max_restarts: how often a failed rank makes all ranks start again within this attempt.
+        join_s: how long the first node waits for the others.
+        grace_s: from a request to stop until ranks that are still there are killed.
+        start_method: "fork" or "spawn" for the ranks; None: fork where that is sound.
+    """
+
+    job: Job
+    run_dir: Path
+    ranks: int
+    max_restarts: int = 0
+    join_s: float = 60.0
+    grace_s: float = 120.0
+    start_method: str | None = None
+
+    def __call__(self) -> None:
+        """Run the ranks and leave the process.
+
+        Raises:
+            SystemExit: always; 0 if they finished or stopped in order. The record of the node tells
+                which: among several tasks that leave by other codes, srun picks one to report.
+        """
+        with StopRequest() as stop:
+            record = NodeRecord(os.environ["SLURMD_NODENAME"])
+            try:
+                record.write(self.run_dir)
+                record.code = self._run(stop, record)
+            except (ConfigError, NonFiniteLoss, RankFailed) as error:
+                record.error = str(error)
+                is_mistake = isinstance(error, ConfigError)
+                record.code = ExitCode.BAD_CONFIG if is_mistake else ExitCode.FAILED
+            except Exception:
+                record.error = traceback.format_exc()
+                record.code = ExitCode.FAILED
+            record.signals = list(dict.fromkeys(stop.signals))
+            if record.code == ExitCode.STOPPED and stop.since is not None:
+                record.stop_s = time.monotonic() - stop.since
+            record.write(self.run_dir)
+        if record.code not in (ExitCode.FINISHED, ExitCode.STOPPED):
+            line = record.error.strip().splitlines()[0 if record.failure else -1]
+            print(f"distrain: {record.node}: {line}", file=sys.stderr, flush=True)
+            sys.exit(int(record.code))
+        sys.exit(0)
+
+    def _run(self, stop: StopRequest, record: NodeRecord) -> ExitCode:
+        """Meet the other nodes and run the ranks."""
+        nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        node_rank = int(os.environ["SLURM_NODEID"])
+        names = slurm_queue.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        if nodes > 1 and node_rank == 0:
+            self._await_nodes(names, stop)
+        method = self.start_method or _start_method()
+        from distrain.launch.agent import run_node
+
+        def on_failure(cause: Failure) -> None:
+            record.failure = dataclasses.asdict(cause)
+
+        endpoint = None
+        if nodes > 1:
+            endpoint = self._publish(names) if node_rank == 0 else self._look_up(names[0], stop)
+        if stop.since is not None:
+            return ExitCode.STOPPED  # before anything was started
+        return run_node(
+            self.job,
+            ranks=self.ranks,
+            log_dir=self.run_dir / "logs",
+            stop=stop,
+            nodes=nodes,
+            node_rank=node_rank,
+            endpoint=endpoint,
+            run_id=attempt_folder(self.run_dir).name,
+            max_restarts=self.max_restarts,
+            grace_s=self.grace_s,
+            join_s=self.join_s,
+            start_method=method,
+            on_failure=on_failure,
+        )
+
+    def _await_nodes(self, names: list[str], stop: StopRequest) -> None:
+        """Wait until every node has said that it is there."""
+        deadline = time.monotonic() + self.join_s
+        while missing := [name for name in names if name not in read_nodes(self.run_dir)]:
+            if stop.since is not None:
+                return
+            if time.monotonic() > deadline:
+                raise RankFailed(
+                    f"no word from {', '.join(missing)} in launch.join_s={self.join_s:g} s "
+                    f"({len(names) - len(missing)} of {len(names)} nodes came); do they see "
+                    f"run.dir={self.run_dir}? It must be on a file system that all nodes share"
+                )
+            time.sleep(_POLL_S)
+
+    def _publish(self, names: list[str]) -> socket.socket:
+        """Listen on a free port of this node, and tell the other nodes which it is."""
+        from distrain.launch.meeting import listen
+
+        listener = listen(_own_address(names[1]))
+        host, port = listener.getsockname()[:2]
+        path = attempt_folder(self.run_dir) / _ENDPOINT_FILE
+        scratch = path.with_suffix(".new")
+        scratch.write_text(f"{host}:{port}")
+        scratch.replace(path)
+        return listener
+
+    def _look_up(self, first: str, stop: StopRequest) -> str:
+        """Return where the first node listens."""
+        path = attempt_folder(self.run_dir) / _ENDPOINT_FILE
+        deadline = time.monotonic() + self.join_s + _START_S
+        while True:
+            os.listdir(path.parent)  # has a network file system look again
+            if path.exists():
+                return path.read_text()
+            if stop.since is not None:
+                return ""
+            if time.monotonic() > deadline:
+                raise RankFailed(f"the first node, {first}, published no port in {path}")
+            time.sleep(_POLL_S)
+
+
+def _own_address(peer: str) -> str:
+    """Return the address of this node that it reaches another one from.
+
+    What a node's own name resolves to may be a loopback address that means another node elsewhere.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise RankFailed(f"the nodes cannot reach one another by name: {peer}: {error}") from error
+
+
+def _start_method() -> str:
+    from distrain.launch.local import _may_fork
+
+    return "fork" if _may_fork() else "spawn"
