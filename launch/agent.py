@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -91,7 +90,9 @@ def run_node(
     )
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, _cpus() // ranks)
     task = RankTask(job, log_dir, os.getpid(), threads)
-    with tempfile.TemporaryDirectory(prefix="distrain-") as scratch, warnings.catch_warnings():
+    log_dir.mkdir(parents=True, exist_ok=True)
+    files = _ErrorFiles(log_dir, nodes)
+    with files, warnings.catch_warnings():
         # Python 3.12 on warns of fork beside other threads, such as the store's: its child never
         # touches what they hold
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
@@ -104,7 +105,7 @@ def run_node(
             max_restarts=max_restarts,
             monitor_interval=0.1,
         )
-        agent = _Agent(spec, _ErrorFiles(scratch, nodes), start_method, meeting, task, stop)
+        agent = _Agent(spec, files, start_method, meeting, task, stop)
         agent.grace_s = grace_s
         agent.on_failure = on_failure
         with _no_handlers_of_torch():
@@ -117,26 +118,41 @@ def run_node(
 
 
 class _ErrorFiles(LogsSpecs):
-    """Gives each rank a file for its failure, and the variables that torch does not set."""
+    """Gives each rank a file for its failure, and the variables that torch does not set.
 
-    def __init__(self, folder: str, nodes: int) -> None:
+    The files lie beside the logs until the end of the `with`.
+    """
+
+    def __init__(self, folder: Path, nodes: int) -> None:
         super().__init__()
         self._folder = folder
+        self._files: set[str] = set()
         self._env = loopback_env(os.environ) if nodes == 1 else {}
 
     @property
     def root_log_dir(self) -> str:
-        return self._folder
+        return str(self._folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         files = {}
         for local_rank, env in envs.items():
-            attempt = env["TORCHELASTIC_RESTART_COUNT"]
-            files[local_rank] = os.path.join(self._folder, f"{attempt}-{local_rank}.json")
+            files[local_rank] = str(self._folder / f".rank_{env['RANK']}.error.json")
             env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
             env.update(self._env)
+        self._files |= set(files.values())
+        self._remove()  # those of the attempt before, or of a start that was killed
         console = dict.fromkeys(envs, "")
         return LogsDest(stdouts=console, stderrs=dict(console), error_files=files)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for path in self._files:
+            Path(path).unlink(missing_ok=True)
 
 
 class _Agent(LocalElasticAgent):
@@ -178,7 +194,9 @@ class _Agent(LocalElasticAgent):
         self._kill()
         failures = self._failures(worker_group, codes)
         failures += self._meeting.exchange(failures)
-        self.cause = given_up or failure.cause(failures or [self._failure("it said nothing")])
+        self.cause = given_up or failure.cause(
+            failures or [self._failure("the ranks of another node failed")]
+        )
         if self.on_failure is not None:
             self.on_failure(self.cause)
         self._decide_restart(worker_group.spec.max_restarts)
@@ -209,9 +227,10 @@ class _Agent(LocalElasticAgent):
             return None
         now = time.monotonic()
         if self._stop.at_once:
-            return self._failure("killed by a second Ctrl-C, without saving its state")
+            return self._failure("the ranks were killed by a second Ctrl-C, without saving")
         if now - since > self.grace_s:
-            return self._failure(f"killed, not having stopped in launch.grace_s={self.grace_s:g} s")
+            took = f"launch.grace_s={self.grace_s:g} s"
+            return self._failure(f"the ranks were killed: they had not stopped after {took}")
         if now - self._last_sent > _RESEND_S:
             self._last_sent = now
             for process in self._processes():
@@ -257,10 +276,8 @@ class _Agent(LocalElasticAgent):
         return failures
 
     def _failure(self, text: str) -> Failure:
-        """Return a failure of this node's ranks as a whole, in the name of the first."""
-        rank = self._worker_group.workers[0].global_rank
-        log = log_path(self._task.log_dir, rank)
-        return Failure(rank, "exit", text, log=log, time_s=time.time())
+        """Return a failure of all ranks."""
+        return Failure(-1, "killed", text, log=str(self._task.log_dir), time_s=time.time())
 
     def _decide_restart(self, max_restarts: int) -> None:
         """Say that the ranks start again, or see to it that they do not."""

@@ -27,12 +27,13 @@ class Failure:
     """How one rank failed.
 
     Attributes:
-        rank: of the rank, over all nodes.
+        rank: of the rank, over all nodes; -1 for all ranks together.
         kind: "config" and "nonfinite" as in `distrain.errors`; "exit" for a rank that left by
-            itself; "signal" for one that was ended; "error" for every other exception.
+            itself; "signal" for one that was ended; "killed" for all, by us; "error" for other
+            exceptions.
         text: one line.
         trace: the traceback, "" without one.
-        log: the rank's log file.
+        log: the rank's log file, or the folder of all.
         time_s: when, in seconds since 1970 by the rank's clock.
         of_peer: whether it looks like the consequence of another rank's failure.
     """
@@ -52,6 +53,8 @@ class Failure:
 
     def line(self) -> str:
         """Return what happened in one line that names rank and log."""
+        if self.rank < 0:
+            return f"{self.text} (logs: {self.log})"
         return f"rank {self.rank} failed: {self.text} (log: {self.log})"
 
     def error(self) -> Exception:

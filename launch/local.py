@@ -60,7 +60,7 @@ class LocalLauncher:
         refuse_among_ranks()
         ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
         with StopRequest() as stop:  # before torch is imported: that takes a second
-            method = self.start_method or ("fork" if _may_fork() else "spawn")
+            method = self.start_method or ("fork" if may_fork() else "spawn")
             from distrain.launch.agent import run_node
 
             return run_node(
@@ -142,7 +142,7 @@ def _num_visible(visible: str, count: int) -> int:
     return number
 
 
-def _may_fork() -> bool:
+def may_fork() -> bool:
     """Say whether a forked rank can use torch; imports it.
 
     It can where this process has only imported torch: the thread pools of OpenMP and autograd, and
@@ -158,6 +158,9 @@ def _may_fork() -> bool:
         _idle_threads = _num_threads()
     is_idle = _idle_threads is not None and _num_threads() <= _idle_threads
     return is_idle and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+_may_fork = may_fork
 
 
 def _num_threads() -> int:

@@ -1,0 +1,100 @@
+"""launch=external: this process is a rank already, which torchrun or srun has started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.errors import ConfigError, ExitCode
+from distrain.launch import Job, failure
+from distrain.launch.local import environment
+from distrain.launch.rank import append, die_with_parent, open_log
+
+_NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
+}
+
+
+_YIELD_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalLauncher:
+    """Runs a job as the one rank that this process is.
+
+    torchrun says which one it is. Under srun SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS do, and
+    the batch script exports MASTER_ADDR and MASTER_PORT.
+    """
+
+    def start(self, job: Job) -> ExitCode:
+        """Run a job to its end; see `distrain.launch.Launcher`."""
+        with environment(rank_env(os.environ)), _console_kept():
+            rank = int(os.environ["RANK"])
+            die_with_parent()
+            log = open_log(Path(job.run_dir).absolute() / "logs", rank)
+            try:
+                return ExitCode(job())
+            except BaseException as error:
+                what = failure.of_exception(error, rank=rank, log=log)
+        append(log, what.trace)
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path:
+            failure.write(what, path)
+        if what.is_final and rank != 0:
+            # all ranks find the same: rank 0 tells it, and who started us ends us meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_YIELD_S)
+        if what.of_peer:  # the traceback of a rank that lost its peer would bury the peer's
+            what = dataclasses.replace(what, trace="")
+        raise what.error()
+
+    def plan(self, job: Job) -> str:
+        """Return which rank this process is."""
+        env = rank_env(os.environ)
+        return f"rank {env['RANK']} of {env['WORLD_SIZE']}, started by another program"
+
+
+@contextmanager
+def _console_kept() -> Iterator[None]:
+    """Give stdout and stderr back after a log has taken them."""
+    streams, numbers = (sys.stdout, sys.stderr), [os.dup(1), os.dup(2)]
+    try:
+        yield
+    finally:
+        for number, stream in zip(numbers, (sys.stdout, sys.stderr), strict=True):
+            stream.flush()
+            os.dup2(number, 1 if stream is sys.stdout else 2)
+            os.close(number)
+        sys.stdout, sys.stderr = streams
+
+
+def rank_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that name a rank, from torchrun's or from SLURM's.
+
+    Raises:
+        ConfigError: neither has set them.
+    """
+    found = {name: env[name] for name in _NEEDED if name in env}
+    if "RANK" not in found:
+        found |= {name: env[of] for name, of in _OF_SLURM.items() if of in env}
+        # "2(x3),1" means two on each of three nodes, then one
+        per_node = found.get("LOCAL_WORLD_SIZE", "1")
+        found["LOCAL_WORLD_SIZE"] = per_node.partition("(")[0].partition(",")[0]
+    missing = [name for name in _NEEDED if name not in found]
+    if missing:
+        raise ConfigError(
+            f"launch=external: {', '.join(missing)} not set; start it with torchrun, or with srun "
+            "after exporting MASTER_ADDR and MASTER_PORT, or use launch=local"
+        )
+    return found
