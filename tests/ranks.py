@@ -1,114 +1,183 @@
-"""Many ranks in a test: forked from the test's process, which has torch loaded, in 50 ms."""
+"""Run a function in several ranks of a gloo group, for tests of what ranks do together."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
-import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import torch
+import torch._dynamo  # DistributedDataParallel imports these two when it is first made: 2 s,
 import torch.distributed as dist
+import torch.distributed.tensor.parallel.ddp  # paid here once and not in every rank
 
-torch.set_num_threads(1)  # a forked child cannot use a pool of threads that the parent started
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+# Fork takes 50 ms a rank where spawn takes 2 s, most of it to import torch again. It needs a parent
+# without threads that matter: torch is kept to one thread, and nothing here may touch CUDA.
+FORK = multiprocessing.get_context("fork")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+torch.set_num_threads(1)
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout_s: float = 60.0, **kwargs: Any
+    fn: Callable[..., Any],
+    world_size: int = 2,
+    *args: Any,
+    timeout_s: float = 60,
+    **kwargs: Any,
 ) -> list[Any]:
-    """Return what `fn(rank, *args, **kwargs)` returns on each rank, in a gloo process group.
+    """Return what `fn(rank, *args, **kwargs)` returned in each of the ranks, in their order.
 
-    Raises AssertionError with the traceback of the first rank that failed, or that did not end in
-    `timeout_s` seconds; no process is left.
+    Each rank is a fork of this process with a gloo group of all ranks, one torch thread, and RANK,
+    LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in its environment; `fn` may be a closure. No rank
+    is left over, whatever happens.
+
+    Args:
+        fn: what a rank does; its result is pickled.
+        world_size: how many ranks.
+        *args: handed to `fn` after the rank.
+        timeout_s: for all of it; then every rank's stacks are written to stderr.
+        **kwargs: handed to `fn`.
+
+    Raises:
+        Exception: that of the rank that failed first, with a note of its rank and its traceback.
+        RuntimeError: a rank ended without a result, or its exception cannot be pickled.
+        TimeoutError: a rank had no result in time.
     """
-    context = multiprocessing.get_context("fork")
+    assert not dist.is_initialized(), "this process is a rank already"
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(world_size):
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(rank, world_size, Path(folder, "store"), writer, os.getpid(), fn, args, kwargs),
-            )
+        pipes = [FORK.Pipe(duplex=False) for _ in range(world_size)]
+        call = (fn, args, kwargs, os.path.join(folder, "store"), timeout_s)
+        ranks = []
+        for rank, (_, write) in enumerate(pipes):
+            process = FORK.Process(target=_rank, args=(rank, world_size, pipes, os.getpid(), call))
             process.start()
-            writer.close()
-            pipes.append(reader)
-            processes.append(process)
+            ranks.append(process)
+            write.close()  # so that a rank that dies is the end of its pipe
         try:
-            return _collect(pipes, timeout_s)
+            results = _collect([read for read, _ in pipes], ranks, timeout_s)
+            for process in ranks:
+                process.join(10)
         finally:
-            for process in processes:
-                process.join(timeout=5.0)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            for read, _ in pipes:
+                read.close()
+            for process in ranks:
+                process.kill()
+                process.join()
+                process.close()
+    return results
 
 
-def _collect(pipes: list[Any], timeout_s: float) -> list[Any]:
+def _collect(reads: list[Connection], ranks: list[ForkProcess], timeout_s: float) -> list[Any]:
+    """Return the results in the ranks' order; raise as soon as a rank fails."""
+    deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    waiting = dict(enumerate(pipes))
-    while waiting:
-        ready = multiprocessing.connection.wait(list(waiting.values()), timeout=timeout_s)
+    while len(results) < len(ranks):
+        waiting = [rank for rank in range(len(ranks)) if rank not in results]
+        ready = wait([reads[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise AssertionError(f"ranks {sorted(waiting)} did not end within {timeout_s} s")
-        for rank, pipe in list(waiting.items()):
-            if pipe in ready:
-                del waiting[rank]
-                try:
-                    is_fine, value = pipe.recv()
-                except EOFError:
-                    raise AssertionError(f"rank {rank} ended without a result") from None
-                if not is_fine:
-                    raise AssertionError(f"rank {rank} failed:\n{value}")
-                results[rank] = value
-    return [results[rank] for rank in range(len(pipes))]
+            raise TimeoutError(f"no result of rank(s) {waiting} within {timeout_s} s")
+        failures = []
+        for rank in waiting:
+            if reads[rank] in ready:
+                at, error, results[rank] = _receive(rank, reads[rank], ranks[rank])
+                if error is not None:
+                    failures.append((at, rank, error))
+        if failures:  # the earliest is the cause, the others may have lost their connection to it
+            raise min(failures, key=lambda failure: failure[:2])[2]
+    return [results[rank] for rank in range(len(ranks))]
 
 
-def _rank_main(
+def _receive(rank: int, read: Connection, process: ForkProcess) -> tuple[float, Any, Any]:
+    """Return (time, exception or None, result) of a rank that has spoken or ended."""
+    try:
+        message: tuple[float, Any, Any] = pickle.loads(read.recv_bytes())
+    except EOFError:
+        process.join(10)
+        error = RuntimeError(f"rank {rank} ended without a result, exit code {process.exitcode}")
+        return 0.0, error, None
+    return message
+
+
+def _rank(
     rank: int,
     world_size: int,
-    store: Path,
-    writer: Any,
+    pipes: list[tuple[Connection, Connection]],
     parent: int,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str, float],
 ) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # die with the test
-    if os.getppid() != parent:
-        os._exit(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        OMP_NUM_THREADS="1",
-    )
-    code = 0
+    """Be one rank; never return into the forked test runner."""
+    fn, args, kwargs, store, timeout_s = call
+    code = 1
+    try:
+        die_with(parent)
+        for other, (_, write) in enumerate(pipes):
+            if other > rank:
+                write.close()
+        faulthandler.dump_traceback_later(max(0.1, timeout_s - 0.5), file=2)
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+            os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+        code = _work(rank, world_size, pipes[rank][1], lambda: fn(rank, *args, **kwargs), store)
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # atexit and pytest's own state belong to the parent
+
+
+def _work(rank: int, world_size: int, pipe: Connection, work: Callable[[], Any], store: str) -> int:
+    """Send (time, exception or None, result) to the parent; return the exit code."""
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=300),
         )
-        result = fn(rank, *args, **kwargs)
-        dist.barrier()
+        message = pickle.dumps((0.0, None, work()))
+    except BaseException as error:
+        pipe.send_bytes(_failure(rank, error))
+        return 1
+    pipe.send_bytes(message)
+    if dist.is_initialized():
+        dist.barrier()  # nobody closes a connection that another still reads
         dist.destroy_process_group()
-        writer.send((True, result))
-    except BaseException:
-        code = 1
-        writer.send((False, traceback.format_exc()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # nothing of pytest may run in the fork
+    return 0
+
+
+def _failure(rank: int, error: BaseException) -> bytes:
+    """Return the message that carries an exception, with its traceback as a note."""
+    at = time.monotonic()
+    note = f"in rank {rank}:\n{''.join(traceback.format_exception(error))}"
+    with contextlib.suppress(Exception):
+        error.add_note(note)
+        message = pickle.dumps((at, error, None))
+        if isinstance(pickle.loads(message)[1], Exception):
+            return message
+    return pickle.dumps((at, RuntimeError(note), None))
+
+
+def die_with(parent: int) -> None:
+    """End this process when its parent ends, also when that happened just now.
+
+    Args:
+        parent: process id of the parent.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
