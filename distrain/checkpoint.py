@@ -1,8 +1,7 @@
 """Checkpoints of a run: saved while training goes on, verified, kept and deleted.
 
-`python -m distrain.checkpoint RUN` lists them; see `checkpoint_format` for what lies in a folder.
-The command line does without torch, which takes a second to import: the methods that need it
-import it.
+`python -m distrain.checkpoint RUN` lists them, without torch, which takes a second to import: the
+methods that need it import it. See `checkpoint_format` for what lies in a checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,7 +160,7 @@ class CheckpointStore:
                 "world_size": world_size,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "attempt": self._attempt,
-                "metric": metric if metric is not None and math.isfinite(metric) else None,
+                "metric": None if metric is None or not math.isfinite(metric) else float(metric),
             },
         }
         self._newest = iteration
@@ -196,8 +194,7 @@ class CheckpointStore:
 
     def best(self) -> Best | None:
         """Return which checkpoint is noted as the best; None if none is."""
-        best = read_best(str(self.folder))
-        return Best(**best) if best else None
+        return Best(**best) if (best := read_best(str(self.folder))) else None
 
     def poll(self) -> bool:
         """Take note of what the writer has done, without waiting; True if it has done all."""
@@ -281,7 +278,8 @@ class CheckpointStore:
             self.last_saved, self.last_error = iteration, None
             _log.debug("checkpoint %d was written in %.2f s", iteration, outcome.write_s)
         elif kind == "save":
-            durable.remove(str(self.folder / scratch))  # what a writer that was killed leaves
+            durable.remove(str(self.folder / scratch))  # a writer that was killed leaves it,
+            clear_leftovers(self.folder, patience_s=0.0)  # or what it was deleting
             self._save_failed(iteration, outcome.error)
         elif kind == "best" and outcome.error is not None:
             _log.warning("checkpoint %d was not noted as the best: %s", iteration, outcome.error)
@@ -299,4 +297,4 @@ class CheckpointStore:
 if __name__ == "__main__":
     from distrain.checkpoint_table import main
 
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(main())

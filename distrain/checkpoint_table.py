@@ -37,8 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print what the command line asks for and return the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what the command line asks for and return the exit status.
+
+    Args:
+        arguments: the command line, `sys.argv` if it is None.
+    """
     options = build_parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "unequal"

@@ -15,12 +15,14 @@ import shutil
 import time
 
 _SCRATCH = re.compile(r"\.tmp-(delete-)?(iter_\d{10,18}|best\.json|run_id)-[0-9a-f]{12}")
+PREFIX = ".tmp-"
+DELETE_PREFIX = ".tmp-delete-"
 LOCKED_FILE = "manifest.json"  # the file in a scratch folder that its writer has locked
 
 
 def scratch_name(name: str, *, delete: bool = False) -> str:
     """Return a new name for what is being written (or deleted) and will be (or was) `name`."""
-    return f".tmp-{'delete-' if delete else ''}{name}-{os.urandom(6).hex()}"
+    return f"{DELETE_PREFIX if delete else PREFIX}{name}-{os.urandom(6).hex()}"
 
 
 def is_scratch(name: str) -> bool:
@@ -74,8 +76,10 @@ def in_use(path: str) -> bool:
 
     A writer holds a lock on the file (on the manifest, in a folder) that ends with the process.
     Where locks do not work, as on some network file systems, what changed within the last ten
-    minutes counts as in use.
+    minutes counts as in use. What is being deleted never does: anybody may finish that.
     """
+    if os.path.basename(path).startswith(DELETE_PREFIX):
+        return False
     locked = os.path.join(path, LOCKED_FILE) if os.path.isdir(path) else path
     try:
         fd = os.open(locked, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -29,6 +29,7 @@ ALLOWED = (
 MAX_DEPTH = 64
 INT64 = range(-(1 << 63), 1 << 63)
 TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+UNCOPIED_DTYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)}
 # names of https://github.com/huggingface/safetensors by the names of torch and numpy; what is not
 # among them is kept as a row of bytes
 SAFETENSORS_DTYPES = {
@@ -160,9 +161,11 @@ class _Encoder:
         return {"$counter" if type(value) is Counter else "$dict": rows}
 
     def _encode_tensor(self, value: Tensor, path: tuple[str, ...]) -> Any:
-        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
-            raise _refused(f"a tensor of layout {value.layout} on {value.device}", path)
         dtype = str(value.dtype).removeprefix("torch.")
+        unknown = value.is_quantized or value.is_meta or value.is_nested or dtype in UNCOPIED_DTYPES
+        if value.layout != torch.strided or unknown:
+            what = f"a {dtype} tensor of layout {value.layout} on {value.device}"
+            raise _refused(what, path)
         shape = tuple(value.shape)
         name = self._add(value.detach(), dtype, shape, value.numel() * value.itemsize, path)
         node: dict[str, Any] = {"$tensor": name, "dtype": dtype, "shape": list(shape)}
@@ -241,6 +244,7 @@ def bytes_of(source: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the bytes of a tensor, (nbytes,), on the host."""
     if isinstance(source, np.ndarray):
         return source
-    flat = source.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    dense = source.cpu().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
     array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array
