@@ -23,6 +23,7 @@ import torch
 import torch._dynamo  # DistributedDataParallel imports these two when it is first made: 2 s,
 import torch.distributed as dist
 import torch.distributed.tensor.parallel.ddp  # paid here once and not in every rank
+from torch._C._distributed_c10d import FileStore
 
 # Fork takes 50 ms a rank where spawn takes 2 s, most of it to import torch again. It needs a parent
 # without threads that matter: torch is kept to one thread, and nothing here may touch CUDA.
@@ -53,7 +54,8 @@ def run_ranks(
 
     Raises:
         Exception: that of the rank that failed first, with a note of its rank and its traceback.
-        RuntimeError: a rank ended without a result, or its exception cannot be pickled.
+        RuntimeError: a rank ended without a result or not in order, or its exception cannot be
+            pickled.
         TimeoutError: a rank had no result in time.
     """
     assert not dist.is_initialized(), "this process is a rank already"
@@ -68,8 +70,12 @@ def run_ranks(
             write.close()  # so that a rank that dies is the end of its pipe
         try:
             results = _collect([read for read, _ in pipes], ranks, timeout_s)
-            for process in ranks:
+            for rank, process in enumerate(ranks):
                 process.join(10)
+                if process.exitcode != 0:
+                    raise RuntimeError(
+                        f"rank {rank} gave its result, then its exit code was {process.exitcode}"
+                    )
         finally:
             for read, _ in pipes:
                 read.close()
@@ -132,6 +138,8 @@ def _rank(
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
         code = _work(rank, world_size, pipes[rank][1], lambda: fn(rank, *args, **kwargs), store)
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -144,7 +152,7 @@ def _work(rank: int, world_size: int, pipe: Connection, work: Callable[[], Any],
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world_size),
+            store=FileStore(store, world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=300),
