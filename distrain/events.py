@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -267,6 +268,24 @@ class EventStorage:
             for name, history in self.histories().items()
         }
 
+    def scalars_until(self, iteration: int, *, window_size: int) -> dict[str, tuple[float, int]]:
+        """Return every scalar as it stood after an iteration: name -> (value, its iteration).
+
+        Args:
+            iteration: later values are left out.
+            window_size: how many values the median is over, where the scalar may be smoothed.
+        """
+        found: dict[str, tuple[float, int]] = {}
+        for name, history in self.histories().items():
+            values, iterations = history.arrays()
+            end = len(iterations)
+            if end and iterations[-1] > iteration:
+                end = int(np.searchsorted(iterations, iteration, side="right"))
+            if end:
+                start = max(0, end - window_size) if self._kinds[name].smoothing_hint else end - 1
+                found[name] = (_median(values[start:end].tolist()), int(iterations[end - 1]))
+        return found
+
     def history(self, name: str) -> HistoryBuffer:
         """Return the history of one scalar; KeyError names those there are."""
         histories = self.histories()
@@ -409,3 +428,12 @@ def _stack(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _read(value: float | tuple[Tensor, int]) -> float:
     return value if isinstance(value, float) else float(value[0][value[1]])
+
+
+def _median(values: list[float]) -> float:
+    """Return the median, NaN if one is NaN; numpy's takes ten times as long for twenty values."""
+    if any(value != value for value in values):
+        return math.nan
+    values.sort()
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -202,7 +202,7 @@ class Columns:
             if max_key != _ABSENT:
                 largest, max_rank = split_rank(max_key)
                 negative, min_rank = split_rank(min_key)
-                yield name, Spread(-negative, min_rank, largest, max_rank)
+                yield name, Spread(0.0 - negative, min_rank, largest, max_rank)
 
 
 def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:

@@ -66,6 +66,15 @@ class TrainerKeys:
 
 
 @dataclass
+class CheckpointKeys:
+    """`checkpoint.*`: which checkpoints are kept, and what a failed save does."""
+
+    keep_last: Annotated[int, AtLeast(1)] = 3
+    keep_every: Annotated[int, AtLeast(1)] | None = None
+    on_error: Literal["warn", "raise"] = "warn"
+
+
+@dataclass
 class OptimKeys:
     """`optim.*`: the groups of parameters; every other key is a keyword of the optimizer."""
 
@@ -93,6 +102,7 @@ class Keys:
     optim: OptimKeys
     launch: Target
     schedule: Target | None = None
+    checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)
     seed: Annotated[int, AtLeast(0)] = 0
     resume: Literal["auto", "never", "must"] = "auto"

@@ -157,8 +157,7 @@ class Trainer(TrainerBase):
             parts = [self._forward_backward() for _ in range(self.accumulation - 1)]
         parts.append(self._forward_backward())
         return {
-            name: torch.stack([part[name].detach() for part in parts]).mean()
-            for name in parts[0]
+            name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]
         }
 
     def _forward_backward(self) -> dict[str, Tensor]:
@@ -193,7 +192,9 @@ class Trainer(TrainerBase):
 
     def _gradients_are_finite(self) -> bool:
         """Whether the update may be applied: the same on all ranks, as the gradients are."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self._parameters if p.grad is not None]
+        )
         is_finite = bool(torch.isfinite(norm))
         self.storage.put_scalar("skipped_update", float(not is_finite), smoothing_hint=False)
         return is_finite
@@ -220,7 +221,10 @@ class Trainer(TrainerBase):
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "stream": {"iteration": self.iter_done},
+            "stream": {
+                "iteration": self.iter_done,
+                "samples_per_forward": getattr(self.data, "samples_per_forward", None),
+            },
             **super().state_dict(),
         }
 
@@ -263,9 +267,10 @@ def _wrap(
 ) -> nn.Module:
     if world_size == 1:
         return module
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": has_own_buffers(module)} | dict(
-        options
-    )
+    options = {
+        "gradient_as_bucket_view": True,
+        "broadcast_buffers": has_own_buffers(module),
+    } | dict(options)
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, **options)
 

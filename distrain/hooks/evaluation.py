@@ -17,7 +17,8 @@ class EvalHook(HookBase):
 
     Args:
         period: in iterations; None evaluates at the end only.
-        eval_loader: this rank's share of a data set, given to `distrain.evaluation.evaluate`.
+        eval_loader: this rank's share of a data set, given to `distrain.evaluation.evaluate`;
+            without it and without a function nothing is evaluated.
         function: instead of it, returns metrics by name, equal on all ranks; all ranks call it.
         prefix: of the scalars' names.
     """
@@ -35,8 +36,8 @@ class EvalHook(HookBase):
     ) -> None:
         if period is not None and period < 1:
             raise ConfigError(f"period={period}; it is at least 1 iteration, or null")
-        if (eval_loader is None) == (function is None):
-            raise ConfigError("nothing to evaluate: set data.eval, or remove it: hooks.eval=null")
+        if eval_loader is not None and function is not None:
+            raise ConfigError("eval_loader and function are both given; keep one")
         self._period = period
         self._eval_loader = eval_loader
         self._function = function
@@ -62,9 +63,10 @@ class EvalHook(HookBase):
         trainer = self.trainer
         if self._function is not None:
             results = self._function()
-        else:
-            assert self._eval_loader is not None
+        elif self._eval_loader is not None:
             results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
+        else:
+            return
         self._last_done = trainer.iter_done
         for name, value in results.items():
             trainer.storage.put_scalar(

@@ -1,0 +1,128 @@
+"""Writing what the histories hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distrain.hook import HookBase
+from distrain.writers import BackgroundWriter, Row, Writer, default_writers
+
+
+class PeriodicWriter(HookBase):
+    """Writes a row every `trainer.window` iterations, on rank 0, in a thread beside training.
+
+    A row holds every scalar as it was then: the median over the window where the scalar may be
+    smoothed, its latest value elsewhere. It is written when the scalars have been combined over
+    ranks, a few iterations later.
+
+    Args:
+        writers: each gets all rows.
+        run_dir: without writers, TensorBoard, JSON lines and console write into this run folder.
+        conf: of the run; shown as text and hyperparameters in TensorBoard.
+    """
+
+    order = 90
+
+    def __init__(
+        self,
+        writers: Sequence[Writer] | None = None,
+        *,
+        run_dir: str | None = None,
+        conf: dict[str, Any] | None = None,
+    ) -> None:
+        if writers is None and run_dir is None:
+            raise ValueError("nowhere to write: give writers or run_dir")
+        self._given = writers
+        self._run_dir = run_dir
+        self._conf = conf
+        self._writer: BackgroundWriter | None = None
+        self._written = 0  # number of iterations up to and with the last row
+
+    def before_train(self) -> None:
+        """Open the writers; write the row that the resumed checkpoint was made just before."""
+        if not self.trainer.where.is_main:
+            return
+        self._written = min(self._written, self.trainer.start_iter)
+        if self._given is None:
+            assert self._run_dir is not None
+            self._given = default_writers(self._run_dir, start_iteration=self._written)
+            self._describe_run()
+        self._writer = BackgroundWriter(self._given)
+        self._write_due()
+
+    def after_step(self) -> None:
+        """Write a row if one is complete."""
+        if self._writer is not None:
+            self._write_due()
+
+    def after_train(self) -> None:
+        """Write what is left and close the writers."""
+        if self.trainer.error is None:
+            self.trainer.reduction.drain(self.trainer.storage.iter)
+        if self._writer is None:
+            return
+        try:
+            if self.trainer.error is None:
+                self._write(self.trainer.iter_done)
+                self._finish_run()
+        finally:
+            self._writer.close()
+
+    def _write_due(self) -> None:
+        done = self.trainer.reduction.combined_iter + 1
+        due = done - done % self.trainer.window
+        if due > self._written:
+            self._write(due)
+
+    def _write(self, done: int) -> None:
+        assert self._writer is not None
+        storage, window = self.trainer.storage, self.trainer.window
+        scalars = storage.scalars_until(done - 1, window_size=window)
+        if "perf/step_s" in scalars:
+            step_s, at = scalars["perf/step_s"]
+            scalars["perf/eta_s"] = (step_s * (self.trainer.max_iter - done), at)
+        row = Row(
+            done - 1, self.trainer.max_iter, scalars, storage.vis_data(), storage.histograms()
+        )
+        storage.clear_images()
+        storage.clear_histograms()
+        self._writer.write(row)
+        self._written = done
+
+    def _describe_run(self) -> None:
+        from distrain.tensorboard import TensorBoardWriter
+
+        for writer in self._given or ():
+            if isinstance(writer, TensorBoardWriter) and self._conf is not None:
+                import yaml
+
+                text = yaml.safe_dump(self._conf, sort_keys=False)
+                writer.text("config", f"```yaml\n{text}\n```")
+                writer.hparams(
+                    {k: v for k, v in self._conf.items() if k not in ("run", "launch", "hooks")}
+                )
+
+    def _finish_run(self) -> None:
+        """Mark the run as finished, with its latest metrics, if it is."""
+        from distrain.tensorboard import TensorBoardWriter
+
+        if self.trainer.iter_done != self.trainer.max_iter:
+            return
+        scalars = self.trainer.storage.scalars_until(self.trainer.iter_done - 1, window_size=1)
+        metrics = {
+            name: value
+            for name, (value, _) in scalars.items()
+            if not name.startswith(("perf/", "gpu/", "lr", "straggler/"))
+        }
+        for writer in self._given or ():
+            if isinstance(writer, TensorBoardWriter):
+                writer.finish(metrics, iteration=self.trainer.iter_done - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far was written."""
+        return {"written": self._written}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back how far was written."""
+        self._written = state["written"]

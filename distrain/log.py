@@ -1,0 +1,48 @@
+"""What is logged where: rank 0 to the console and its log, the others to theirs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+logger = logging.getLogger("distrain")
+
+
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at the time: a live progress bar puts itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[no-untyped-def, override]
+        return sys.stderr
+
+
+def set_up(run_dir: str, *, rank: int) -> None:
+    """Send the log of this process where it belongs.
+
+    The agent has pointed stderr of all ranks but 0 to their logs.
+
+    Args:
+        run_dir: folder of the run; rank 0 also writes to logs/rank_0.log in it.
+        rank: of this process.
+    """
+    text = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    console = _CurrentStderr()
+    console.setFormatter(logging.Formatter("distrain: %(message)s") if rank == 0 else text)
+    handlers: list[logging.Handler] = [console]
+    if rank == 0:
+        folder = Path(run_dir, "logs")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / "rank_0.log")
+        file.setFormatter(text)
+        handlers.append(file)
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,33 @@
+"""The job: what a launcher starts on every rank, and a requeue starts again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distrain.errors import ExitCode
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Trains what a configuration says. Picklable, and light: torch is imported by the ranks.
+
+    Attributes:
+        conf: resolved configuration (see `schema.Keys`).
+        run_dir: folder of the run; it continues from its newest valid checkpoint.
+    """
+
+    conf: dict[str, Any]
+    run_dir: str
+
+    def __call__(self) -> ExitCode:
+        """Do what one rank does; see `distrain.training.train`."""
+        from distrain.training import train
+
+        return train(self.conf, self.run_dir)
+
+    def plan(self) -> str:
+        """Return in words what would be trained; see `distrain.plan.plan`."""
+        from distrain.plan import plan
+
+        return plan(self.conf, self.run_dir)

@@ -1,0 +1,293 @@
+"""What every rank does, from the resolved configuration to the exit code."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain import log
+from distrain.batchnorm import convert_sync_batchnorm
+from distrain.checkpoint import CheckpointStore
+from distrain.config import build
+from distrain.data import EvalLoader, TrainLoader, micro_batches
+from distrain.distributed import (
+    Topology,
+    broadcast_from_main,
+    local_device,
+    process_group,
+    restore_random_states,
+    seed_everything,
+)
+from distrain.errors import ConfigError, ExitCode
+from distrain.hook import HookBase
+from distrain.optim import build_optimizer
+from distrain.reduction import STOP_REQUESTED
+from distrain.trainer import Trainer
+
+Conf = dict[str, Any]
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def train(conf: Conf, run_dir: str) -> ExitCode:
+    """Train as one rank; return FINISHED, or STOPPED with a checkpoint saved.
+
+    Args:
+        conf: resolved configuration (see `schema.Keys`).
+        run_dir: folder of the run; it continues from its newest valid checkpoint.
+
+    Raises:
+        ConfigError: the configuration does not work.
+        NonFiniteLoss: a loss was not finite.
+    """
+    log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
+    with _listening() as stop, process_group() as where:
+        checkpoints = CheckpointStore(
+            Path(run_dir, "checkpoints"), attempt=_attempt(), **conf["checkpoint"]
+        )
+        start_iter, state = _newest_state(conf["resume"], checkpoints)
+        max_iter = conf["trainer"]["max_iter"]
+        if start_iter >= max_iter:
+            log.logger.info("%s has done its %d iterations already", run_dir, start_iter)
+            return ExitCode.FINISHED
+        parts = build_parts(
+            conf, where=where, run_dir=run_dir, checkpoints=checkpoints, state=state
+        )
+        trainer = parts.trainer
+        stop.trainer = trainer
+        if stop.requested:
+            trainer.request_stop()
+        if state:
+            trainer.load_state_dict(state)
+            _log_resume(start_iter, state, where)
+        _seed(conf["seed"], state, where)
+        del state
+        gc.collect()
+        gc.freeze()  # a full collection over all of torch's objects takes 0.1 s
+        try:
+            trainer.train(start_iter, max_iter)
+        finally:
+            gc.unfreeze()
+            parts.train_loader.close()
+        return _outcome(trainer, run_dir)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds."""
+
+    trainer: Trainer
+    train_loader: TrainLoader
+    schedule: Any
+
+
+def build_parts(
+    conf: Conf,
+    *,
+    where: Topology,
+    run_dir: str,
+    checkpoints: CheckpointStore,
+    state: Conf | None = None,
+) -> Parts:
+    """Build what a configuration names, in the order model, optimizer, schedule, data, hooks.
+
+    Hooks may ask for `eval_loader`, `schedule`, `checkpoints`, `run_dir` or `conf` by naming it as
+    a keyword.
+
+    Args:
+        conf: resolved configuration.
+        where: the place of this process among the ranks.
+        run_dir: folder of the run.
+        checkpoints: of the run.
+        state: of the checkpoint that is resumed: a forward gets no more samples than it did there.
+
+    Raises:
+        ConfigError: a part cannot be built; names its key.
+    """
+    settings = dict(conf["trainer"])
+    del settings["max_iter"]
+    model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
+    optimizer = build_optimizer(model, **conf["optim"])
+    schedule = None
+    if conf["schedule"] is not None:
+        schedule = build(conf["schedule"], "schedule", optimizer=optimizer)
+    data = conf["data"]
+    settings["accumulation"] = micro_batches(
+        data["batch_size"],
+        ranks=where.world_size,
+        accumulation=settings["accumulation"],
+        largest=state["stream"]["samples_per_forward"] if state else None,
+    )
+    train_loader = TrainLoader(
+        build(data["train"], "data.train"),
+        batch_size=data["batch_size"],
+        rank=where.rank,
+        world_size=where.world_size,
+        accumulation=settings["accumulation"],
+        seed=conf["seed"],
+        workers=data["workers"],
+        seed_samples=data["seed_samples"],
+        pin_memory=local_device().type == "cuda",
+    )
+    hooks = _build_hooks(
+        conf,
+        eval_loader=_eval_loader(conf, where),
+        schedule=schedule,
+        checkpoints=checkpoints,
+        run_dir=run_dir,
+        conf=conf,
+    )
+    trainer = Trainer(model, optimizer, train_loader, hooks=hooks, **settings)
+    return Parts(trainer, train_loader, schedule)
+
+
+def build_model(conf: Conf, *, where: Topology, sync_batchnorm: bool) -> nn.Module:
+    """Build the model on this rank's device, with the same initial weights on all ranks.
+
+    Args:
+        conf: resolved configuration.
+        where: the place of this process among the ranks.
+        sync_batchnorm: with several ranks, turn every BatchNorm into a SyncBatchNorm.
+
+    Raises:
+        ConfigError: what is built is not a module.
+    """
+    seed_everything(conf["seed"], rank=0)
+    model = build(conf["model"], "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model._target_={conf['model']['_target_']}: it built a {type(model).__name__}, not "
+            "a torch.nn.Module"
+        )
+    if sync_batchnorm and where.world_size > 1:
+        model = convert_sync_batchnorm(model)
+    return model.to(local_device())
+
+
+def _eval_loader(conf: Conf, where: Topology) -> EvalLoader | None:
+    data = conf["data"]
+    if data["eval"] is None:
+        return None
+    batch_size = data["eval_batch_size"] or data["batch_size"]
+    return EvalLoader(
+        build(data["eval"], "data.eval"),
+        batch_size=max(1, batch_size // where.world_size),
+        rank=where.rank,
+        world_size=where.world_size,
+        workers=data["workers"],
+        seed=conf["seed"],
+        seed_samples=data["seed_samples"],
+    )
+
+
+def _build_hooks(conf: Conf, **context: Any) -> dict[str, HookBase]:
+    hooks: dict[str, HookBase] = {}
+    for name, node in conf["hooks"].items():
+        if node is None:
+            continue
+        hooks[name] = build(node, f"hooks.{name}", **context)
+        if not isinstance(hooks[name], HookBase):
+            raise ConfigError(
+                f"hooks.{name}._target_={node['_target_']}: not a HookBase; derive your hook from "
+                "distrain.HookBase"
+            )
+    return hooks
+
+
+def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf | None]:
+    """Return where to start and the state to start from: rank 0 finds it, all ranks load it."""
+    if resume == "never" and _attempt() == 0:
+        return 0, None
+    found = None
+    if int(os.environ.get("RANK", "0")) == 0:
+        newest = checkpoints.newest_valid()
+        found = None if newest is None else newest.iteration
+    found = broadcast_from_main(found)
+    if found is None:
+        if resume == "must":
+            raise ConfigError(
+                f"resume=must, but {checkpoints.folder} holds no valid checkpoint; start the run "
+                "with resume=auto"
+            )
+        return 0, None
+    return found, checkpoints.load(found)
+
+
+def _attempt() -> int:
+    """Return how often the run was started again by whoever watches over it."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    requeues = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(restarts) + int(requeues)
+
+
+def _seed(seed: int, state: Conf | None, where: Topology) -> None:
+    """Put the random generators of this rank where they were, or where a new rank starts."""
+    ranks = state["rng"]["ranks"] if state else []
+    if state and len(ranks) == where.world_size:
+        restore_random_states(ranks[where.rank])
+    elif state:  # another number of ranks: nobody's generators fit
+        seed_everything(seed + state["stream"]["iteration"], rank=where.rank)
+    else:
+        seed_everything(seed, rank=where.rank)
+
+
+def _log_resume(start_iter: int, state: Conf, where: Topology) -> None:
+    if not where.is_main:
+        return
+    before = len(state["rng"]["ranks"])
+    ranks = "" if before == where.world_size else f", then on {before} ranks"
+    log.logger.info(
+        "continuing after iteration %d on %d ranks%s", start_iter, where.world_size, ranks
+    )
+
+
+def _outcome(trainer: Trainer, run_dir: str) -> ExitCode:
+    stopped = trainer.reduction.stop == STOP_REQUESTED and trainer.iter_done < trainer.max_iter
+    if trainer.where.is_main:
+        shown = "  ".join(
+            f"{name.removeprefix('eval/')} {history.latest():.4g}"
+            for name, history in trainer.storage.histories().items()
+            if name == "loss" or name.startswith("eval/")
+        )
+        what = "stopped, run again to continue:" if stopped else "finished:"
+        log.logger.info(
+            "%s %d of %d iterations  %s", what, trainer.iter_done, trainer.max_iter, shown
+        )
+        log.logger.info(
+            "the run is in %s; look at it with: tensorboard --logdir %s", run_dir, run_dir
+        )
+    return ExitCode.STOPPED if stopped else ExitCode.FINISHED
+
+
+class _Stop:
+    """Whether a signal asked to stop, and whom to tell."""
+
+    requested = False
+    trainer: Trainer | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self.trainer is not None:
+            self.trainer.request_stop()
+
+
+@contextmanager
+def _listening() -> Iterator[_Stop]:
+    """Take stop signals as requests: the ranks agree on an iteration, save there and leave."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
