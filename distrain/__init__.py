@@ -1,1 +1,55 @@
-"""distrain: a distributed training service."""
+"""distrain: a distributed training service.
+
+The public names come from their modules when they are first used, so that the command line starts
+without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distrain.events import EventStorage, get_event_storage
+    from distrain.history import HistoryBuffer
+    from distrain.hook import HookBase
+    from distrain.loop import TrainerBase
+    from distrain.optim import param_groups
+    from distrain.schedule import WarmupCosineLR, WarmupMultiStepLR
+    from distrain.trainer import Trainer
+
+_MODULE_OF = {
+    "EventStorage": "events",
+    "HistoryBuffer": "history",
+    "HookBase": "hook",
+    "Trainer": "trainer",
+    "TrainerBase": "loop",
+    "WarmupCosineLR": "schedule",
+    "WarmupMultiStepLR": "schedule",
+    "get_event_storage": "events",
+    "param_groups": "optim",
+}
+
+__all__ = [
+    "EventStorage",
+    "HistoryBuffer",
+    "HookBase",
+    "Trainer",
+    "TrainerBase",
+    "WarmupCosineLR",
+    "WarmupMultiStepLR",
+    "get_event_storage",
+    "param_groups",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names too."""
+    return sorted({*globals(), *__all__})

@@ -68,7 +68,7 @@ def explain(error: Exception) -> ConfigError:
     cause = error if hasattr(error, "full_key") else error.__cause__
     key = str(getattr(cause, "full_key", "") or "")
     if key and text.startswith("Could not override"):
-        return ConfigError(f"{key}: no such key; {_near_key(cause, key)}; +{key}=... adds it")
+        return ConfigError(f"{key}: no such key; {_near_key(cause, key)} (+{key}=... adds it)")
     if key and text.startswith("Missing mandatory value"):
         return ConfigError(f"{key}: a value is needed, {key}=...")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -133,7 +133,7 @@ def build(node: Mapping[str, Any], key: str = "", /, **context: Any) -> Any:
     except Exception as error:
         # without a signature the call itself is what checks the keywords
         if isinstance(error, ValueError) or (signature is None and isinstance(error, TypeError)):
-            raise ConfigError(f"{key or name_of(target)}: {error}") from error
+            raise ConfigError(_placed(str(error), key or name_of(target), keywords)) from error
         error.add_note(f"while building {key or 'a node'}: {name_of(target)}")
         raise
 
@@ -174,6 +174,14 @@ def _parts(node: Mapping[str, Any], key: str) -> tuple[Callable[..., Any], dict[
     prefix = key + "." if key else ""
     keywords = {k: _built(v, prefix + k) for k, v in node.items() if not _is_ours(k)}
     return target, keywords
+
+
+def _placed(text: str, key: str, keywords: Mapping[str, Any]) -> str:
+    """Return an error's text with the dotted key: `ranks=0: ...` becomes `launch.ranks=0: ...`."""
+    name = text.partition("=")[0]
+    if name in keywords:
+        return f"{key}.{text}"
+    return text if text.startswith(f"{key}.") else f"{key}: {text}"
 
 
 def _is_ours(name: str) -> bool:

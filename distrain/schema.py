@@ -24,6 +24,10 @@ class Positive:
     """A number must be larger than zero."""
 
 
+class Printable:
+    """A text must not be empty, nor hold control characters or surrounding blanks."""
+
+
 class Target(dict[str, Any]):
     """A node that `config.build` makes an object of: `_target_` and the object's own keywords."""
 
@@ -32,8 +36,8 @@ class Target(dict[str, Any]):
 class RunKeys:
     """`run.*`: where the run lies."""
 
-    name: str
-    dir: str
+    name: Annotated[str, Printable()]
+    dir: Annotated[str, Printable()]
 
 
 @dataclass
@@ -216,6 +220,8 @@ def _target(value: Any, key: str) -> dict[str, Any]:
 def _plain(value: Any, hint: type, key: str) -> Any:
     """Check a bool, int, float or str."""
     if hint is str:
+        if value is None:
+            raise ConfigError(f"{key}: a value is needed, {key}=...")
         if isinstance(value, bool | int | float | str):
             return str(value)
         raise wrong(key, value, "a text is needed")
@@ -232,7 +238,13 @@ def _plain(value: Any, hint: type, key: str) -> Any:
 
 
 def _in_range(value: Any, limit: object, key: str) -> None:
-    """Check a number against one `AtLeast` or `Positive`."""
+    """Check a value against one of the limits above."""
+    if isinstance(limit, Printable) and (not value.isprintable() or value != value.strip()):
+        raise wrong(
+            key, repr(value), "a text without control characters and outer blanks is needed"
+        )
+    if isinstance(limit, Printable) and not value:
+        raise ConfigError(f"{key}: a value is needed, {key}=...")
     if isinstance(limit, AtLeast) and value < limit.limit:
         raise wrong(key, value, f"at least {limit.limit} is needed")
     if isinstance(limit, Positive) and value <= 0:

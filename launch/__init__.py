@@ -29,7 +29,8 @@ class Launcher(Protocol):
     """What `launch._target_` names.
 
     A launcher that does not wait for its jobs may have `start_all(jobs) -> ExitCode` too: a sweep
-    then hands it all its jobs at once. With `plan(job) -> str` it says what it would do.
+    then hands it all its jobs at once. With `plan(job) -> str` it says what it would do. One whose
+    `owns_run` is false leaves the run folder to another process.
     """
 
     def start(self, job: Job) -> ExitCode:

@@ -35,7 +35,22 @@ class ExternalLauncher:
 
     torchrun says which one it is. Under srun SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS do, and
     the batch script exports MASTER_ADDR and MASTER_PORT.
+
+    Attributes:
+        owns_run: whether this process writes the run folder; the others wait for it.
+        is_restart: whether torchrun or SLURM has started the run again by itself.
     """
+
+    @property
+    def owns_run(self) -> bool:
+        """Whether this is rank 0."""
+        return rank_env(os.environ)["RANK"] == "0"
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether this start is one that nobody typed."""
+        counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        return any(os.environ.get(name, "0") != "0" for name in counts)
 
     def start(self, job: Job) -> ExitCode:
         """Run a job to its end; see `distrain.launch.Launcher`."""

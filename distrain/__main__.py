@@ -1,0 +1,145 @@
+"""The command line: compose the configuration, claim the run's folder, hand the job to a launcher.
+
+Nothing here imports torch, so that help, mistakes and submissions take a moment only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from distrain import config
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
+from distrain.runfolder import RunFolder, await_run
+from distrain.sweep import sweep_name, worst
+
+if TYPE_CHECKING:
+    from distrain.launch import Launcher
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+class Command:
+    """One use of the command line: Hydra calls it once for each run.
+
+    Attributes:
+        codes: how the runs ended, in their order.
+        crash: an exception that is nobody's mistake but ours.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.codes: list[ExitCode] = []
+        self.crash: Exception | None = None
+        self._argv = argv
+        self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
+        self._submissions: list[tuple[Any, Any]] = []
+        self._open = contextlib.ExitStack()  # the folders of what waits in submissions
+
+    def run(self) -> ExitCode:
+        """Do what the arguments say; return the exit code of the worst run."""
+        before = os.environ.get(_FULL_ERROR)
+        os.environ[_FULL_ERROR] = "1"  # Hydra hands exceptions on to us, and does not exit
+        try:
+            with tempfile.TemporaryDirectory(prefix="distrain-") as scratch:
+                OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
+                start = hydra.main(
+                    config_path="pkg://distrain.conf", config_name="config", version_base="1.3"
+                )
+                start(lambda cfg: self._one(cfg))()
+        except Exception as error:
+            self.codes.append(self._tell(config.explain(error), error))
+        finally:
+            if before is None:
+                os.environ.pop(_FULL_ERROR, None)
+            else:
+                os.environ[_FULL_ERROR] = before
+        with self._open:
+            self._submit()
+        if self.crash is not None:
+            raise self.crash
+        return worst(self.codes)
+
+    def _one(self, cfg: DictConfig) -> None:
+        """Start one run. It ends here, whatever becomes of it: a sweep goes on."""
+        if ExitCode.STOPPED in self.codes:
+            self.codes.append(ExitCode.STOPPED)  # who stops a sweep means all of it
+            return
+        try:
+            self.codes.append(self._start(config.resolve(cfg)))
+        except (ConfigError, RankFailed, NonFiniteLoss) as error:
+            self.codes.append(self._tell(error, error))
+        except Exception as error:
+            if self.crash is not None:
+                traceback.print_exception(self.crash)
+            self.crash = error
+
+    def _start(self, conf: dict[str, Any]) -> ExitCode:
+        """Start the run of a resolved configuration."""
+        from distrain.run import TrainJob
+
+        name = sweep_name(HydraConfig.get(), self._argv)
+        if name:
+            conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
+        launcher: Launcher = config.build(conf["launch"], "launch")
+        job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
+        if conf["plan"]:
+            print(job.plan())
+            if hasattr(launcher, "plan"):
+                print(launcher.plan(job))
+            return ExitCode.FINISHED
+        if not getattr(launcher, "owns_run", True):
+            await_run(job.run_dir)
+            return launcher.start(job)
+        folder = RunFolder(job.run_dir)
+        is_sweep = name and hasattr(launcher, "start_all")
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(folder)
+            folder.freeze(conf, self._argv, is_restart=getattr(launcher, "is_restart", False))
+            for notice in folder.notices:
+                print(notice, file=sys.stderr)
+            if folder.done_iter is not None:
+                print(f"{folder.path}: all {folder.done_iter} iterations are done; nothing to do")
+                return ExitCode.FINISHED
+            if is_sweep:
+                self._submissions.append((launcher, job))
+                self._open.push(opened.pop_all())
+                return ExitCode.FINISHED
+            return launcher.start(job)
+
+    def _submit(self) -> None:
+        """Hand the runs of a sweep to a launcher that takes them all at once."""
+        if not self._submissions:
+            return
+        launchers, jobs = zip(*self._submissions, strict=True)
+        try:
+            self.codes.append(launchers[0].start_all(jobs))
+        except (ConfigError, RankFailed, NonFiniteLoss) as error:
+            self.codes.append(self._tell(error, error))
+
+    def _tell(self, what: Exception, error: Exception) -> ExitCode:
+        """Print a failure in as few lines as it needs; return its exit code."""
+        if self._wants_trace:
+            traceback.print_exception(error)
+        print(f"distrain: {what}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
+    sys.exit(int(Command(sys.argv[1:]).run()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The lock of a run's folder: one command at a time, and a clear word to the second.
+
+The ranks inherit the lock of the process that starts them: while one of them lives, nobody else
+can have it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distrain.errors import ConfigError
+
+_ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
+
+
+def hold(path: Path) -> int:
+    """Return the descriptor of a folder's lock, which this process holds until it closes it.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        ConfigError: somebody has it.
+    """
+    file = path / "lock"
+    deadline = time.monotonic() + _ENDING_S
+    while True:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            os.close(fd)
+            if _is_alive(holder) or time.monotonic() > deadline:
+                raise ConfigError(f"run.dir={path}: {_who(holder)} runs here already") from None
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return fd  # a file system without locks
+        if os.path.exists(file) and os.path.samestat(os.fstat(fd), os.stat(file)):
+            break
+        os.close(fd)  # its owner has just removed it
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(mine).encode(), 0)
+    return fd
+
+
+def _holder(fd: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """Say whether the process that took the lock is there; if we cannot know, it is."""
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, KeyError):
+        pass
+    return True
+
+
+def _who(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"

@@ -1,0 +1,98 @@
+"""Where a run came from: the command, the versions, the state of the user's git repository."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+_PACKAGES = ("distrain", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
+_MAX_DIFF_BYTES = 5_000_000
+
+
+@dataclass(frozen=True)
+class GitState:
+    """A git repository as it is now.
+
+    Attributes:
+        commit: the hash of HEAD.
+        untracked: files that git neither knows nor ignores.
+        diff: what differs from HEAD, "" if nothing does.
+    """
+
+    commit: str
+    untracked: list[str]
+    diff: str
+
+
+def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
+    """Return what is worth knowing of a start, as JSON values.
+
+    Args:
+        argv: the command's arguments.
+        git: see `git_state`.
+    """
+    return {
+        "argv": list(argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "user": _user(),
+        "pid": os.getpid(),
+        "python": f"{platform.python_version()} {sys.executable}",
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "git": None
+        if git is None
+        else {"commit": git.commit, "changed": bool(git.diff), "untracked": git.untracked},
+    }
+
+
+def git_state(folder: str) -> GitState | None:
+    """Return the state of the git repository around a folder; None if there is none.
+
+    Args:
+        folder: any folder in it.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    diff = _git(folder, "diff", "HEAD") or ""
+    if len(diff) > _MAX_DIFF_BYTES:
+        diff = f"left out: {len(diff)} bytes\n"
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard") or ""
+    return GitState(commit.strip(), untracked.splitlines()[:100], diff)
+
+
+def _git(folder: str, *arguments: str) -> str | None:
+    """Return what git prints; None where it fails, is missing or takes too long."""
+    env = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_PAGER": "cat"}
+    command = ["git", "-C", folder, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, env=env, timeout=10, stdin=subprocess.DEVNULL, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

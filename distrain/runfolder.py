@@ -1,0 +1,257 @@
+"""The folder of a run: who may use it, and what was frozen into it at the start.
+
+::
+
+    run.yaml       the resolved configuration; `_target_`s in it are code: do not run a stranger's
+    command.json   each start: the command, the versions, the commit, the keys that were changed
+    git.diff       what differed from that commit
+    lock           held by the process that runs the ranks, and by them
+    logs/ checkpoints/ tensorboard/ metrics.jsonl      written by the ranks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from distrain import folderlock
+from distrain.checkpoint_found import find_all, newest_valid
+from distrain.errors import ConfigError
+from distrain.provenance import git_state, start_record
+
+FREE_KEYS = ("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers")
+"""Keys that may change between two starts of a run: they do not change what is computed."""
+
+HORIZON_KEYS = ("trainer.max_iter", "schedule.max_iters")
+"""Keys that may change too: a run may be made longer."""
+
+
+class RunFolder:
+    """A run's folder, held by this process until the end of the `with`.
+
+    Attributes:
+        path: absolute.
+        is_new: whether this start has made it.
+        done_iter: iterations of the newest valid checkpoint, if they are all that was asked for.
+        notices: what the user should be told.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir).absolute()
+        self.is_new = False
+        self.done_iter: int | None = None
+        self.notices: list[str] = []
+        self._made: list[Path] = []
+        self._before: dict[Path, bytes | None] = {}
+        self._lock = -1
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self._made = _make(self.path)
+            self._lock = folderlock.hold(self.path)
+        except OSError as error:
+            self._remove_made()
+            raise ConfigError(f"run.dir={self.path}: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and issubclass(kind, ConfigError):
+            self._undo()
+        os.close(self._lock)
+
+    def freeze(
+        self, conf: Mapping[str, Any], argv: Sequence[str], *, is_restart: bool = False
+    ) -> None:
+        """Write down what this start is about to do, if the folder is right for it.
+
+        Args:
+            conf: the resolved configuration.
+            argv: the command's arguments.
+            is_restart: another program has started the run again by itself.
+
+        Raises:
+            ConfigError: the folder holds something else; nothing was written then.
+        """
+        file = self.path / "run.yaml"
+        self.is_new = not file.exists()
+        if self.is_new:
+            self._check_new(conf)
+            changed: dict[str, list[Any]] = {}
+        else:
+            self._check_used(conf, is_restart=is_restart)
+            changed = self._check_same(conf, yaml.safe_load(file.read_text()))
+            self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"])
+        if self.done_iter is not None:
+            return
+        git = git_state(os.getcwd())
+        record = start_record(argv, git) | {"changed": changed}
+        starts = _read_starts(self.path / "command.json")
+        if git is not None and git.diff:
+            name = "git.diff" if not starts else f"git-{len(starts)}.diff"
+            self._write(name, git.diff)
+            record["git"]["diff"] = name
+        self._write("command.json", json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
+        if self.is_new or changed:
+            head = "# What this run trains, resolved. Its _target_s are code.\n"
+            self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
+
+    def _check_new(self, conf: Mapping[str, Any]) -> None:
+        """Check that a folder without a run is empty, and may be new."""
+        others = sorted(n for n in os.listdir(self.path) if n != "lock" and not n.startswith("."))
+        if others:
+            raise ConfigError(
+                f"run.dir={self.path}: this folder holds no run, but {', '.join(others[:3])}; "
+                "give a new one"
+            )
+        if conf["resume"] == "must":
+            raise ConfigError(f"resume=must: {self.path} holds no run; resume=auto begins one")
+
+    def _check_used(self, conf: Mapping[str, Any], *, is_restart: bool) -> None:
+        """Check that a run may be continued."""
+        if conf["resume"] == "never" and not is_restart:
+            raise ConfigError(
+                f"resume=never: {self.path} holds a run; give another run.name, or resume=auto to "
+                "continue it"
+            )
+        if conf["resume"] == "must" and not find_all(self.path / "checkpoints"):
+            raise ConfigError(
+                f"resume=must: {self.path} holds no checkpoint; resume=auto begins anew"
+            )
+
+    def _check_same(
+        self, conf: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> dict[str, list[Any]]:
+        """Return the keys that differ from the frozen ones, each with its old and new value.
+
+        Raises:
+            ConfigError: one of them may not.
+        """
+        changed = differences(frozen, conf)
+        refused = {k: v for k, v in changed.items() if not _covers((*FREE_KEYS, *HORIZON_KEYS), k)}
+        if refused:
+            lines = [f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in refused.items()]
+            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration ({', '.join(lines[:5])}{more}); "
+                "give another run.name, or the old values to continue it"
+            )
+        for key in HORIZON_KEYS:
+            if key in changed:
+                old, new = changed[key]
+                self.notices.append(f"{key}: {old} -> {new} from here on")
+        return {key: list(values) for key, values in changed.items()}
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file whole, and remember what was there."""
+        path = self.path / name
+        self._before.setdefault(path, path.read_bytes() if path.exists() else None)
+        scratch = self.path / f".{name}.{os.getpid()}"
+        scratch.write_text(text)
+        scratch.replace(path)
+
+    def _undo(self) -> None:
+        """Leave the folder as this start has found it."""
+        if self.is_new:  # it was empty or not there
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            self._remove_made()
+            return
+        for path, content in self._before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+
+    def _remove_made(self) -> None:
+        """Remove the folders that this start has made."""
+        for path in reversed(self._made):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def await_run(run_dir: str | Path, *, timeout_s: float = 600.0) -> None:
+    """Wait until another process has frozen the run.
+
+    Args:
+        run_dir: the run folder.
+        timeout_s: network file systems may be half a minute late.
+
+    Raises:
+        ConfigError: there is still none.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not Path(run_dir, "run.yaml").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"run.dir={run_dir}: rank 0 has made no run in {timeout_s:g} s")
+        time.sleep(0.1)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys that differ with both values, None for a key that is not there."""
+    a, b = _flat(old), _flat(yaml.safe_load(yaml.safe_dump(dict(new))))
+    keys = [*a, *(key for key in b if key not in a)]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key; an empty mapping is a leaf."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _covers(keys: Sequence[str], key: str) -> bool:
+    return any(key == each or key.startswith(each + ".") for each in keys)
+
+
+def _text(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _done_iter(path: Path, max_iter: int) -> int | None:
+    """Return the iterations of the newest valid checkpoint if nothing is left to do."""
+    checkpoints = path / "checkpoints"
+    if not find_all(checkpoints):
+        return None
+    # names are enough to know that something is left; contents are read only if nothing is
+    from distrain.checkpoint_format import iteration_of
+
+    if (iteration_of(find_all(checkpoints)[-1].name) or 0) < max_iter:
+        return None
+    newest = newest_valid(checkpoints)
+    return newest.iteration if newest is not None and newest.iteration >= max_iter else None
+
+
+def _read_starts(path: Path) -> list[Any]:
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+    return starts if isinstance(starts, list) else []
+
+
+def _make(path: Path) -> list[Path]:
+    """Make a folder; return the folders that were not there, outermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]

@@ -1,0 +1,62 @@
+"""A sweep: the folder name of each of its runs, and one exit code for all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from distrain.errors import ExitCode
+
+_MAX_NAME = 120  # characters; file systems allow 255 bytes
+_SEVERITY = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.BAD_CONFIG, ExitCode.FAILED)
+
+
+def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
+    """Return the name of a run's folder in its sweep, "" without a sweep.
+
+    Example: `-m +experiment=digits optim.lr=0.1,0.2` gives `optim.lr=0.1` and `optim.lr=0.2`.
+
+    Args:
+        hydra_conf: Hydra's own configuration of this run.
+        argv: the command's arguments; what they hold fixed is left out.
+    """
+    from hydra.types import RunMode
+
+    if hydra_conf.mode != RunMode.MULTIRUN:
+        return ""
+    fixed = {key for each in argv if (key := _fixed_key(each))}
+    overrides = [each.lstrip("+~") for each in hydra_conf.overrides.task]
+    swept = [each for each in overrides if each.partition("=")[0] not in fixed]
+    return folder_name(",".join(each for each in swept if not each.startswith("run.")))
+
+
+def folder_name(text: str) -> str:
+    """Return the text as a folder name: other signs than letters, digits and `._=,+-` are gone.
+
+    A hash keeps apart what would become equal. Example: "a/b=1" gives "a_b=1-5d0c5a".
+    """
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)[:_MAX_NAME].lstrip(".-")
+    if name == text:
+        return name
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def worst(codes: Sequence[ExitCode]) -> ExitCode:
+    """Return the exit code that tells most about several runs; FINISHED for none."""
+    return max(codes, key=_SEVERITY.index, default=ExitCode.FINISHED)
+
+
+def _fixed_key(argument: str) -> str:
+    """Return the key of an argument such as `a.b=1`; "" for `a.b=1,2` and for anything else."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if argument.startswith("-") or "=" not in argument:
+        return ""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return ""
+    return "" if override.is_sweep_override() else override.get_key_element().lstrip("+~")
