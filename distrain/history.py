@@ -55,7 +55,8 @@ class HistoryBuffer:
         """
         num = len(values)
         self._count += num
-        self._sum += float(values.sum())
+        # one by one, so that the sum does not depend on how values were bundled
+        self._sum = float(np.add.accumulate(np.concatenate([[self._sum], values]))[-1])
         values, iterations = values[-self._max_length :], iterations[-self._max_length :]
         self._reserve(len(values))
         self._values[self._end : self._end + len(values)] = values

@@ -133,10 +133,7 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         """Forward, backward, `after_backward`, clipping, update."""
         self.data_s = 0.0
-        if self.accumulation == 1:
-            losses = self._forward_backward()
-        else:
-            losses = self._accumulate()
+        losses = self._forward_backward() if self.accumulation == 1 else self._accumulate()
         self.storage.put_losses(losses)
         self._call("after_backward")
         if self._is_clipping or self._skip_nonfinite:
@@ -269,7 +266,7 @@ def _wrap(
         return module
     options = {
         "gradient_as_bucket_view": True,
-        "broadcast_buffers": has_own_buffers(module),
+        "forward_sync_buffers": has_own_buffers(module),
     } | dict(options)
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, **options)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
 from distrain import log
@@ -140,7 +139,6 @@ def build_parts(
         pin_memory=local_device().type == "cuda",
     )
     hooks = _build_hooks(
-        conf,
         eval_loader=_eval_loader(conf, where),
         schedule=schedule,
         checkpoints=checkpoints,
@@ -190,9 +188,9 @@ def _eval_loader(conf: Conf, where: Topology) -> EvalLoader | None:
     )
 
 
-def _build_hooks(conf: Conf, **context: Any) -> dict[str, HookBase]:
+def _build_hooks(**context: Any) -> dict[str, HookBase]:
     hooks: dict[str, HookBase] = {}
-    for name, node in conf["hooks"].items():
+    for name, node in context["conf"]["hooks"].items():
         if node is None:
             continue
         hooks[name] = build(node, f"hooks.{name}", **context)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,9 +23,8 @@ from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, slurm_queue
-from distrain.launch.slurm_attempts import SLURM_FOLDER, read_attempts
-from distrain.launch.slurm_batch import SUBMITTED_FILE
-from distrain.launch.slurm_task import NodeTask
+from distrain.launch.slurm_attempts import SLURM_FOLDER, prepare, read_attempts
+from distrain.launch.slurm_task import NodeTask, node_python
 
 _DEFAULT_SIGNAL_S = 120
 _SLURM_DELAY_S = 60  # a signal comes up to so much early or late: SLURM looks every 30 s
@@ -138,9 +135,9 @@ class SlurmLauncher:
         slurm_queue.require()
         runs = [Path(job.run_dir).absolute() for job in jobs]
         for run_dir in runs:
-            self._prepare(run_dir)
+            prepare(run_dir)
         folder = _submit_folder(runs)
-        executor = SlurmExecutor(folder=folder, python=_python())
+        executor = SlurmExecutor(folder=folder, python=shlex.join(node_python()))
         executor.update_parameters(**self._parameters(runs, folder))
         said = io.StringIO()  # submitit prints what sbatch says, and raises it too
         try:
@@ -148,7 +145,10 @@ class SlurmLauncher:
                 submitted = [executor.submit(self.task(job)) for job in jobs]
         except (FailedJobError, FailedSubmissionError) as error:
             raise self._refused(str(error)) from error
-        return [str(job.job_id) for job in submitted]
+        job_ids = [str(job.job_id) for job in submitted]
+        for job_id, run_dir in zip(job_ids, runs, strict=True):
+            prepare(run_dir, job_id=job_id)
+        return job_ids
 
     def plan(self, job: Job) -> str:
         """Return the batch script that would be submitted, and what SLURM says of it."""
@@ -156,8 +156,9 @@ class SlurmLauncher:
 
         run_dir = Path(job.run_dir).absolute()
         folder = run_dir / SLURM_FOLDER
+        command = [*node_python(), "-u", "-m", "submitit.core._submit", str(folder)]
         script: str = _make_sbatch_string(
-            command=f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}",
+            command=shlex.join(command),
             folder=folder,
             **self._parameters([run_dir], folder),
         )
@@ -186,20 +187,6 @@ class SlurmLauncher:
             grace_s=self.grace_s,
             start_method=self.start_method,
         )
-
-    def _prepare(self, run_dir: Path) -> None:
-        """Make the private folder of a run, and the file by which a node knows it."""
-        folder = run_dir / SLURM_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # what is pickled there is run by whoever reads it
-        note = {
-            "from": socket.gethostname(),
-            "time": time.time(),
-            "nodes": self.nodes,
-            "ranks_per_node": self.ranks_per_node,
-            "signal_s": self._lead_s(run_dir),
-        }
-        (folder / SUBMITTED_FILE).write_text(json.dumps(note) + "\n")
 
     def _parameters(self, runs: Sequence[Path], folder: Path) -> dict[str, Any]:
         """Return the parameters of submitit's executor."""
@@ -287,12 +274,3 @@ def _run_of_element(runs: Sequence[Path], folder: Path) -> str:
         return shlex.quote(str(runs[0]))
     file = shlex.quote(str(folder / "runs.txt"))
     return f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {file})'
-
-
-def _python() -> str:
-    """Return the command for python on the nodes.
-
-    A signal that comes before the agent listens must not kill it: until then all are ignored.
-    """
-    command = 'trap \'\' TERM USR1 USR2; exec "$0" "$@"'
-    return f"sh -c {shlex.quote(command)} {shlex.quote(sys.executable)}"

@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.errors import ExitCode
+from distrain.errors import ConfigError, ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.failure import Failure, cause
 
 SLURM_FOLDER = "slurm"
+SUBMITTED_FILE = "submitted.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,31 @@ class NodeRecord:
         folder = attempt_folder(run_dir)
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{self.node}.json", dataclasses.asdict(self))
+
+
+def prepare(run_dir: Path, *, job_id: str | None = None) -> Path:
+    """Make the private folder of a run for a new job, and the file by which a node knows the run.
+
+    Args:
+        run_dir: the run folder.
+        job_id: the job's if it is known already; another one must not be at work there.
+
+    Raises:
+        ConfigError: another job works on this run.
+    """
+    folder = run_dir / SLURM_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # what is pickled there is run by whoever reads it
+    other = read_json(folder / SUBMITTED_FILE).get("job_id")
+    if other and other != job_id:
+        status = slurm_queue.status(other)
+        if status is not None and not status.ended:
+            raise ConfigError(
+                f"run.dir={run_dir}: job {other} ({status.state}) works on this run; wait for it, "
+                f"`scancel {other}`, or give another run.name"
+            )
+    write_json(folder / SUBMITTED_FILE, {"job_id": job_id, "from": socket.gethostname()})
+    return folder
 
 
 def attempt_folder(run_dir: Path) -> Path:

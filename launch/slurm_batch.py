@@ -29,6 +29,7 @@ from distrain.errors import ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import (
     SLURM_FOLDER,
+    SUBMITTED_FILE,
     Attempt,
     judge,
     read_attempts,
@@ -38,7 +39,6 @@ from distrain.launch.slurm_attempts import (
     write_json,
 )
 
-SUBMITTED_FILE = "submitted.json"
 _RUNNING_FILE = "running.json"
 _METRICS_FILE = "metrics.jsonl"
 

@@ -152,6 +152,15 @@ class NodeTask:
             time.sleep(_POLL_S)
 
 
+def node_python() -> list[str]:
+    """Return the words that start python on a node.
+
+    A signal that comes before the agent listens must not kill it: until then they are ignored.
+    """
+    command = 'trap \'\' TERM USR1 USR2; exec "$0" "$@"'
+    return ["sh", "-c", command, sys.executable]
+
+
 def _own_address(peer: str) -> str:
     """Return the address of this node that it reaches another one from.
 

@@ -1,12 +1,19 @@
 """The data sets and models of the experiments, against values worked by hand."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from distrain.config import build, resolve
 from distrain.events import EventStorage
 from distrain.experiments.digits import Digits, DigitsNet, load_split, shifted, split_indices
 from distrain.experiments.multiloss import (
@@ -27,6 +34,16 @@ from distrain.experiments.pydoc_gpt import (
     corpus,
     encode,
 )
+from distrain.losses import total_loss
+from distrain.optim import param_groups
+
+ROOT = Path(__file__).parents[1]
+METRIC = {
+    "digits": "eval/accuracy",
+    "pydoc_gpt": "eval/bits_per_char",
+    "multiloss": "eval/box_iou",
+}
+EXPERIMENTS = list(METRIC)
 
 
 def collated(dataset: Dataset[tuple[Tensor, ...]], indices: list[int]) -> list[Tensor]:
@@ -325,3 +342,70 @@ def test_finder_puts_images_every_period_and_only_in_training() -> None:
     assert set(storage.latest()) == {"batch/accuracy", "batch/box_iou"}
     model.train()
     model(*batch)  # and without a storage
+
+
+# the configuration of each
+
+
+def composed(name: str, *overrides: str) -> dict[str, Any]:
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("distrain.conf", version_base=None):
+        cfg = compose("config", [f"+experiment={name}", f"run.name={name}", *overrides])
+        return resolve(cfg)
+
+
+def test_every_experiment_is_tested_here() -> None:
+    assert {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_its_parts_fit(name: str) -> None:
+    conf = composed(name)
+    model = build(conf["model"], "model").eval()
+    train, held_out = build(conf["data"]["train"]), build(conf["data"]["eval"])
+    assert len(train) > len(held_out) > 0
+    groups = param_groups(
+        model,
+        **{key: conf["optim"][key] for key in ("lr", "weight_decay", "weight_decay_norm", "rules")},
+    )
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    batch = collated(train, [0, len(train) - 1])
+    total_loss(model(*batch))
+    for values in model.metrics(*collated(held_out, [0, len(held_out) - 1])).values():
+        assert values.shape == (2,)
+
+
+def test_pydoc_gpt_decays_matrices_alone() -> None:
+    conf = composed("pydoc_gpt")
+    model = build(conf["model"])
+    settings = {
+        key: value for key, value in conf["optim"].items() if key not in ("target", "betas")
+    }
+    for group in param_groups(model, **settings):
+        is_decayed = group["weight_decay"] > 0
+        for parameter in group["params"]:
+            is_embedding = parameter is model.character.weight or parameter is model.place.weight
+            assert is_decayed == (parameter.ndim == 2 and not is_embedding)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_on_two_ranks(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "distrain", f"+experiment={name}", f"run.dir={tmp_path}/run"),
+            *("trainer.max_iter=6", "trainer.window=2", "launch.ranks=2"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert any(METRIC[name] in row for row in rows)

@@ -1,4 +1,4 @@
-"""A data set, a model and a hook of your own: points on three spirals, told apart by a small net."""
+"""A data set, a model and a hook of your own: points on three spirals, told apart by a net."""
 
 import math
 
@@ -19,7 +19,7 @@ class Spirals(Dataset[tuple[Tensor, Tensor]]):
         generator = torch.Generator().manual_seed(seed)
         self.arms = torch.arange(points) % ARMS  # (N,)
         radius = torch.rand(points, generator=generator).sqrt()
-        angle = 5 * radius + 2 * math.pi / ARMS * self.arms
+        angle = 9 * radius + 2 * math.pi / ARMS * self.arms
         self.points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)  # (N, 2)
         self.points += noise * torch.randn(points, 2, generator=generator)
 
@@ -31,7 +31,7 @@ class Spirals(Dataset[tuple[Tensor, Tensor]]):
 
 
 class SpiralNet(nn.Module):
-    """Two hidden layers. `forward` gets what the data set gives, in batches, and returns the loss."""
+    """Two hidden layers. `forward` gets a batch of what the data set gives, returns the loss."""
 
     def __init__(self, *, width: int = 64) -> None:
         super().__init__()

@@ -4,10 +4,11 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from dev_cluster import NODES, Cluster, wait_for
+from dev_cluster import NODES, SCRIPT, Cluster, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +34,14 @@ def session_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with all nodes up and no job, before the test and after it."""
+def cluster(session_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The cluster, with all nodes up and free after the test; its jobs can import what we can."""
+    folders = [str(SCRIPT.parents[1]), str(Path(__file__).parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield session_cluster
     subprocess.run(["scancel", "--user", str(os.getuid())], timeout=60, check=False)
     for i in range(1, NODES + 1):
         session_cluster.script("start-node", f"n{i}")
-    wait_for(
-        lambda: len(session_cluster.run("sinfo", "-hN", "-plow", "-tidle").splitlines()) == NODES,
-        timeout_s=60,
-        what=lambda: session_cluster.script("status").stdout,
-    )
+    status = partial(session_cluster.script, "status")
+    wait_for(session_cluster.idle, timeout_s=60, what=lambda: status().stdout)

@@ -41,6 +41,10 @@ class Cluster:
             what=lambda: str(self.job(job_id)),
         )
 
+    def idle(self) -> bool:
+        """Say whether all nodes are up and free."""
+        return len(self.run("sinfo", "-hN", "-plow", "-tidle").splitlines()) == NODES
+
     def processes(self) -> dict[int, str]:
         """Return the command lines of all processes of jobs, on any node, by pid."""
         found = {}
