@@ -126,8 +126,7 @@ class CheckpointStore:
     ) -> Stall:
         """Save the state after `iteration` finished iterations; only its copy is waited for.
 
-        Returns how long that took.
-        A valid checkpoint of that iteration is left as it is, a damaged one replaced.
+        Returns how long that took. A valid checkpoint of that iteration is left as it is.
 
         Args:
             iteration: how many iterations are finished.
