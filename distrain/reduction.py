@@ -178,6 +178,7 @@ class ScalarReduction:
                 copied.record()
         self._window = _Window(self._since, iteration, rows, blocks, host, copied)
 
+    @np.errstate(invalid="ignore")  # values may be anything; losses that are not finite are told
     def _send(self, window: _Window) -> None:
         """Stage 2: lay the rows out and start the collectives."""
         if window.copied is not None:
@@ -215,6 +216,7 @@ class ScalarReduction:
             )
             window.works = [work for work in works if work is not None]
 
+    @np.errstate(invalid="ignore")
     def _finish(self, window: _Window, iteration: int) -> None:
         """Stage 3: read what all ranks agreed on, and let the histories have it."""
         for work in window.works:

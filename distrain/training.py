@@ -16,7 +16,7 @@ from torch import nn
 
 from distrain import log
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint import CheckpointStore, SaveFailed
 from distrain.config import build
 from distrain.data import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed import (
@@ -78,7 +78,10 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         finally:
             gc.unfreeze()
             parts.train_loader.close()
-        return _outcome(trainer, run_dir)
+        outcome = _outcome(trainer, run_dir)
+    if outcome is ExitCode.STOPPED and checkpoints.last_error is not None:
+        raise SaveFailed(f"stopped, but without a checkpoint: {checkpoints.last_error}")
+    return outcome
 
 
 @dataclass(frozen=True)
