@@ -1,0 +1,121 @@
+"""launch=allocation: runs a job on the nodes of the SLURM job that this process is in.
+
+For `sbatch slurm/train.sbatch`, and for a shell that `salloc` gave. The nodes do the same as after
+launch=slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from distrain.errors import ConfigError, ExitCode, RankFailed
+from distrain.launch import Job, slurm_queue
+from distrain.launch.slurm_attempts import prepare, read_attempts
+from distrain.launch.slurm_batch import begin, end
+from distrain.launch.slurm_task import NodeTask, node_python
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationLauncher:
+    """Starts jobs on the nodes that SLURM has given to this process.
+
+    Args:
+        ranks: on each node; None: one a GPU where SLURM gave GPUs, else 1.
+        max_requeues: attempts in a row without a newer checkpoint that are followed by another.
+        max_restarts: how often a failed rank makes the ranks start again within an attempt.
+        join_s: how long the first node waits for the others.
+        grace_s: from a request to stop until ranks that are still there are killed.
+        start_method: of the ranks, as in launch=local.
+    """
+
+    ranks: int | None = None
+    max_requeues: int = 3
+    max_restarts: int = 0
+    join_s: float = 60.0
+    grace_s: float = 120.0
+    start_method: str | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks each node runs."""
+        given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        return self.ranks or (int(given) if given.isdigit() else 0) or 1
+
+    def start(self, job: Job) -> ExitCode:
+        """Run a job to the end of this attempt; requeue the SLURM job where that helps.
+
+        Returns:
+            FINISHED, or STOPPED with the state saved.
+
+        Raises:
+            ConfigError: there is no allocation here, or a mistake that a rank found.
+            RankFailed: the run failed; the text is the first failing rank's.
+        """
+        from submitit.core.utils import DelayedSubmission
+
+        job_id = slurm_queue.own_job_id()
+        if job_id is None:
+            raise ConfigError(
+                "launch=allocation: this process is in no SLURM job; `sbatch slurm/train.sbatch "
+                "...` makes one, and launch=slurm submits from here"
+            )
+        run_dir = Path(job.run_dir).absolute()
+        folder = prepare(run_dir, job_id=job_id)
+        DelayedSubmission(self.task(job)).dump(folder / f"{job_id}_submitted.pkl")
+        before = signal.signal(signal.SIGTERM, _go_on)
+        try:
+            code = begin(run_dir, max_requeues=self.max_requeues)
+            if code == ExitCode.FINISHED:
+                step = subprocess.run(self._step(folder), env=_step_env(), check=False)
+                code = end(run_dir, step_exit=step.returncode, max_requeues=self.max_requeues)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if code in (ExitCode.FINISHED, ExitCode.STOPPED):
+            return code
+        why = read_attempts(run_dir)[-1].why
+        raise ConfigError(why) if code == ExitCode.BAD_CONFIG else RankFailed(why)
+
+    def plan(self, job: Job) -> str:
+        """Return what `start` would do, in one line."""
+        return f"{self.ranks_per_node} ranks on each of {_num_nodes()} nodes of this SLURM job"
+
+    def task(self, job: Job) -> NodeTask:
+        """Return what each node runs."""
+        return NodeTask(
+            job=job,
+            run_dir=Path(job.run_dir).absolute(),
+            ranks=self.ranks_per_node,
+            max_restarts=self.max_restarts,
+            join_s=self.join_s,
+            grace_s=self.grace_s,
+            start_method=self.start_method,
+        )
+
+    def _step(self, folder: Path) -> list[str]:
+        """Return the command that starts an agent on each node."""
+        nodes = _num_nodes()
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over by itself
+        return [
+            *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+            *("--unbuffered", "--kill-on-bad-exit=1"),
+            *([f"--cpus-per-task={cpus}"] if cpus else []),
+            *node_python(),
+            *("-u", "-m", "submitit.core._submit", str(folder)),
+        ]
+
+
+def _num_nodes() -> int:
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def _step_env() -> dict[str, str]:
+    return {**os.environ, "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_LOG_LEVEL": "WARNING"}
+
+
+def _go_on(number: int, frame: FrameType | None) -> None:
+    """Do nothing: SLURM has signalled the step too, and its end is what we wait for."""

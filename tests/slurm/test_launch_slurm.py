@@ -1,0 +1,259 @@
+"""launch=slurm on a real SLURM: submission, stops, requeues, failures, bad input."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from counting import Count
+from dev_cluster import Cluster, wait_for
+
+from distrain.errors import ConfigError, ExitCode, RankFailed
+from distrain.launch.slurm import SlurmLauncher
+from distrain.launch.slurm_attempts import read_attempts
+from distrain.launch.slurm_follow import follow
+
+pytestmark = pytest.mark.slurm
+
+LAUNCHER = SlurmLauncher(nodes=2, ranks=2, time_min=30)
+LONG = 10**6  # steps: until somebody stops it
+
+
+def submit(job: Count, launcher: SlurmLauncher = LAUNCHER) -> str:
+    (job_id,) = launcher.submit([job])
+    return job_id
+
+
+def started(job: Count, times: int = 1) -> None:
+    """Wait until a job counts for the n-th time, and for a few steps more."""
+    log = Path(job.run_dir, "slurm")
+    wait_for(
+        lambda: len(job.starts()) >= times,
+        timeout_s=60,
+        what=lambda: "\n".join(p.read_text() for p in log.glob("*.out")),
+    )
+    time.sleep(0.5)
+
+
+def rank_pid(cluster: Cluster, job_id: str, rank: int) -> int:
+    """Return the process of a rank; those of spawned ranks have no name that tells."""
+    for pid in cluster.processes():
+        environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+        log = {f"/logs/rank_{rank}.log"}
+        links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+        if f"SLURM_JOB_ID={job_id}" in environment and any(
+            link.endswith(name) for link in links for name in log
+        ):
+            return pid
+    raise AssertionError(f"rank {rank} of job {job_id} not found: {cluster.processes()}")
+
+
+def test_submission_says_where_and_returns_without_torch(cluster: Cluster, tmp_path: Path) -> None:
+    code = (
+        "import sys; from counting import Count; from distrain.launch.slurm import SlurmLauncher\n"
+        "launcher = SlurmLauncher(nodes=2, gpus_per_node=2, sbatch={'comment': 'x y'})\n"
+        f"print(launcher.start(Count({str(tmp_path)!r})))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    match = re.match(r"job (\d+) \(2 nodes x 2 ranks\): (.*)\n", out)
+    assert match is not None, out
+    assert match[2] == str(tmp_path)
+    job = cluster.wait(match[1])
+    assert job["JobState"] == "COMPLETED", (tmp_path / f"slurm/{match[1]}_0_log.out").read_text()
+    assert job["NumNodes"] == "2"
+    assert job["TresPerNode"] == "gres:gpu:2"
+    assert Count(str(tmp_path)).starts() == ["0 4 n1"]
+    assert (tmp_path / "slurm").stat().st_mode & 0o777 == 0o700
+    (attempt,) = read_attempts(tmp_path)
+    assert (attempt.outcome, attempt.nodes, attempt.kept_iter) == ("finished", ["n1", "n2"], 20)
+
+
+def test_a_signal_to_one_rank_stops_all_and_requeues_once(cluster: Cluster, tmp_path: Path) -> None:
+    job = Count(str(tmp_path), until=60)
+    job_id = submit(job)
+    started(job)
+    os.kill(rank_pid(cluster, job_id, 3), signal.SIGUSR2)
+    assert follow(job_id, tmp_path) == ExitCode.FINISHED
+    first, second = read_attempts(tmp_path)
+    assert (first.outcome, first.why) == ("stopped", "a rank was asked to stop")
+    assert 0 < first.kept_iter < 60
+    assert job.starts() == ["0 4 n1", f"{first.kept_iter} 4 n1"]
+    assert (second.restart, second.outcome, second.kept_iter) == (1, "finished", 60)
+    assert cluster.job(job_id)["Restarts"] == "1"
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Count(str(tmp_path), until=LONG)
+    job_id = submit(job)
+    started(job)
+    with pytest.raises(ConfigError, match=rf"job {job_id} \(RUNNING\) works on this run"):
+        submit(job)
+    cluster.run("scancel", job_id)
+    assert follow(job_id, tmp_path) == ExitCode.STOPPED
+    (attempt,) = read_attempts(tmp_path)
+    assert (attempt.outcome, attempt.requeued) == ("stopped", False)
+    assert attempt.kept_iter > 0
+    assert "SIGTERM" in attempt.why
+    assert cluster.job(job_id)["JobState"] == "CANCELLED"
+    assert not cluster.processes()
+    # and starting it again continues it
+    assert replace(LAUNCHER, follow=True).start(replace(job, until=1)) == ExitCode.FINISHED
+    assert job.starts()[1] == f"{attempt.kept_iter} 4 n1"
+    assert [a.attempt for a in read_attempts(tmp_path)] == [1, 2]
+
+
+def test_an_error_on_a_rank_fails_the_job_and_is_told_once(
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = Count(str(tmp_path), until=LONG, fail_rank=3, fail_at=10)
+    with pytest.raises(RankFailed) as caught:
+        replace(LAUNCHER, follow=True).start(job)
+    text = str(caught.value)
+    assert text.startswith("rank 3 failed: ValueError: user code is wrong (log: ")
+    assert text.count("Traceback") == 1
+    assert "counting.py" in text
+    assert "Traceback" not in capfd.readouterr().out  # whoever catches the error shows it
+    (attempt,) = read_attempts(tmp_path)
+    assert attempt.outcome == "failed"
+    assert cluster.job(attempt.job_id)["JobState"] == "FAILED"
+    assert not cluster.processes()
+
+
+def test_an_agent_that_is_killed_ends_the_attempt_and_the_next_one_continues(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Count(str(tmp_path), until=100, save_every=5)
+    job_id = submit(job)
+    started(job)
+    (agent,) = [
+        pid
+        for pid, command in cluster.processes().items()
+        if "submitit" in command and "-wn2" not in command and _node_of(pid) == "n2"
+        if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
+        if _is_agent(pid)
+    ]
+    ranks = [rank_pid(cluster, job_id, rank) for rank in range(4)]
+    os.kill(agent, signal.SIGKILL)
+    wait_for(lambda: not any(_alive(pid) for pid in ranks), timeout_s=15)
+    assert follow(job_id, tmp_path) == ExitCode.FINISHED
+    first, second = read_attempts(tmp_path)
+    assert (first.outcome, first.requeued) == ("lost", True)
+    assert "n2" in first.why
+    assert second.first_iter == first.kept_iter > 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def _node_of(pid: int) -> str:
+    environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in environment if "=" in entry)["SLURMD_NODENAME"]
+
+
+def _is_agent(pid: int) -> bool:
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return "slurmstepd" in Path(f"/proc/{parent}/comm").read_text()
+
+
+def test_what_slurm_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    job = Count(str(tmp_path / "run"))
+    with pytest.raises(ConfigError) as no_partition:
+        submit(job, replace(LAUNCHER, partition="gold"))
+    assert str(no_partition.value) == ("launch.partition=gold: no such one; there is: high, low")
+    with pytest.raises(ConfigError) as no_gpus:
+        submit(job, replace(LAUNCHER, gpus_per_node=3))
+    assert str(no_gpus.value) == (
+        "launch: no such nodes (nodes=2, gpus_per_node=3, mem=None, cpus_per_task=2); there are: "
+        "4 nodes of 8 CPUs, 16000 MB, gres gpu:2"
+    )
+    with pytest.raises(ConfigError) as no_nodes:
+        LAUNCHER.plan(job) and replace(LAUNCHER, nodes=5).plan(job)
+    assert "nodes=5" in str(no_nodes.value)
+    with pytest.raises(ConfigError) as no_option:
+        submit(job, replace(LAUNCHER, sbatch={"colour": "red"}))
+    assert str(no_option.value).startswith("launch=slurm: SLURM refuses the job: ")
+    assert "colour" in str(no_option.value)
+
+
+def test_the_plan_is_the_script_and_what_slurm_says_of_it(cluster: Cluster, tmp_path: Path) -> None:
+    launcher = replace(LAUNCHER, partition="high", mem="2G", qos=None, constraint=None, signal_s=90)
+    text = launcher.plan(Count(str(tmp_path / "run")))
+    assert text.startswith("#!/bin/bash\n")
+    for line in ("--nodes=2", "--partition=high", "--mem=2G", "--time=30", "--signal=USR2@90"):
+        assert f"\n#SBATCH {line}\n" in text
+    assert "\n#SBATCH --requeue\n" in text
+    assert re.search(r"# sbatch --test-only: sbatch: Job \d+ to start at", text)
+    assert not (tmp_path / "run").exists()
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_without_slurm_it_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no sbatch, srun, scontrol on the PATH.*launch=local"):
+        submit(Count(str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    assert "# not tested: launch=slurm: no sbatch" in LAUNCHER.plan(Count(str(tmp_path / "run")))
+
+
+def test_a_run_folder_that_no_node_sees(cluster: Cluster) -> None:
+    run_dir = cluster.root / "local" / "run"  # each node has its own there
+    with pytest.raises(ConfigError, match="must be on a file system that all nodes share"):
+        replace(LAUNCHER, follow=True).start(Count(str(run_dir)))
+
+
+def test_a_node_that_does_not_come_is_named(cluster: Cluster) -> None:
+    run_dir = cluster.root / "local" / "run2"
+    pid = (cluster.root / "run" / "node.n1.pid").read_text().strip()
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    local = str(cluster.root / "local")
+    subprocess.check_call(["nsenter", "-t", child, "-m", "umount", local])  # n1 sees ours
+    try:
+        with pytest.raises(RankFailed, match=r"no word from n2 in launch.join_s=3 s \(1 of 2"):
+            replace(LAUNCHER, follow=True, join_s=3).start(Count(str(run_dir)))
+    finally:
+        cluster.script("kill-node", "n1")
+
+
+def test_a_sweep_is_one_array_in_which_a_failure_stops_nobody(
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Count(str(tmp_path / f"until={n}"), until=n) for n in (5, 6, 7)]
+    jobs[1] = replace(jobs[1], fail_rank=0, fail_at=3)
+    launcher = SlurmLauncher(nodes=1, ranks=2, time_min=5, follow=True)
+    assert launcher.start_all(jobs) == ExitCode.FAILED
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()[-3:]]
+    array = lines[0][0].partition("_")[0]
+    assert [line[:3] for line in lines] == [
+        [f"{array}_0", "finished", "until=5"],
+        [f"{array}_1", "failed", "until=6"],
+        [f"{array}_2", "finished", "until=7"],
+    ]
+    for i, job in enumerate(jobs):
+        (attempt,) = read_attempts(Path(job.run_dir))
+        assert attempt.job_id == f"{array}_{i}"
+
+
+def test_a_batch_script_of_ones_own_uses_its_allocation(cluster: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "own.sbatch"
+    counting = Path(__file__).with_name("counting.py")
+    script.write_text(f"#!/bin/bash\nexec {sys.executable} {counting} {tmp_path / 'run'}\n")
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/out", "--parsable"]
+    job_id = cluster.run("sbatch", *options, str(script)).strip()
+    job = cluster.wait(job_id)
+    assert job["JobState"] == "COMPLETED", (tmp_path / "out").read_text()
+    assert Count(str(tmp_path / "run")).starts() == ["0 4 n1"]
+    assert read_attempts(tmp_path / "run")[0].outcome == "finished"
