@@ -1,0 +1,219 @@
+"""The command as its users run it: what it leaves, and what it says of their mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distrain.__main__ import Command
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+import math, torch
+from torch import nn
+from distrain import HookBase, get_event_storage
+
+class Points(torch.utils.data.Dataset):
+    def __init__(self, num=40):
+        self.x = torch.linspace(-1, 1, num)[:, None]
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, i):
+        return self.x[i], self.x[i] ** 2
+
+class Fit(nn.Module):
+    def __init__(self, answer="loss", bad_from=None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.answer, self.bad_from = answer, bad_from
+    def forward(self, x, y):
+        loss = nn.functional.mse_loss(self.net(x), y)
+        if self.answer == "logits":
+            return self.net(x)
+        if self.bad_from is not None and get_event_storage().iter >= self.bad_from:
+            loss = loss * math.nan
+        return loss
+
+class Crash(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 5 and self.trainer.where.rank == 1:
+            raise KeyError("broken on purpose")
+"""
+CONF = """
+# @package _global_
+run: {name: tiny}
+model: {_target_: tiny.Fit}
+data: {batch_size: 8, train: {_target_: tiny.Points}, eval: {_target_: tiny.Points}}
+optim: {lr: 0.05}
+trainer: {max_iter: 30, window: 10}
+hooks: {checkpoint: {period: 10}}
+launch: {in_process: true}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "tiny.yaml").write_text(CONF)
+    (tmp_path / "tiny.py").write_text(TINY)
+    return tmp_path
+
+
+def distrain(folder, *overrides, experiment="tiny"):
+    command = [sys.executable, "-m", "distrain", "--config-dir", "conf"]
+    return subprocess.run(
+        [*command, f"+experiment={experiment}", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def rows(folder, run="tiny"):
+    lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_and_the_same_command_again(folder):
+    first = distrain(folder)
+    assert first.returncode == 0, first.stderr
+    assert "tensorboard --logdir" in first.stderr
+    assert [row["iteration"] for row in rows(folder)] == [9, 19, 29]
+    run = folder / "runs" / "tiny"
+    assert {p.name for p in run.iterdir()} >= {
+        "run.yaml",
+        "command.json",
+        "logs",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    again = distrain(folder)
+    assert again.returncode == 0
+    assert "30 iterations are done" in again.stdout
+    longer = distrain(folder, "trainer.max_iter=45")
+    assert longer.returncode == 0, longer.stderr
+    assert "continuing after iteration 30" in longer.stderr
+    assert [row["iteration"] for row in rows(folder)] == [9, 19, 29, 39, 44]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+        (["optim=adamww"], ["optim=adamww", "adamw", "sgd"]),
+        (["optim.lr=abc"], ["optim.lr", "abc", "number"]),
+        (["trainer.max_iter=-3"], ["trainer.max_iter=-3", "at least"]),
+        (["data.batch_size=0"], ["data.batch_size=0", "at least 1"]),
+        (["trainer.accumulation=3"], ["data.batch_size=8", "trainer.accumulation=3", "9"]),
+        (["model._target_=tiny.Fitt"], ["model._target_=tiny.Fitt", "Fit"]),
+        (["model._target_=nowhere.Fit"], ["model._target_=nowhere.Fit", "no module nowhere"]),
+        (["+model.wide=3"], ["model.wide", "answer"]),
+        (["+model.answer=logits"], ["returned a tensor of shape [8, 1]", "not a loss"]),
+        (["+data.train.num=0"], ["data.train", "length 0"]),
+        (["schedule=multistep", "schedule.milestones=[20,10]"], ["[20, 10]"]),
+        (["schedule._target_=distrain.schedule.Cosine"], ["schedule._target_", "Cosine"]),
+        (["resume=must"], ["resume=must", "resume=auto"]),
+        (["trainer.precision=fp8"], ["trainer.precision=fp8", "bf16"]),
+        (["+hooks.mine._target_=tiny.Points"], ["hooks.mine._target_=tiny.Points", "HookBase"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(folder, overrides, words, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", ["distrain", "--config-dir", "conf", "+experiment=tiny"])
+    sys.argv += overrides
+    code = Command(sys.argv[1:]).run()  # here, for torch is loaded already
+    sys.modules.pop("tiny", None)
+    err = capfd.readouterr().err
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    for word in words:
+        assert word in lines[0]
+    assert not (folder / "runs").exists() or not list((folder / "runs").iterdir())
+
+
+def test_an_unknown_experiment_names_the_choices(folder):
+    result = distrain(folder, experiment="tinny")
+    assert result.returncode == 2
+    assert all(name in result.stderr for name in ("experiment=tinny", "tiny", "digits"))
+
+
+def test_another_configuration_in_the_folder_is_refused(folder):
+    assert distrain(folder, "trainer.max_iter=10").returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.name != "lock"}
+    result = distrain(folder, "optim.lr=0.01")
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in ("optim.lr", "0.05", "0.01", "run.name"))
+    after = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.name != "lock"}
+    assert after == before
+
+
+def test_a_loss_that_is_not_finite(folder):
+    result = distrain(folder, "+model.bad_from=13")
+    assert result.returncode == 1
+    assert "loss not finite from iteration 13 on, on rank 0 of 1" in result.stderr
+    assert "Traceback" not in result.stderr
+    kept = [p.name for p in (folder / "runs" / "tiny" / "checkpoints").glob("iter_*")]
+    assert kept == ["iter_0000000010"]
+
+
+def test_a_corrupt_checkpoint_is_named_and_passed_over(folder):
+    assert distrain(folder).returncode == 0
+    file = folder / "runs" / "tiny" / "checkpoints" / "iter_0000000030" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    result = distrain(folder, "trainer.max_iter=40")
+    assert result.returncode == 0, result.stderr
+    assert "iter_0000000030" in result.stderr
+    assert "continuing after iteration 20" in result.stderr
+
+
+def test_the_plan_trains_nothing(folder):
+    result = distrain(folder, "plan=true", "schedule=cosine")
+    assert result.returncode == 0, result.stderr
+    for words in ("net.0.weight", "PeriodicCheckpointer", "learning rate", "40 samples", "one rank"):
+        assert words in result.stdout
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.ranks
+def test_the_first_failing_rank_is_told_once_with_its_log(folder):
+    result = distrain(
+        folder, "launch.in_process=false", "launch.ranks=2", "+hooks.crash._target_=tiny.Crash"
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback (most recent call last)") == 1
+    assert "rank 1 failed: KeyError" in result.stderr
+    assert "logs/rank_1.log" in result.stderr
+
+
+@pytest.mark.ranks
+def test_restarts_continue_from_the_newest_checkpoint(folder):
+    (folder / "tiny.py").write_text(
+        TINY
+        + """
+class CrashOnce(HookBase):
+    def after_step(self):
+        import os
+        if self.trainer.iter == 15 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)
+"""
+    )
+    result = distrain(
+        folder,
+        "launch.in_process=false",
+        "launch.ranks=2",
+        "launch.max_restarts=1",
+        "+hooks.crash._target_=tiny.CrashOnce",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "continuing after iteration 10" in result.stderr
+    assert [row["iteration"] for row in rows(folder)] == [9, 19, 29]
