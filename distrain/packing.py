@@ -171,7 +171,7 @@ class Columns:
     def unpack_sums(self, sums: Floats, iterations: Ints) -> Iterator[Series]:
         """Return the series of the additive scalars, combined over ranks."""
         weighted, weights = sums.reshape(2, len(iterations), -1)
-        whole = (weights > 0).all(axis=0).tolist()
+        whole: list[bool] = list((weights > 0).all(axis=0))
         names = list(self.kinds)
         for position, column in enumerate(self._additive):
             name, at = names[column], iterations
@@ -213,7 +213,6 @@ def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
 def _read_row(row: ScalarRow, read: Mapping[int, Floats]) -> Floats:
     """Return the values of a row, (num_names,)."""
     if not row.blocks:
-        return np.fromiter(row.values.values(), np.float64, len(row.values))  # type: ignore[arg-type]
-    return np.array(
-        [v if isinstance(v, float) else read[id(v[0])][v[1]] for v in row.values.values()]
-    )
+        return np.fromiter(row.values.values(), np.float64, len(row.values))
+    values = [v if isinstance(v, float) else read[id(v[0])][v[1]] for v in row.values.values()]
+    return np.array(values)

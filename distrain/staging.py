@@ -122,7 +122,7 @@ class Staging:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()
 
 
 def place(tensors: Sequence[NamedTensor]) -> tuple[list[int], int]:

@@ -15,7 +15,10 @@ class Job(Protocol):
         run_dir: folder of the run; the ranks' logs go to `logs/` in it.
     """
 
-    run_dir: str
+    @property
+    def run_dir(self) -> str:
+        """Folder of the run."""
+        ...
 
     def __call__(self) -> ExitCode:
         """Do what one rank does: RANK, LOCAL_RANK, WORLD_SIZE, ... in the environment name it.

@@ -41,6 +41,11 @@ class AllocationLauncher:
     start_method: str | None = None
 
     @property
+    def is_restart(self) -> bool:
+        """Whether SLURM has started the job again by itself."""
+        return slurm_queue.own_restarts() > 0
+
+    @property
     def ranks_per_node(self) -> int:
         """How many ranks each node runs."""
         given = os.environ.get("SLURM_GPUS_ON_NODE", "")

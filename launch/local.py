@@ -157,7 +157,7 @@ def may_fork() -> bool:
     if is_first:
         _idle_threads = _num_threads()
     is_idle = _idle_threads is not None and _num_threads() <= _idle_threads
-    return is_idle and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_idle and not torch.cuda.is_initialized()
 
 
 _may_fork = may_fork

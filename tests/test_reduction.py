@@ -110,7 +110,12 @@ def nan_on_one_rank(rank):
     try:
         run(storage, reduction, range(50), put)
     except NonFiniteLoss as error:
-        return storage.iter, str(error), storage.history("max").latest(), storage.history("min").latest()
+        return (
+            storage.iter,
+            str(error),
+            storage.history("max").latest(),
+            storage.history("min").latest(),
+        )
     return None
 
 
@@ -208,9 +213,7 @@ def random_names_with_a_gather(rank, windows):
     for name, i, value, count in (entry for rows in everything for entry in rows):
         total, weight = sums.get((name, i), (0.0, 0.0))
         sums[name, i] = (total + value * count, weight + count)
-    found = {
-        (name, i): value for name, h in storage.histories().items() for value, i in h.values()
-    }
+    found = {(name, i): value for name, h in storage.histories().items() for value, i in h.values()}
     assert found.keys() == sums.keys()
     for key, (total, weight) in sums.items():
         assert math.isclose(found[key], total / weight, rel_tol=1e-12)
@@ -237,7 +240,9 @@ class CountReadBacks(TorchDispatchMode):
 def count_collectives(rank, num_scalars):
     """Return the collectives and read-backs of each iteration, counted below the Python API."""
     counts: Counter = Counter()
-    names = [name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "reduce"))]
+    names = [
+        name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "reduce"))
+    ]
     storage = EventStorage(0)
     reduction = reduction_of(storage, rank, period=20)
 

@@ -179,7 +179,13 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(folder):
 def test_the_plan_trains_nothing(folder):
     result = distrain(folder, "plan=true", "schedule=cosine")
     assert result.returncode == 0, result.stderr
-    for words in ("net.0.weight", "PeriodicCheckpointer", "learning rate", "40 samples", "one rank"):
+    for words in (
+        "net.0.weight",
+        "PeriodicCheckpointer",
+        "learning rate",
+        "40 samples",
+        "one rank",
+    ):
         assert words in result.stdout
     assert not (folder / "runs").exists()
 

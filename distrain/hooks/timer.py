@@ -25,7 +25,6 @@ class IterationTimer(HookBase):
     def after_step(self) -> None:
         """Put the times."""
         now = time.perf_counter()
-        self.trainer.storage.put_scalars(
-            **{"perf/step_s": now - self._begin, "perf/data_s": self.trainer.data_s}
-        )
+        self.trainer.storage.put_scalar("perf/step_s", now - self._begin)
+        self.trainer.storage.put_scalar("perf/data_s", self.trainer.data_s)
         self._begin = now
