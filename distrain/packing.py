@@ -171,7 +171,7 @@ class Columns:
     def unpack_sums(self, sums: Floats, iterations: Ints) -> Iterator[Series]:
         """Return the series of the additive scalars, combined over ranks."""
         weighted, weights = sums.reshape(2, len(iterations), -1)
-        whole: list[bool] = list((weights > 0).all(axis=0))
+        whole = np.logical_and.reduce(weights > 0, axis=0)
         names = list(self.kinds)
         for position, column in enumerate(self._additive):
             name, at = names[column], iterations
