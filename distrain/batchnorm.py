@@ -1,0 +1,216 @@
+"""Batch normalisation over the batch of all ranks, on CUDA and on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules._functions import SyncBatchNorm as CudaFunction
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils.parametrize import is_parametrized
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm whose statistics in training are those of the batches of all ranks together.
+
+    Ioffe & Szegedy 2015, "Batch Normalization", section 3, algorithm 1, with every sum over all
+    ranks: `y = (x - mean) / sqrt(var + eps) * weight + bias` for each channel, `var` with division
+    by the number of values; `running_var` takes the one with division by that number less one.
+    Example: rank 0 holds 1, 2 and rank 1 holds 6: mean 3, var (4 + 1 + 9) / 3, 7 for `running_var`.
+
+    On CUDA this is torch's own function, which refuses tensors of the CPU; there it is one gather
+    of (count, mean, squared deviations) in the forward pass and one sum in the backward pass, over
+    the default process group. The batches of the ranks may differ in size; some may be empty.
+    Gradients of `weight` and `bias` are those of the rank's own batch, as in torch:
+    DistributedDataParallel averages them as it averages all others. With one rank, in eval mode or
+    without a process group it is plain BatchNorm. 16-bit samples are normalised in float32.
+
+    Args are those of torch's BatchNorm:
+        num_features: C, channels of an input (B, C, ...).
+        eps: added to the variance.
+        momentum: share of the newest batch in the running statistics; None for their plain mean.
+        affine: whether there are `weight` and `bias`, (C,) each.
+        track_running_stats: whether there are running statistics; else eval mode takes those of
+            the rank's batch.
+        device, dtype: of parameters and buffers.
+
+    Raises:
+        ValueError: an input has no channel dimension, or too few values to have a variance: none
+            or one a channel over all ranks (not looked for on CUDA with several ranks).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised input; a collective in training.
+
+        Args:
+            input: (B, C, ...); B may differ between ranks.
+        """
+        group = self._group()
+        if group is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        running_mean, running_var = None, None
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.track_running_stats:
+            running_mean, running_var = self.running_mean, self.running_var
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        arguments = (input, self.weight, self.bias, running_mean, running_var, self.eps, momentum)
+        function: Any = CudaFunction if input.is_cuda else _CpuFunction
+        return cast(Tensor, function.apply(*arguments, group, group.size()))
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Return the ranks to share statistics with now, if there are any."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD
+        return group if group is not None and group.size() > 1 else None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input is {[*input.shape]}; SyncBatchNorm needs (B, C, ...)")
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Return `module` itself with its BatchNorm1d to 3d made SyncBatchNorm, in place.
+
+    Each keeps its parameters, buffers, hooks and mode, and stays the same object, so that modules
+    used in two places stay one and names in the state_dict do not change. Lazy ones become ours
+    with their first batch. Left as they are: ours, torch's SyncBatchNorm, other subclasses with a
+    `forward` of their own (what they compute is theirs) and those with parametrizations, which
+    live in the class.
+
+    Args:
+        module: of any kind.
+    """
+    for part in module.modules():
+        if not isinstance(part, _BatchNorm) or type(part).forward is not _BatchNorm.forward:
+            continue
+        if isinstance(part, _LazyNormBase):
+            part.cls_to_become = SyncBatchNorm
+        elif not is_parametrized(part):
+            part.__class__ = SyncBatchNorm
+    return module
+
+
+class _CpuFunction(torch.autograd.Function):
+    """Training-mode normalisation; torch's kernels of eval mode do the passes over the data.
+
+    With `xhat = (x - mean) * invstd` and sums over the N values a channel has on all ranks
+    (Ioffe & Szegedy 2015, section 3, put together):
+    `dx = weight * invstd * (dy - sum(dy) / N - xhat * sum(dy * xhat) / N)`.
+    The first term is the gradient of eval mode, where mean and variance are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, ...)
+        weight: Tensor | None,  # (C,)
+        bias: Tensor | None,  # (C,)
+        running_mean: Tensor | None,  # (C,)
+        running_var: Tensor | None,  # (C,)
+        eps: float,
+        momentum: float,
+        group: dist.ProcessGroup,
+        world_size: int,
+    ) -> Tensor:
+        x_wide = _wide(x)
+        count, mean, squares = _over_ranks(x_wide, group, world_size)
+        if count < 2:
+            raise ValueError(
+                f"{count} value(s) a channel over all ranks; training needs at least 2"
+            )
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(squares / (count - 1), alpha=momentum)
+        mean, var = mean.to(x_wide.dtype), (squares / count).to(x_wide.dtype)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.group, ctx.count = eps, group, count
+        if not x.numel():  # the kernels would divide by zero
+            return torch.empty_like(x)
+        y: Tensor = torch.native_batch_norm(
+            x_wide, _wide(weight), _wide(bias), mean, var, False, 0.0, eps
+        )[0]
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        x_wide, weight_wide = _wide(x), _wide(weight)
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        if x.numel():
+            statistics = (mean, var, mean, var)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                _wide(dy), x_wide, weight_wide, *statistics, False, ctx.eps, [needs_dx, True, True]
+            )
+        else:
+            dx, dweight, dbias = x_wide.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
+        if needs_dx:
+            sums = torch.stack([dbias, dweight])  # (2, C): sum of dy, of dy * xhat
+            dist.all_reduce(sums, group=ctx.group)
+            invstd = torch.rsqrt(var + ctx.eps)
+            scale = invstd if weight_wide is None else weight_wide * invstd
+            shift, slope = sums * (scale / ctx.count)  # (C,) each
+            dx.sub_(_per_channel(shift, x))
+            dx.addcmul_(x_wide - _per_channel(mean, x), _per_channel(slope * invstd, x), value=-1)
+        return (
+            dx.to(x.dtype) if needs_dx else None,
+            dweight.to(weight.dtype) if needs_dweight else None,
+            dbias.to(weight.dtype) if needs_dbias else None,
+            *[None] * 6,
+        )
+
+
+def _over_ranks(x: Tensor, group: dist.ProcessGroup, world_size: int) -> tuple[int, Tensor, Tensor]:
+    """Return count, mean (C,), sum of squared deviations (C,), in float64. A collective.
+
+    Ranks send their own three, not sums of squares, whose difference would cancel (Chan, Golub &
+    LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"):
+    `squares = sum_r(squares_r + count_r * (mean_r - mean)^2)`. A rank's own come from deviations
+    `d = x - m` from its rounded mean m, corrected for the rounding (the same authors, 1983,
+    "Algorithms for Computing the Sample Variance"): `mean_r = m + sum(d) / count_r` and
+    `squares_r = sum(d^2) - sum(d)^2 / count_r`. All ranks add the same numbers in the same order,
+    so they get the same bits. float64 also counts beyond float32's 2^24.
+
+    Args:
+        x: (B, C, ...) of this rank.
+        group: the ranks.
+        world_size: how many they are.
+    """
+    channels = x.size(1)
+    own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+    if x.numel():
+        over = [0, *range(2, x.dim())]
+        mean = x.mean(over)
+        deviations = x - _per_channel(mean, x)
+        drift = deviations.mean(over).double()  # what rounding kept from the mean
+        own[0] = x.numel() // channels
+        own[1 : 1 + channels] = mean + drift
+        own[1 + channels :] = deviations.square_().sum(over) - own[0] * drift.square()
+    rows = own.new_empty(world_size, own.numel())
+    dist.all_gather([*rows.unbind()], own, group=group)
+    counts, means, squares = rows.split_with_sizes(
+        [1, channels, channels], dim=1
+    )  # (W, 1), (W, C), (W, C)
+    count = int(counts.sum())
+    mean = (counts * means).sum(0) / max(count, 1)
+    return count, mean, (squares + counts * (means - mean).square()).sum(0)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return (C,) values in the shape that goes with x, (1, C, 1, ...)."""
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _wide(tensor: Any) -> Any:
+    """Return what there is in float32 at least."""
+    if tensor is None or tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.float()
