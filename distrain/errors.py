@@ -15,6 +15,10 @@ class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite; every rank raises this after the same iteration."""
 
 
+class ReplicaDrift(RuntimeError):
+    """Ranks no longer hold the same model; every rank raises this after the same iteration."""
+
+
 class ExitCode(IntEnum):
     """What the command returns to the shell."""
 

@@ -4,6 +4,7 @@ from distrain.hooks.callback import CallbackHook
 from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.timer import IterationTimer
 from distrain.hooks.writer import PeriodicWriter
@@ -17,4 +18,5 @@ __all__ = [
     "LRScheduler",
     "PeriodicCheckpointer",
     "PeriodicWriter",
+    "ReplicaGuard",
 ]

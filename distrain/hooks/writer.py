@@ -55,6 +55,9 @@ class PeriodicWriter(HookBase):
         """Write a row if one is complete."""
         if self._writer is not None:
             self._write_due()
+        else:  # nobody writes this rank's: let them go
+            self.trainer.storage.clear_images()
+            self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
         """Write what is left and close the writers."""
