@@ -1,12 +1,13 @@
-"""Permutations of any length, computed one position at a time.
+"""Permutations of any length, computed at just the positions that are asked for.
 
-A seeded permutation of `range(size)` as an array costs O(size) time and memory an epoch and rank; a
-keyed bijection gives any position of any epoch at once.
+A shuffled array of a data set's indices costs time and memory for the whole of it, in every rank
+and epoch; a keyed bijection costs the same few operations at any position of any epoch.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,40 +15,37 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_ROUNDS = 8
+_ROUNDS = 8  # four make it pseudorandom (Luby & Rackoff); small halves ask for more
 
 
-def permuted(positions: Ints, *, size: int, seed: int, epoch: int) -> Ints:
-    """Return what stands at some positions of the permutation of an epoch.
+def permuted(positions: Ints, *, size: int, seed: int, epoch: int | Ints) -> Ints:
+    """Return what stands at some positions of the permutation of `range(size)` of an epoch.
 
-    A Feistel network (Luby and Rackoff 1988) over the bits of the position, with cycle walking
-    (Black and Rogaway 2002): what falls out of the range is permuted again until it is inside.
+    A Feistel network (Luby & Rackoff 1988, "How to Construct Pseudorandom Permutations") on a grid
+    of about sqrt(size) rows and columns: the row is moved on by a keyed hash of the column, then
+    the column by one of the row, and so on; each of these steps can be undone, so no two positions
+    meet. What ends in the last, unused cells of the grid goes through it again until it is inside:
+    cycle walking (both Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
 
     Args:
         positions: (n,) each in [0, size).
         size: length of the permutation.
-        seed: of the run.
-        epoch: each has a permutation of its own.
+        seed: of the run, >= 0.
+        epoch: (n,) or one for all; each has a permutation of its own.
 
     Returns:
-        (n,) each in [0, size); different positions give different values.
+        (n,) each in [0, size); different positions of an epoch give different values.
     """
-    bits = max(2, (size - 1).bit_length())
-    low_bits = bits // 2
-    keys = _keys(seed, epoch)
-    found = _feistel(positions.astype(np.uint64), keys, bits - low_bits, low_bits)
+    rows = isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    keys = _round_keys(seed, np.atleast_1d(np.asarray(epoch, np.int64)))
+    found = _feistel(positions.astype(np.uint64), keys, rows, columns)
     outside = np.flatnonzero(found >= size)
     while len(outside):
-        found[outside] = _feistel(found[outside], keys, bits - low_bits, low_bits)
+        own_keys = keys if keys.shape[1] == 1 else keys[:, outside]
+        found[outside] = _feistel(found[outside], own_keys, rows, columns)
         outside = outside[found[outside] >= size]
     return found.astype(np.int64)
-
-
-def mixed(words: Words) -> Words:
-    """Return 64 well mixed bits of each word: the finaliser of splitmix64 (Steele et al. 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def sample_seeds(epochs: Ints, samples: Ints, *, seed: int) -> Words:
@@ -56,26 +54,43 @@ def sample_seeds(epochs: Ints, samples: Ints, *, seed: int) -> Words:
     Args:
         epochs: (n,).
         samples: (n,).
-        seed: of the run.
+        seed: of the run, >= 0.
     """
-    words = mixed(samples.astype(np.uint64) + _keys(seed, -1)[0])
-    return mixed(words ^ mixed(epochs.astype(np.uint64) + _keys(seed, -1)[1]))
+    *_, key_of_sample, key_of_epoch = _keys(seed)
+    words = mixed(samples.astype(np.uint64) + key_of_sample)
+    return mixed(words ^ mixed(epochs.astype(np.uint64) + key_of_epoch))
 
 
-@lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> Words:
-    """Return (8,) keys for the rounds; epoch -1 stands for those of `sample_seeds`."""
-    words = np.random.SeedSequence([seed, epoch + 1]).generate_state(_ROUNDS, np.uint64)
-    return np.asarray(words)
+def mixed(words: Words) -> Words:
+    """Return 64 well mixed bits of each word: the finaliser of SplitMix64.
+
+    Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators", with the constants
+    of Stafford's variant 13. Example: 0 stays 0, 1 becomes 0x5692161D100B05E5.
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
-def _feistel(words: Words, keys: Words, high_bits: int, low_bits: int) -> Words:
-    """Permute words of high_bits + low_bits bits: each half in turn is changed by the other."""
-    low_mask = np.uint64((1 << low_bits) - 1)
-    high_mask = np.uint64((1 << high_bits) - 1)
-    shift = np.uint64(low_bits)
-    high, low = words >> shift, words & low_mask
+@lru_cache(maxsize=8)
+def _keys(seed: int) -> Words:
+    """Return keys that only the seed decides: one a round, then the two of `sample_seeds`."""
+    return np.asarray(np.random.SeedSequence(seed).generate_state(_ROUNDS + 2, np.uint64))
+
+
+def _round_keys(seed: int, epochs: Ints) -> Words:
+    """Return (_ROUNDS, n) keys for (n,) epochs; a stretch of the stream has few different ones."""
+    first = int(epochs.min())
+    each = np.arange(first, int(epochs.max()) + 1).astype(np.uint64)
+    table = mixed(mixed(each) + _keys(seed)[:_ROUNDS, np.newaxis])
+    return table[:, epochs - first]
+
+
+def _feistel(words: Words, keys: Words, rows: int, columns: int) -> Words:
+    """Permute the cells of a grid, numbered row by row, with (_ROUNDS, n) or (_ROUNDS, 1) keys."""
+    height, width = np.uint64(rows), np.uint64(columns)
+    row, column = np.divmod(words, width)
     for number in range(0, _ROUNDS, 2):
-        high = high ^ (mixed(low + keys[number]) & high_mask)
-        low = low ^ (mixed(high + keys[number + 1]) & low_mask)
-    return (high << shift) | low
+        row = (row + mixed(column + keys[number]) % height) % height
+        column = (column + mixed(row + keys[number + 1]) % width) % width
+    return row * width + column

@@ -67,7 +67,7 @@ class ReplicaGuard(HookBase):
         for parameter, state in self.trainer.optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{names.get(parameter, '?')}.{key}"] = value
+                    tensors[f"optimizer.{names[parameter]}.{key}"] = value
         return tensors
 
     def _describe(self) -> str:
