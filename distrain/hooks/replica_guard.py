@@ -63,11 +63,10 @@ class ReplicaGuard(HookBase):
         tensors = {f"model.{name}": p.detach() for name, p in module.named_parameters()}
         if not has_own_buffers(module):
             tensors |= {f"model.{name}": buffer for name, buffer in module.named_buffers()}
-        names = {p: name for name, p in module.named_parameters()}
-        for parameter, state in self.trainer.optimizer.state.items():
-            for key, value in state.items():
+        for name, parameter in module.named_parameters():
+            for key, value in self.trainer.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{names[parameter]}.{key}"] = value
+                    tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
     def _describe(self) -> str:
