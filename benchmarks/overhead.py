@@ -1,0 +1,219 @@
+"""What a step of ours costs over a bare loop, in one process; blocks of 200 steps take turns.
+
+The bare loop logs its loss to TensorBoard every 20 steps and does nothing else. Ours has all
+default hooks, all writers (the console's lines go to a file) and as many scalars put each step as
+the table says, beside the loss, the learning rate and the two times that its hooks put.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmarks.common import Estimate, Turns, estimate, percentile, print_table
+from benchmarks.models import conv_net, mlp
+from distrain import HookBase, Trainer, get_event_storage
+from distrain.checkpoint import CheckpointStore
+from distrain.console import ConsoleWriter
+from distrain.hooks import (
+    EvalHook,
+    IterationTimer,
+    LRScheduler,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+)
+from distrain.jsonlines import JsonLinesWriter
+from distrain.schedule import WarmupCosineLR
+from distrain.tensorboard import TensorBoardWriter
+
+Scalars = Mapping[str, float | Tensor]
+
+
+class NeverSaves(PeriodicCheckpointer):
+    """The checkpoint hook between two saves, which is all that this benchmark sees of it."""
+
+    def after_train(self) -> None:
+        pass
+
+
+class PutsScalars(HookBase):
+    """Puts scalars as a user's hook would: all in one call, or one by one."""
+
+    def __init__(self, scalars: Scalars, *, one_by_one: bool = False) -> None:
+        self._scalars, self._one_by_one = scalars, one_by_one
+
+    def after_step(self) -> None:
+        storage = get_event_storage()
+        if self._one_by_one:
+            for name, value in self._scalars.items():
+                storage.put_scalar(name, value)
+        else:
+            storage.put_scalars(**self._scalars)
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    model: str
+    num_scalars: int
+    kind: str  # "float", "tensor" or "float, one by one"
+    target_us: float | None = None  # over bare, from the issue
+    target_ratio: float | None = None
+
+
+CASES = (
+    Case("mlp", 1, "float", 10),
+    Case("mlp", 1, "tensor", 10),
+    Case("mlp", 30, "float", 20),
+    Case("mlp", 30, "tensor", 20),
+    Case("mlp", 30, "float, one by one"),
+    Case("mlp", 300, "float", 150),
+    Case("mlp", 300, "tensor", 150),
+    Case("conv net", 1, "float", target_ratio=1.01),
+)
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (64,)),
+    "conv net": (conv_net, (1, 28, 28)),
+}
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the same for all."""
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+
+
+def new_batches(shape: tuple[int, ...], *, num: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of 32 random samples of ten classes."""
+    torch.manual_seed(0)
+    return [(torch.randn(32, *shape), torch.randint(10, (32,))) for _ in range(num)]
+
+
+def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]:
+    """Return a function that trains on some batches; it logs every 20 steps."""
+    optimizer, writer, step = new_optimizer(model), SummaryWriter(str(folder)), 0
+
+    def train(batches: Iterable[Any]) -> None:
+        nonlocal step
+        for inputs, labels in batches:
+            loss = model(inputs, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 20 == 0:
+                writer.add_scalar("loss", loss.item(), step)
+
+    return train
+
+
+def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, HookBase]:
+    """Return the hooks of conf/hooks/default.yaml, writing into a folder."""
+    return {
+        "timer": IterationTimer(),
+        "schedule": LRScheduler(WarmupCosineLR(optimizer, 10**6, warmup_iters=100)),
+        "eval": EvalHook(),
+        "checkpoint": NeverSaves(checkpoints=CheckpointStore(folder / "checkpoints")),
+        "writer": PeriodicWriter(
+            [
+                TensorBoardWriter(folder / "tensorboard"),
+                JsonLinesWriter(folder / "metrics.jsonl"),
+                ConsoleWriter(stream=(folder / "console.txt").open("w")),
+            ]
+        ),
+    }
+
+
+def new_scalars(num: int, kind: str) -> Scalars:
+    """Return what is put each step."""
+    values = torch.linspace(0, 1, num)
+    of_kind = values.unbind() if kind == "tensor" else values.tolist()
+    return {f"value_{number:03}": value for number, value in enumerate(of_kind)}
+
+
+def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:
+    """Let bare and ours take turns on one case."""
+    build, shape = MODELS[case.model]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        turns = Turns(
+            new_batches(shape),
+            bare_loop(build(), folder / "bare"),
+            block=200 if case.model == "mlp" else 20,
+            max_s=max_s,
+            precision_us=precision_us,
+        )
+        model = build()
+        optimizer = new_optimizer(model)
+        hooks = default_hooks(optimizer, folder)
+        hooks["scalars"] = PutsScalars(
+            new_scalars(case.num_scalars, case.kind), one_by_one="one by one" in case.kind
+        )
+        gc.collect()
+        gc.freeze()
+        Trainer(model, optimizer, turns, hooks=hooks).train(0, 10**9)
+    return turns
+
+
+def describe(case: Case, turns: Turns) -> list[object]:
+    """Return the row of a case."""
+    over = estimate(r.over_us for r in turns.rounds)
+    ratio = estimate(r.ours.cpu_s / r.bare.cpu_s for r in turns.rounds)
+    slow = percentile(turns.our_steps_s, 99) / percentile(turns.bare_steps_s, 99)
+    return [
+        case.model,
+        case.num_scalars,
+        case.kind,
+        f"{estimate(r.bare.cpu_s * 1e6 for r in turns.rounds).median:.0f}",
+        f"{over:.1f}",
+        f"{estimate(r.over_wall_us for r in turns.rounds):.1f}",
+        f"{ratio:.3f}",
+        f"{slow:.2f}",
+        len(turns.rounds),
+        _verdict(case, over, ratio),
+    ]
+
+
+def _verdict(case: Case, over: Estimate, ratio: Estimate) -> str:
+    if case.target_us is not None:
+        return f"<= {case.target_us:g} us: {'yes' if over.median <= case.target_us else 'NO'}"
+    if case.target_ratio is not None:
+        met = ratio.median <= case.target_ratio
+        return f"<= {case.target_ratio:g}: {'yes' if met else 'NO'}"
+    return ""
+
+
+def per_scalar_us(over_us: Mapping[Case, float], kind: str) -> float:
+    """Return the slope between 1 and 300 scalars."""
+    at = {case.num_scalars: us for case, us in over_us.items() if case.kind == kind}
+    return (at[300] - at[1]) / 299
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--max-s", type=float, default=20, help="for each row")
+    parser.add_argument("--precision-us", type=float, default=1.0, help="end a row sooner")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, over_us = [], {}
+    for case in CASES:
+        turns = measure(case, max_s=options.max_s, precision_us=options.precision_us)
+        rows.append(describe(case, turns))
+        if case.model == "mlp":
+            over_us[case] = estimate(r.over_us for r in turns.rounds).median
+    columns = ["model", "scalars", "put as", "bare, us CPU", "over bare, us CPU (95 %)"]
+    columns += ["over bare, us wall", "CPU ratio", "p99 ratio", "rounds", "target"]
+    print_table("A step of ours over a bare one, one process, batch 32", columns, rows)
+    for kind in ("float", "tensor"):
+        print(f"a {kind} more a step: {per_scalar_us(over_us, kind):.3f} us (target: <= 0.5)")
+
+
+if __name__ == "__main__":
+    main()
