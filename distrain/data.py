@@ -7,41 +7,54 @@ run can start at any iteration, on any number of ranks, and sees the same global
 
 from __future__ import annotations
 
-import ctypes
-import os
-import random
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Sampler
 
+from distrain.batches import batch_length, to_device
 from distrain.errors import ConfigError
-from distrain.permutation import Ints, permuted, sample_seeds
+from distrain.loading import Collate, Fetch, MicroBatch, WorkerBatches, length_of, load_here
+from distrain.permutation import Ints, permuted
 
-Collate = Callable[[list[Any]], Any]
+__all__ = [
+    "EvalLoader",
+    "SampleStream",
+    "TrainLoader",
+    "batch_length",
+    "micro_batches",
+    "to_device",
+]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_BLOCK = 4096  # positions worked out at once: numpy's calls cost as much for 1 as for 1000
 
 
 class SampleStream:
     """The endless sequence of samples that all ranks share.
+
+    Example: 3 samples in batches of 2, not shuffled: 0 1, 2 0, 1 2, 0 1, ... in the epochs 0 0,
+    0 1, 1 1, 2 2, ...; shuffled, the three samples of each epoch are in an order of its own.
 
     Args:
         size: of the data set.
         batch_size: B, over all ranks.
         seed: of the run.
         shuffle: False repeats the data set in its own order.
+
+    Raises:
+        ConfigError: a number is too small.
     """
 
     def __init__(self, size: int, *, batch_size: int, seed: int, shuffle: bool = True) -> None:
-        if size < 1:
-            raise ConfigError("the data set has length 0; training needs at least one sample")
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size={batch_size}; it is at least 1")
+        for key, value, least in (
+            ("the length of the data set", size, 1),
+            ("data.batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{key} is {value}; the least is {least}")
         self.size = size
         self.batch_size = batch_size
         self._seed = seed
@@ -49,17 +62,15 @@ class SampleStream:
 
     def indices(self, iteration: int) -> tuple[Ints, Ints]:
         """Return the (B,) epochs and (B,) samples of an iteration's batch, in O(B) anywhere."""
-        first = iteration * self.batch_size
-        epochs, positions = np.divmod(
-            np.arange(first, first + self.batch_size, dtype=np.int64), self.size
-        )
-        if not self._shuffle:
-            return epochs, positions
-        samples = np.empty_like(positions)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            samples[here] = permuted(positions[here], size=self.size, seed=self._seed, epoch=epoch)
-        return epochs, samples
+        return self.at(iteration * self.batch_size, self.batch_size)
+
+    def at(self, first: int, num: int) -> tuple[Ints, Ints]:
+        """Return the (num,) epochs and (num,) samples from a position of the sequence on."""
+        positions = np.arange(first, first + num, dtype=np.int64)
+        epochs, positions = np.divmod(positions, self.size)
+        if self._shuffle:
+            positions = permuted(positions, size=self.size, seed=self._seed, epoch=epochs)
+        return epochs, positions
 
 
 def micro_batches(
@@ -67,69 +78,34 @@ def micro_batches(
 ) -> int:
     """Return in how many forwards a rank takes its share of the batch.
 
-    It is the smallest number, not under `accumulation`, that divides the share, so that a forward
-    gets at most `largest` samples.
+    Without `largest` it is `accumulation`, checked. A run that continues on other ranks gives the
+    samples a forward had before as `largest`; the result is then the least number, not under
+    `accumulation`, that divides the share into forwards of at most so many. Example: 48 samples on
+    4 ranks in forwards of 12; on 2 ranks with `largest=12` in 2 forwards each.
 
     Args:
         batch_size: B, over all ranks.
         ranks: how many there are.
         accumulation: forwards in a step as configured.
-        largest: the most samples in a forward; None sets no bound.
+        largest: the most samples in a forward, >= 1; None sets no bound.
 
     Raises:
         ConfigError: the batch does not divide.
     """
-    unit = ranks * accumulation
-    if batch_size % unit:
-        below = batch_size - batch_size % unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        raise ConfigError(
-            f"data.batch_size={batch_size} does not divide by {ranks} ranks times "
-            f"trainer.accumulation={accumulation}; the nearest that does: {nearest}"
-        )
-    share = batch_size // ranks
-    for number in range(accumulation, share + 1):
-        if share % number == 0 and (largest is None or share // number <= largest):
+    share, rest = divmod(batch_size, ranks)
+    for number in [accumulation] if largest is None else range(accumulation, share + 1):
+        if not rest and share % number == 0 and share // number <= (largest or share):
             return number
-    return share
+    unit = ranks * accumulation
+    below = batch_size - batch_size % unit
+    nearest = f"{below} or {below + unit}" if below else str(unit)
+    raise ConfigError(
+        f"data.batch_size={batch_size} does not divide by {ranks} ranks times "
+        f"trainer.accumulation={accumulation}; the nearest that does: {nearest}"
+    )
 
 
-class _MicroBatch(NamedTuple):
-    """What one rank loads for one forward: (n,) epochs and (n,) samples."""
-
-    epochs: Ints
-    samples: Ints
-
-
-class _Fetch(Dataset[Any]):
-    """A data set whose items are whole micro-batches."""
-
-    def __init__(self, dataset: Any, *, seed: int | None, collate: Collate | None) -> None:
-        self._dataset = dataset
-        self._seed = seed  # None: the data set draws nothing
-        self._collate = collate or default_collate
-        self._get_batch = getattr(dataset, "get_batch", None)
-
-    def __getitem__(self, item: _MicroBatch) -> Any:
-        if self._get_batch is not None:
-            return self._get_batch(torch.from_numpy(item.samples))
-        if self._seed is None:
-            many = getattr(self._dataset, "__getitems__", None)
-            indices = item.samples.tolist()
-            return self._collate(many(indices) if many else [self._dataset[i] for i in indices])
-        seeds = sample_seeds(item.epochs, item.samples, seed=self._seed).tolist()
-        return self._collate(
-            [self._seeded(i, s) for i, s in zip(item.samples.tolist(), seeds, strict=True)]
-        )
-
-    def _seeded(self, index: int, seed: int) -> Any:
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed >> 1)
-        return self._dataset[index]
-
-
-class _Plan(Sampler[_MicroBatch]):
+class _TrainPlan(Sampler[MicroBatch]):
     """Names the micro-batches of a rank, from an iteration on, without end."""
 
     def __init__(
@@ -137,25 +113,49 @@ class _Plan(Sampler[_MicroBatch]):
     ) -> None:
         self._stream = stream
         self._start = start
-        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
+        self._rank = rank
+        # micro-batch m of all ranks together is the same set on any number of ranks
+        self._shape = (-1, world_size, stream.batch_size // (world_size * accumulation))
 
-    def __iter__(self) -> Iterator[_MicroBatch]:
-        iteration = self._start
-        shape = (self._accumulation, self._world_size, -1)
+    def __iter__(self) -> Iterator[MicroBatch]:
+        size = self._stream.batch_size
+        first, num = self._start * size, max(1, _BLOCK // size) * size
         while True:
-            epochs, samples = self._stream.indices(iteration)
-            # micro-batch m of all ranks together is the same set on any number of ranks
-            for e, s in zip(epochs.reshape(shape), samples.reshape(shape), strict=True):
-                yield _MicroBatch(e[self._rank], s[self._rank])
-            iteration += 1
+            block = (
+                part.reshape(self._shape)[:, self._rank] for part in self._stream.at(first, num)
+            )
+            for epochs, samples in zip(*block, strict=True):
+                yield MicroBatch(epochs, samples)
+            first += num
+
+
+class _EvalPlan(Sampler[MicroBatch]):
+    """Names the batches of a rank's share of a data set."""
+
+    def __init__(self, share: range, *, batch_size: int) -> None:
+        self._share = share
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._share) // self._batch_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for first in range(0, len(self._share), self._batch_size):
+            part = self._share[first : first + self._batch_size]
+            samples = np.arange(part.start, part.stop, dtype=np.int64)
+            yield MicroBatch(np.zeros_like(samples), samples)
 
 
 class TrainLoader:
     """This rank's micro-batches of the global stream.
 
+    Iteration i is `accumulation` micro-batches: the global batch is cut into as many parts, and
+    each part into one share a rank.
+
     Args:
-        dataset: map-style: `len(dataset)` and `dataset[index]`. With `get_batch(indices)`, which
-            takes (n,) int64 and returns the collated batch, samples are not fetched one by one.
+        dataset: map-style: `len(dataset)` and `dataset[index]`. If it has `get_batch(indices)`,
+            that takes (n,) int64 and returns the collated batch at once; `collate` is not called.
+            If it has torch's `__getitems__`, that is used where samples are not seeded.
         batch_size: B, over all ranks.
         rank: of this process.
         world_size: number of ranks.
@@ -164,9 +164,16 @@ class TrainLoader:
         shuffle: False repeats the data set in its own order.
         workers: loader processes of this rank; 0 loads in the training process.
         seed_samples: seed python, numpy and torch before each sample from (seed, epoch, sample), so
-            that augmentation does not depend on rank, worker or resumption. False is cheaper.
+            that augmentation does not depend on rank, worker or resumption, and leave the training
+            process's generators alone. A `get_batch` is seeded once, by its first sample: what it
+            draws depends on the number of ranks. False is for data sets that draw nothing, cheaper.
         collate: makes a batch of a list of samples; None is torch's default.
         pin_memory: give batches in page-locked memory, for faster copies to a GPU.
+
+    Attributes:
+        stream: the `SampleStream` of all ranks.
+        accumulation: as above.
+        samples_per_forward: in a micro-batch of this rank.
 
     Raises:
         ConfigError: the data set is empty or not map-style, or the batch does not divide.
@@ -188,18 +195,23 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         size = length_of(dataset, "data.train")
+        self.stream = SampleStream(size, batch_size=batch_size, seed=seed, shuffle=shuffle)
         self.accumulation = micro_batches(batch_size, ranks=world_size, accumulation=accumulation)
         self.samples_per_forward = batch_size // world_size // self.accumulation
-        self.stream = SampleStream(size, batch_size=batch_size, seed=seed, shuffle=shuffle)
-        self._rank, self._world_size = rank, world_size
-        self._fetch = _Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
-        self._draws = seed_samples and not hasattr(dataset, "get_batch")
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
         self._workers, self._pin_memory = workers, pin_memory
-        self._iterators: list[Any] = []
+        self._open: weakref.WeakSet[WorkerBatches] = weakref.WeakSet()
 
     def batches(self, start_iter: int) -> Iterator[Any]:
-        """Return the endless micro-batches from an iteration on; any start costs the same."""
-        plan = _Plan(
+        """Return the endless micro-batches from an iteration on; any start costs the same.
+
+        With workers, their processes end with `close` or with the last reference to the batches.
+
+        Args:
+            start_iter: the first iteration, >= 0.
+        """
+        plan = _TrainPlan(
             self.stream,
             start=start_iter,
             rank=self._rank,
@@ -207,18 +219,21 @@ class TrainLoader:
             accumulation=self.accumulation,
         )
         if self._workers == 0:
-            return _load_here(self._fetch, plan, keep_random=self._draws)
-        iterator = iter(
-            _worker_loader(self._fetch, plan, workers=self._workers, pin_memory=self._pin_memory)
+            return load_here(self._fetch, plan, pin_memory=self._pin_memory)
+        batches = WorkerBatches(
+            self._fetch,
+            plan,
+            workers=self._workers,
+            pin_memory=self._pin_memory,
+            seed=_worker_seed(self._seed, self._rank, start_iter),
         )
-        self._iterators.append(iterator)
-        return iterator
+        self._open.add(batches)
+        return batches
 
     def close(self) -> None:
-        """End the loader workers."""
-        for iterator in self._iterators:
-            iterator._shutdown_workers()
-        self._iterators = []
+        """End the loader processes; batches that were asked for before end, too."""
+        for batches in [*self._open]:
+            batches.close()
 
 
 class EvalLoader:
@@ -233,7 +248,7 @@ class EvalLoader:
         world_size: number of ranks.
         workers: loader processes while it is iterated.
         seed: of the run; what the data set draws is the same in every evaluation.
-        seed_samples: as for `TrainLoader`.
+        seed_samples: as for `TrainLoader`, with epoch 0.
         collate: as for `TrainLoader`.
 
     Raises:
@@ -257,13 +272,10 @@ class EvalLoader:
             raise ConfigError(f"data.eval_batch_size={batch_size}; it is at least 1 for each rank")
         self.batch_size = batch_size
         share = range(size * rank // world_size, size * (rank + 1) // world_size)
-        self._plan = [
-            _MicroBatch(np.zeros(len(part), np.int64), np.array(part, dtype=np.int64))
-            for part in (share[at : at + batch_size] for at in range(0, len(share), batch_size))
-        ]
-        self._fetch = _Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
-        self._draws = seed_samples and not hasattr(dataset, "get_batch")
-        self._workers = workers
+        self._plan = _EvalPlan(share, batch_size=batch_size)
+        self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
+        self._workers = min(workers, len(self._plan))
+        self._seed = _worker_seed(seed, rank, 0)
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -272,119 +284,17 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this rank."""
         if self._workers == 0:
-            yield from _load_here(self._fetch, self._plan, keep_random=self._draws)
-        elif self._plan:
-            yield from _worker_loader(self._fetch, self._plan, workers=self._workers)
-
-
-def length_of(dataset: Any, key: str) -> int:
-    """Return the length of a map-style data set.
-
-    Args:
-        dataset: any object.
-        key: of the configuration, for the error.
-
-    Raises:
-        ConfigError: it is empty, or has no length or no items.
-    """
-    if not hasattr(dataset, "__len__") or not (
-        hasattr(dataset, "__getitem__") or hasattr(dataset, "get_batch")
-    ):
-        raise ConfigError(
-            f"{key}: {type(dataset).__name__} has no __len__ and __getitem__; the stream needs a "
-            "map-style data set (for an iterable one, give the batches to Trainer yourself)"
+            yield from load_here(self._fetch, self._plan, pin_memory=False)
+            return
+        batches = WorkerBatches(
+            self._fetch, self._plan, workers=self._workers, pin_memory=False, seed=self._seed
         )
-    size = len(dataset)
-    if size < 1:
-        raise ConfigError(f"{key}: {type(dataset).__name__} has length 0; nothing to learn from")
-    return size
-
-
-def _load_here(fetch: _Fetch, plan: Any, *, keep_random: bool) -> Iterator[Any]:
-    """Load in this process; what samples draw leaves the process's own generators alone."""
-    for item in plan:
-        if not keep_random:
-            yield fetch[item]
-            continue
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            batch = fetch[item]
+            yield from batches
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-        yield batch
+            batches.close()
 
 
-def _worker_loader(
-    fetch: _Fetch, plan: Any, *, workers: int, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """Return a loader whose workers each load whole micro-batches, in the order of the plan."""
-    parent = os.getpid()
-    return DataLoader(
-        fetch,
-        sampler=plan,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=lambda _: _init_worker(parent),
-        multiprocessing_context="fork",
-        generator=torch.Generator(),  # or it would draw from the training process's generator
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _init_worker(parent: int) -> None:
-    """Leave signals to the ranks, die with the rank, use one thread."""
-    # a cluster sends its signals to every process; a worker that heeds them takes the rank along
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
-    torch.set_num_threads(1)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device, without waiting for the copies.
-
-    Args:
-        batch: tensors in dicts, lists, tuples and named tuples; the rest stays as it is.
-        device: where to.
-    """
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if device.type == "cpu":
-        return batch
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(part, device) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(part, device) for part in batch)
-    return batch
-
-
-def batch_length(batch: Any) -> int:
-    """Return the number of samples in a batch: the first dimension of its first tensor.
-
-    Raises:
-        ValueError: there is no tensor in it.
-    """
-    if isinstance(batch, Tensor) and batch.dim():
-        return batch.shape[0]
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(parts, Tensor) or not hasattr(parts, "__iter__"):
-        raise ValueError(f"no samples to count in a batch of type {type(batch).__name__}")
-    for part in parts:
-        try:
-            return batch_length(part)
-        except ValueError:
-            continue
-    raise ValueError(f"no samples to count in a batch of type {type(batch).__name__}")
+def _worker_seed(seed: int, rank: int, start_iter: int) -> int:
+    """Return a seed for the loader processes of a rank; no two ranks draw alike."""
+    return int(np.random.SeedSequence([seed, rank, start_iter]).generate_state(1)[0])
