@@ -11,6 +11,7 @@ from distrain.checkpoint_found import Found, describe, find_all
 from distrain.checkpoint_retention import read_best
 
 DIGITS = 12  # of a digest: enough to tell parts apart
+VERIFY = "--verify-resume"
 
 
 class NothingFound(ValueError):
@@ -21,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m distrain.checkpoint",
-        description="List and verify the checkpoints of a run, or compare those of two runs.",
+        description="List and verify the checkpoints of a run, or compare those of two runs; with "
+        "--verify-resume, see whether an experiment resumes bit for bit.",
         epilog="Exit status: 0 valid (and equal), 1 damaged or different, 2 nothing to look at.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/first")
@@ -34,6 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show or compare the digests of this iteration (default: the newest valid one)",
     )
+    parser.add_argument(
+        VERIFY,
+        action="store_true",
+        help="instead of RUN, take the arguments of `python -m distrain`, train straight and "
+        f"interrupted, and compare; `{VERIFY} --help` says more",
+    )
     return parser
 
 
@@ -43,10 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line, `sys.argv` if it is None.
     """
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "unequal"
     try:
+        if VERIFY in arguments:
+            from distrain import verify
+
+            return verify.main([each for each in arguments if each != VERIFY])
+        options = build_parser().parse_args(arguments)
         if options.other is None:
             return show(options.run, iteration=options.iteration)
         return compare(options.run, options.other, iteration=options.iteration)
@@ -78,14 +91,31 @@ def show(run: Path, *, iteration: int | None = None) -> int:
 
 def compare(run: Path, other: Path, *, iteration: int | None = None) -> int:
     """Print the digests of two runs' checkpoints side by side; 0 if all are equal, else 1."""
-    left, right = (choose(one, _newest_first(one), iteration=iteration) for one in (run, other))
+    left, right = (the_checkpoint(one, iteration=iteration) for one in (run, other))
+    print_comparison(left, right, names=(str(run), str(other)))
+    return 1 if differing(left, right) else 0
+
+
+def print_comparison(left: Found, right: Found, *, names: tuple[str, str]) -> None:
+    """Print the digests of two checkpoints side by side, under the names of their runs."""
     rows = [("iteration", str(left.iteration), str(right.iteration))]
     for part in dict.fromkeys([*left.digests, *right.digests]):
         rows.append((part, left.digests.get(part, "-"), right.digests.get(part, "-")))
-    print(f"{'':<14}{run!s:<16} {other}")
+    print(f"{'':<14}{names[0]:<16} {names[1]}")
     for name, a, b in rows:
         print(f"{name:<13} {a[:DIGITS]:<16} {b[:DIGITS]:<14} {'=' if a == b else '≠'}")
-    return 0 if all(a == b for _, a, b in rows) else 1
+
+
+def differing(left: Found, right: Found) -> list[str]:
+    """Return the names of what differs between two checkpoints: parts, or their iteration."""
+    parts = dict.fromkeys([*left.digests, *right.digests])
+    changed = [part for part in parts if left.digests.get(part) != right.digests.get(part)]
+    return changed if left.iteration == right.iteration else ["iteration", *changed]
+
+
+def the_checkpoint(run: Path, *, iteration: int | None = None) -> Found:
+    """Return the newest valid checkpoint of a run, or the one of an iteration; see `choose`."""
+    return choose(run, _newest_first(run), iteration=iteration)
 
 
 def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found:
