@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import random
@@ -231,6 +232,7 @@ class Runner:
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return the (step, value) pairs that TensorBoard shows for each scalar."""
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(self.run / "tensorboard"), {"scalars": 0})
@@ -331,29 +333,28 @@ def _start(
     done_before: int | None,
 ) -> int:
     """Do one start of the command; return how many iterations were done at its end."""
-    number = FAULTS[fault]
-    sent: float | None = None
-    target = -1
-    stopped_before = {p.name for p in find_all(runner.run / "checkpoints")}
-    done_at_start = runner.progress()
     is_stop = fault != "kill"
-    # a request to stop is promised to be heard from the first step on, kill -9 is not asked for
-    delay = rng.uniform(0, (quiet.seconds - quiet.first_step_s) * 0.8 if is_stop else quiet.seconds)
+    stopped_before = {p.name for p in find_all(runner.run / "checkpoints")}
+    # a request to stop is promised to be heard from the first step on; kill -9 asks nobody
+    while_starting = not is_stop and rng.random() < 0.25
+    moment = Moment(
+        after_s=rng.uniform(0, quiet.first_step_s) if while_starting else None,
+        share_done=rng.uniform(0, 0.9 if is_stop else 1.0),
+        delay_s=rng.uniform(0, 0.05),
+        done_at_start=runner.progress(),
+    )
+    sent: float | None = None
     begin = time.monotonic()
-    armed = None if is_stop else begin
     with runner.started() as process:
         while process.poll() is None and time.monotonic() - begin < HANG_S:
             time.sleep(0.005)
-            if armed is None and runner.progress() != done_at_start:
-                armed = time.monotonic()
-            if role is None or sent or armed is None or time.monotonic() - armed < delay:
+            if role is None or sent or not moment.has_come(runner, time.monotonic() - begin):
                 continue
             of_role = sorted(pid for pid, is_a in runner.processes().items() if is_a == role)
             if of_role:
-                target = rng.choice(of_role)
                 sent = time.monotonic()
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(target, number)
+                    os.kill(rng.choice(of_role), FAULTS[fault])
         code = process.poll()
         if code is None:
             result.problems.append(f"hangs; processes {runner.processes()}")
@@ -376,6 +377,36 @@ def _start(
     elif code not in (0, None) and not (sent and not is_stop):
         result.problems.append(f"start {runner.starts} ended with {code} undisturbed")
     return runner.progress()
+
+
+@dataclass
+class Moment:
+    """When a start is disturbed: by its clock, or by what it has done of what was left to do.
+
+    Attributes:
+        after_s: seconds after its start; None goes by the iterations.
+        share_done: of the iterations that were left at its start.
+        delay_s: seconds after the iteration.
+        done_at_start: iterations that are done.
+    """
+
+    after_s: float | None
+    share_done: float
+    delay_s: float
+    done_at_start: int
+    _since: float | None = None
+
+    def has_come(self, runner: Runner, now_s: float) -> bool:
+        """Say whether the moment has come, `now_s` after the start."""
+        if self.after_s is not None:
+            return now_s >= self.after_s
+        if self._since is None:
+            done, left = runner.progress(), runner.iterations - self.done_at_start
+            # what is in the file may be of the start before: anything else is of this one
+            if done != self.done_at_start and done >= self.done_at_start + self.share_done * left:
+                self._since = now_s
+            return False
+        return now_s - self._since >= self.delay_s
 
 
 def _stop_problems(runner: Runner, code: int | None, role: str | None, num_new: int) -> list[str]:
