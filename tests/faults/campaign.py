@@ -139,7 +139,7 @@ class Runner:
     """Starts the command in a folder of its own, and sees its processes.
 
     Args:
-        folder: made here; holds the user's project, the run and all temporary files.
+        folder: made here if it is not there; for the user's project, the run, temporary files.
         iterations: of the run.
     """
 
@@ -148,8 +148,8 @@ class Runner:
         self.iterations = iterations
         self.run = folder / "runs" / "tiny"
         self.temporary = folder / "tmp"
-        (folder / "conf" / "experiment").mkdir(parents=True)
-        self.temporary.mkdir()
+        (folder / "conf" / "experiment").mkdir(parents=True, exist_ok=True)
+        self.temporary.mkdir(exist_ok=True)
         text = CONF.replace("ITERATIONS", str(iterations))
         (folder / "conf" / "experiment" / "tiny.yaml").write_text(text)
         (folder / "tiny.py").write_text(CODE)
@@ -294,7 +294,15 @@ def reference(folder: Path, *, iterations: int) -> Reference:
     return Reference(runner.digests(), runner.rows(), runner.curves(), seconds, first)
 
 
-def trial(folder: Path, fault: str, *, seed: int, iterations: int, quiet: Reference) -> Trial:
+def trial(
+    folder: Path,
+    fault: str,
+    *,
+    seed: int,
+    iterations: int,
+    quiet: Reference,
+    roles: Sequence[str] = (),
+) -> Trial:
     """Disturb a run, start it again until it has finished, and look at what it has left.
 
     Args:
@@ -303,14 +311,15 @@ def trial(folder: Path, fault: str, *, seed: int, iterations: int, quiet: Refere
         seed: of all that is random.
         iterations: of the run.
         quiet: what an undisturbed run says.
+        roles: of `ROLES`: of the processes that are disturbed, one a start; empty for one or two
+            at random.
     """
     rng = random.Random(f"{fault} {seed}")
     runner, result = Runner(folder, iterations=iterations), Trial()
-    faults_left = 1 if rng.random() < 0.7 else 2
+    victims = [*(roles or rng.choices(ROLES, k=1 if rng.random() < 0.7 else 2))]
     begin, done_before = time.monotonic(), None
     for _ in range(MAX_STARTS):
-        role = rng.choice(ROLES) if faults_left else None
-        faults_left -= role is not None
+        role = victims.pop(0) if victims else None
         done_before = _start(runner, result, rng, fault, role, quiet, done_before)
         if result.codes[-1] == 0 or result.problems:
             break
