@@ -54,10 +54,10 @@ class ScalarRow:
 
     Attributes:
         iteration: the iteration.
-        values: by name, a float or `(block, position)`: one element of a detached 1-d tensor that
-            is our own copy.
+        values: by name, a float or `(block, position)`: one element of a detached tensor that is
+            our own copy.
         counts: by name, the weight in the mean where one was given.
-        blocks: the 1-d tensors that `values` points into.
+        blocks: the tensors that `values` points into.
     """
 
     iteration: int
@@ -136,13 +136,15 @@ class EventStorage:
         """
         name = self._prefix + name
         kind = self._kinds.get(name)
-        if kind is None or kind[:2] != (reduce, smoothing_hint):
+        if kind is None or kind[0] != reduce or kind[1] != smoothing_hint:
             self._declare(name, ScalarKind(reduce, bool(smoothing_hint)))
         if not self.combined_by_trainer and name in self._row.values:
             self.histories()
         row = self._row
-        if isinstance(value, Tensor):
-            block = _own_copy(name, value)  # (1,)
+        if value.__class__ is float:
+            row.values[name] = value
+        elif isinstance(value, Tensor):
+            block = _own_copy(name, value)
             row.blocks.append(block)
             row.values[name] = (block, 0)
         else:
@@ -168,10 +170,22 @@ class EventStorage:
     def put_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Put what is minimised: training stops on all ranks if one is not finite on any.
 
+        What an operation made anew is not copied, for nobody overwrites it later.
+
         Args:
             losses: by name, tensors with one element.
         """
-        self._put_all(losses, LOSS, None)
+        row, prefix = self._row, self._prefix
+        if not self.combined_by_trainer and row.values:
+            self.histories()
+            row = self._row
+        for name, loss in losses.items():
+            if self._kinds.get(prefix + name) is not LOSS:
+                self._declare(prefix + name, LOSS)
+            is_new = loss.grad_fn is not None and not loss._is_view()
+            block = loss.detach() if is_new else _own_copy(name, loss)
+            row.blocks.append(block)
+            row.values[prefix + name] = (block, 0)
 
     def _put_all(
         self, scalars: Mapping[str, float | Tensor], kind: ScalarKind, count: float | None
@@ -193,7 +207,7 @@ class EventStorage:
                 row.values[name] = float(value)
         if len(tensors) == 1:
             [(name, tensor)] = tensors.items()
-            block = _own_copy(name, tensor)  # (1,)
+            block = _own_copy(name, tensor)
             row.blocks.append(block)
             row.values[name] = (block, 0)
         elif tensors:
@@ -210,6 +224,7 @@ class EventStorage:
         known = self._kinds.setdefault(name, kind)
         if known != kind:
             raise ValueError(f"{name}: put as {kind}, but before as {known}; use another name")
+        self._kinds[name] = kind  # this very object: it is the quicker comparison
 
     def put_image(self, name: str, image: Tensor | NDArray[Any]) -> None:
         """Put an image for the writers.
@@ -410,16 +425,16 @@ def get_event_storage() -> EventStorage:
 
 
 def _own_copy(name: str, value: Tensor) -> Tensor:
-    """Copy a tensor of one element into a detached (1,) tensor on its device."""
+    """Copy a tensor of one element into a detached tensor of its shape on its device."""
     if value.numel() != 1:
         raise ValueError(f"{name}: a scalar has one element, not shape {[*value.shape]}")
-    return value.detach().reshape(1).clone()
+    return value.detach().clone()
 
 
 def _stack(tensors: Mapping[str, Tensor]) -> Tensor:
     """Copy tensors of one element into a detached (n,) tensor; one operation if they are alike."""
     first = next(iter(tensors.values()))
-    alike = [t if not t.dim() else _own_copy(name, t)[0] for name, t in tensors.items()]
+    alike = [t if not t.dim() else _own_copy(name, t).reshape(()) for name, t in tensors.items()]
     if any(t.dtype != first.dtype or t.device != first.device for t in alike):
         alike = [t.to(first.device, torch.float64, non_blocking=True) for t in alike]
     with torch.no_grad():
@@ -427,7 +442,7 @@ def _stack(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _read(value: float | tuple[Tensor, int]) -> float:
-    return value if isinstance(value, float) else float(value[0][value[1]])
+    return value if isinstance(value, float) else float(value[0].flatten()[value[1]])
 
 
 def _median(values: list[float]) -> float:

@@ -47,7 +47,7 @@ def total_loss(output: Any) -> dict[str, Tensor]:
         ConfigError: it is neither; says what came.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
-        return {"loss": output.reshape(())}
+        return {"loss": _zero_dim(output)}
     if isinstance(output, Mapping) and output:
         for name, loss in output.items():
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -57,18 +57,22 @@ def total_loss(output: Any) -> dict[str, Tensor]:
                     "get_event_storage().put_scalar"
                 )
         if len(output) == 1 and "loss" in output:
-            return {"loss": output["loss"].reshape(())}
+            return {"loss": _zero_dim(output["loss"])}
         if "loss" in output:
             raise ConfigError(
                 f"the model's forward returned 'loss' among {list(output)}; all of them are added "
                 "up and the sum is called loss: return the parts only, or the loss only"
             )
-        total = torch.stack([loss.reshape(()) for loss in output.values()]).sum()
+        total = torch.stack([_zero_dim(loss) for loss in output.values()]).sum()
         return {"loss": total, **output}
     raise ConfigError(
         f"the model's forward returned {_describe(output)}, not a loss; in training it returns a "
         "tensor with one element, or a dict of such by name"
     )
+
+
+def _zero_dim(loss: Tensor) -> Tensor:
+    return loss.reshape(()) if loss.dim() else loss  # a reshape costs a node of the graph
 
 
 def _describe(value: Any) -> str:

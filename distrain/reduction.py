@@ -169,7 +169,9 @@ class ScalarReduction:
         if blocks:
             device = blocks[0].device
             # a copy even of one block: the host may reuse a buffer, the block stays the row's own
-            host = torch.cat([b.to(device, torch.float64, non_blocking=True) for b in blocks])
+            host = torch.cat(
+                [b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks]
+            )
             if device.type == "cuda":
                 packed = host
                 host = torch.empty(len(packed), dtype=torch.float64, pin_memory=True)
@@ -189,10 +191,10 @@ class ScalarReduction:
             self._names.publish(new)
         elif new:
             self._columns.learn(new)
-        ends = itertools.accumulate(len(block) for block in window.blocks)
+        ends = itertools.accumulate(block.numel() for block in window.blocks)
         host = window.host.numpy()
         read: dict[int, Floats] = {
-            id(block): host[end - len(block) : end]
+            id(block): host[end - block.numel() : end]
             for block, end in zip(window.blocks, ends, strict=True)
         }
         window.unrolled = self._columns.unroll(
