@@ -1,0 +1,354 @@
+"""How batches are made: samples, generators, and processes that leave nothing behind."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from distrain.data import EvalLoader, TrainLoader
+from distrain.loading import Fetch, MicroBatch, WorkerBatches
+
+ITEM = MicroBatch(np.array([0, 0, 1]), np.array([4, 2, 0]))
+
+
+class Told(Dataset[int]):
+    """Does what it is told in a loader process."""
+
+    def __init__(self, do: Callable[[int], Any] = lambda index: index) -> None:
+        self.do = do
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        return self.do(index)
+
+
+def draw(index: int) -> Tensor:
+    return torch.tensor([random.random(), np.random.randn(), torch.randn(()).item()])
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left() -> Iterator[None]:
+    before = {*psutil.Process().children(recursive=True)}
+    yield
+    assert not {*psutil.Process().children(recursive=True)} - before
+
+
+def ended(pids: list[int], within_s: float = 10.0) -> bool:
+    """Whether processes that are not our children are gone in time."""
+    deadline = time.monotonic() + within_s
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def workers_of(batches: Iterator[Any]) -> list[psutil.Process]:
+    assert isinstance(batches, WorkerBatches)
+    return [psutil.Process(worker.pid) for worker in batches._iterator._workers]
+
+
+# samples to batches
+
+
+def test_samples_are_collated_in_their_order() -> None:
+    dataset = Told(lambda index: {"x": torch.tensor([index, index**2]), "name": str(index)})
+    batch = Fetch(dataset, seed=None, collate=None)[ITEM]
+    assert batch["x"].tolist() == [[4, 16], [2, 4], [0, 0]]
+    assert batch["name"] == ["4", "2", "0"]
+
+
+def test_a_collate_of_ones_own_gets_the_list_of_samples() -> None:
+    assert Fetch(Told(), seed=1, collate=tuple)[ITEM] == (4, 2, 0)
+
+
+def test_get_batch_gets_all_indices_at_once() -> None:
+    class Whole:
+        calls: list[Tensor] = []
+
+        def __len__(self) -> int:
+            return 6
+
+        def get_batch(self, indices: Tensor) -> Tensor:
+            self.calls.append(indices)
+            return indices * 10
+
+    for loader in (TrainLoader(Whole(), batch_size=6), EvalLoader(Whole(), batch_size=6)):
+        batch = next(iter(loader.batches(0) if isinstance(loader, TrainLoader) else loader))
+        assert sorted(batch.tolist()) == [0, 10, 20, 30, 40, 50]
+    assert [call.dtype for call in Whole.calls] == [torch.int64] * 2
+
+
+def test_get_batch_is_seeded_by_its_first_sample() -> None:
+    class Whole(Told):
+        def get_batch(self, indices: Tensor) -> Tensor:
+            return draw(0)
+
+    fetch = Fetch(Whole(), seed=1, collate=None)
+    first, again = fetch[ITEM], fetch[ITEM]
+    other = fetch[MicroBatch(ITEM.epochs + 1, ITEM.samples)]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_tensors_in_memory_are_indexed_whole_with_the_same_result() -> None:
+    dataset = TensorDataset(torch.randn(6, 2), torch.arange(6))
+    fetch = Fetch(dataset, seed=1, collate=None)
+    slow = default_collate([dataset[index] for index in ITEM.samples])
+    fast = fetch[ITEM]
+    assert type(fast) is type(slow)
+    assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
+    assert not fetch.draws
+    # one collate of the user's, and it is asked for
+    assert len(Fetch(dataset, seed=None, collate=lambda samples: samples)[ITEM]) == 3
+
+
+def test_torchs_batched_protocol_is_used_where_samples_are_not_seeded() -> None:
+    class Many(Told):
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            return [index + 100 for index in indices]
+
+    assert Fetch(Many(), seed=None, collate=None)[ITEM].tolist() == [104, 102, 100]
+    assert Fetch(Many(), seed=1, collate=None)[ITEM].tolist() == [4, 2, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_fails_is_named(workers: int) -> None:
+    def fail(index: int) -> int:
+        if index == 3:
+            raise ValueError("damaged image")
+        return index
+
+    loader = TrainLoader(Told(fail), batch_size=6, workers=workers)
+    with pytest.raises(ValueError, match="damaged image") as caught:
+        next(loader.batches(0))
+    said = f"{caught.value} {getattr(caught.value, '__notes__', '')}"
+    assert "while loading sample 3 of Told" in said
+    loader.close()
+
+
+# random generators
+
+
+def generators() -> list[Any]:
+    _, words, position, has_gauss, gauss = np.random.get_state()
+    return [
+        random.getstate(),
+        (words.tolist(), position, has_gauss, gauss),
+        torch.get_rng_state().tolist(),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed_samples", [True, False])
+def test_the_training_process_draws_as_if_nothing_was_loaded(
+    workers: int, seed_samples: bool
+) -> None:
+    dataset = Told(draw) if seed_samples else Told()
+    np.random.randn()  # the second one of its pair waits inside the generator
+    before = generators()
+    loader = TrainLoader(dataset, batch_size=2, workers=workers, seed_samples=seed_samples)
+    [*islice(loader.batches(0), 4)]
+    [*EvalLoader(dataset, batch_size=4, workers=workers, seed_samples=seed_samples)]
+    loader.close()
+    assert generators() == before
+
+
+def test_the_generators_come_back_when_a_sample_fails() -> None:
+    def fail(index: int) -> None:
+        draw(index)
+        raise ValueError
+
+    before = generators()
+    with pytest.raises(ValueError):
+        next(TrainLoader(Told(fail), batch_size=2).batches(0))
+    assert generators() == before
+
+
+def test_what_the_training_process_draws_changes_no_sample() -> None:
+    first = [*islice(TrainLoader(Told(draw), batch_size=2).batches(0), 3)]
+    mixed = []
+    for batch in islice(TrainLoader(Told(draw), batch_size=2).batches(0), 3):
+        mixed.append(batch)
+        random.random(), np.random.rand(3), torch.rand(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, mixed, strict=True))
+
+
+@pytest.mark.ranks
+def test_workers_of_unseeded_samples_draw_differently_by_rank_and_seed() -> None:
+    drawn = []
+    for rank, seed in [(0, 0), (1, 0), (0, 1)]:
+        loader = TrainLoader(
+            Told(draw),
+            batch_size=2,
+            rank=rank,
+            world_size=2,
+            seed=seed,
+            workers=1,
+            seed_samples=False,
+        )
+        drawn.append(tuple(next(loader.batches(0))[0].tolist()))
+        loader.close()
+    assert all(len({*column}) == 3 for column in zip(*drawn, strict=True))
+
+
+# loader processes
+
+
+@pytest.mark.ranks
+def test_close_ends_them_at_once_and_the_loader_can_start_again() -> None:
+    loader = TrainLoader(Told(), batch_size=2, workers=2)
+    batches, others = loader.batches(0), loader.batches(5)
+    processes = workers_of(batches) + workers_of(others)
+    first = next(batches)
+    begin = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begin < 2
+    assert not any(process.is_running() for process in processes)
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(batches)
+    loader.close()
+    assert torch.equal(next(loader.batches(0)), first)
+
+
+@pytest.mark.ranks
+def test_they_end_with_the_last_reference_to_their_batches() -> None:
+    loader = TrainLoader(Told(), batch_size=2, workers=2)
+    batches = loader.batches(0)
+    processes = workers_of(batches)
+    next(batches)
+    del batches
+    assert not any(process.is_running() for process in processes)
+
+    for _batch in EvalLoader(Told(), batch_size=2, workers=2):
+        assert len(psutil.Process().children()) == 2
+        break  # and with an evaluation that is left half way
+    assert not psutil.Process().children()
+
+
+@pytest.mark.ranks
+def test_one_that_hangs_in_a_sample_is_ended_too() -> None:
+    loader = TrainLoader(Told(lambda index: time.sleep(1000)), batch_size=2, workers=2)
+    loader.batches(0)  # abandoned at once
+    batches = loader.batches(0)
+    processes = workers_of(batches)
+    time.sleep(0.2)
+    begin = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begin < 4  # a second of grace for both
+    assert not any(process.is_running() for process in processes)
+
+
+def about_this_process(index: int) -> dict[str, int]:
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":\t", 1) for line in status)
+    return {
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "ignored": int(fields["SigIgn"], 16),
+        "blocked": int(fields["SigBlk"], 16),
+    }
+
+
+@pytest.mark.ranks
+def test_they_ignore_what_a_cluster_sends_to_every_process() -> None:
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+    loader = TrainLoader(Told(about_this_process), batch_size=1, workers=1)
+    batches = loader.batches(0)
+    for process in workers_of(batches):  # perhaps before they have begun
+        for number in numbers:
+            process.send_signal(number)
+    first = next(batches)
+    assert first["threads"].item() == 1
+    assert all(first["ignored"].item() >> (number - 1) & 1 for number in numbers)
+    assert not any(first["blocked"].item() >> (number - 1) & 1 for number in numbers)
+    for number in numbers:
+        os.kill(first["pid"].item(), number)
+    assert {batch["pid"].item() for batch in islice(batches, 6)} == {first["pid"].item()}
+    loader.close()
+
+
+@pytest.mark.ranks
+def test_one_that_is_killed_is_an_error_of_the_rank() -> None:
+    loader = TrainLoader(Told(), batch_size=2, workers=1)
+    batches = loader.batches(0)
+    next(batches)
+    workers_of(batches)[0].kill()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        [*islice(batches, 50)]
+    loader.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("is_working", [True, False])
+def test_none_outlives_a_rank_that_is_killed(is_working: bool) -> None:
+    fork = multiprocessing.get_context("fork")
+    read, write = fork.Pipe(duplex=False)
+
+    def rank() -> None:
+        loader = TrainLoader(
+            Told(lambda index: time.sleep(1000 * is_working)), batch_size=2, workers=2
+        )
+        batches = loader.batches(0)
+        write.send([process.pid for process in workers_of(batches)])
+        time.sleep(1000)
+
+    process = fork.Process(target=rank)
+    process.start()
+    pids = read.recv()
+    assert all(alive(pid) for pid in pids)
+    time.sleep(0.1 * is_working)
+    process.kill()
+    process.join()
+    assert ended(pids)
+
+
+SCRIPT = """
+import time
+from distrain.data import TrainLoader
+
+class Slow:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        time.sleep(1000 * (index == 3))
+        return index
+
+loader = TrainLoader(Slow(), batch_size=1, shuffle=False, workers=2)
+batches = loader.batches(0)
+print(next(batches).item())
+print(*[worker.pid for worker in batches._iterator._workers])
+"""
+
+
+@pytest.mark.ranks
+def test_a_script_that_forgets_them_ends_all_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=True
+    )
+    sample, pids = done.stdout.splitlines()
+    assert sample == "0"
+    assert done.stderr == ""
+    assert ended([int(pid) for pid in pids.split()])
