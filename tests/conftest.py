@@ -1,0 +1,38 @@
+"""What every test leaves behind is looked at: variables, process groups, processes."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Fail a test that leaves an environment variable, a process group or a process."""
+    environment = dict(os.environ)
+    children = set(psutil.Process().children(recursive=True))
+    yield
+    was_initialized = dist.is_initialized()
+    if was_initialized:
+        dist.destroy_process_group()
+    changed = {
+        name
+        for name in environment.keys() | os.environ.keys()
+        if environment.get(name) != os.environ.get(name) and name != "PYTEST_CURRENT_TEST"
+    }
+    for name in changed:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
+    new = set(psutil.Process().children(recursive=True)) - children
+    _, left = psutil.wait_procs(new, timeout=5.0)
+    names = [child.name() for child in left if child.is_running()]
+    for child in left:
+        child.kill()
+    assert not was_initialized, "the test left a process group"
+    assert not changed, f"the test left environment variables changed: {sorted(changed)}"
+    assert not names, f"the test left processes: {names}"
