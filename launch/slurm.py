@@ -36,6 +36,8 @@ class SlurmLauncher:
 
     Args:
         nodes: of the job.
+        min_nodes: with how many an attempt may start where not all can be had, as after the loss of
+            one; the global batch stays the same. None: nodes.
         ranks: on each node; None: one a GPU where gpus_per_node is given, else 1.
         gpus_per_node: of each node that are asked for.
         cpus_per_task: CPUs on each node, for its ranks and their loader workers; None: one a rank.
@@ -61,6 +63,7 @@ class SlurmLauncher:
     """
 
     nodes: int = 1
+    min_nodes: int | None = None
     ranks: int | None = None
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
@@ -88,6 +91,10 @@ class SlurmLauncher:
             if is_number and (value < 0 or (value == 0 and not may_be_0)):
                 least = "at least 0" if may_be_0 else "more than 0"
                 raise ConfigError(f"launch.{entry.name}={value}: {least} is needed")
+        if self.min_nodes and self.min_nodes > self.nodes:
+            raise ConfigError(
+                f"launch.min_nodes={self.min_nodes}: at most launch.nodes={self.nodes} is possible"
+            )
         if self.time_min and self.signal_s and self.signal_s >= 60 * self.time_min:
             raise ConfigError(
                 f"launch.signal_s={self.signal_s}: must be less than the time limit, "
@@ -192,6 +199,10 @@ class SlurmLauncher:
         """Return the parameters of submitit's executor."""
         cpus = self.cpus_per_task or self.ranks_per_node
         options: dict[str, Any] = {"requeue": True}
+        if self.min_nodes:
+            options["nodes"] = f"{self.min_nodes}-{self.nodes}"
+        else:  # beside a range of nodes SLURM would give as few as hold that many tasks
+            options["ntasks-per-node"] = 1
         if self.account:
             options["account"] = self.account
         for name, value in self.sbatch.items():
@@ -204,7 +215,6 @@ class SlurmLauncher:
         return {
             "job_name": runs[0].name if len(runs) == 1 else os.path.commonpath(runs).split("/")[-1],
             "nodes": self.nodes,
-            "ntasks_per_node": 1,
             "cpus_per_task": cpus,
             "gpus_per_node": self.gpus_per_node or None,
             "mem": self.mem,
@@ -219,7 +229,9 @@ class SlurmLauncher:
             "additional_parameters": options,
             # srun takes no --cpus-per-task from sbatch since 22.05. A task that fails ends the
             # others: they would wait for it.
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
+            "srun_args": [
+                *("--kill-on-bad-exit=1", "--ntasks-per-node=1", f"--cpus-per-task={cpus}")
+            ],
             "setup": [
                 "trap : TERM CONT  # SLURM ends the step; then this script still notes how",
                 "export SUBMITIT_LOG_LEVEL=WARNING",

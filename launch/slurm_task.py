@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,7 +20,7 @@ from distrain.launch.stop import StopRequest
 
 _ENDPOINT_FILE = "endpoint"
 _POLL_S = 0.1
-_START_S = 60.0  # from the first node's word that all are there to its port
+_IMPORT_S = 600.0  # nodes that are there may take long to import torch over a network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class NodeTask:
             SystemExit: always; 0 if they finished or stopped in order. The record of the node tells
                 which: among several tasks that leave by other codes, srun picks one to report.
         """
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with each SIGTERM; submitit warns
         with StopRequest() as stop:
             record = NodeRecord(os.environ["SLURMD_NODENAME"])
             try:
@@ -106,7 +108,7 @@ class NodeTask:
             run_id=attempt_folder(self.run_dir).name,
             max_restarts=self.max_restarts,
             grace_s=self.grace_s,
-            join_s=self.join_s,
+            join_s=_IMPORT_S,
             start_method=method,
             on_failure=on_failure,
         )
@@ -140,7 +142,7 @@ class NodeTask:
     def _look_up(self, first: str, stop: StopRequest) -> str:
         """Return where the first node listens."""
         path = attempt_folder(self.run_dir) / _ENDPOINT_FILE
-        deadline = time.monotonic() + self.join_s + _START_S
+        deadline = time.monotonic() + _IMPORT_S
         while True:
             os.listdir(path.parent)  # has a network file system look again
             if path.exists():

@@ -1,5 +1,6 @@
 """What tests ask of the cluster that slurm/dev-cluster made."""
 
+import os
 import re
 import subprocess
 import time
@@ -59,6 +60,36 @@ class Cluster:
             ):
                 found[int(folder.name)] = command
         return {pid: command for pid, command in found.items() if command}
+
+    def rank(self, job_id: str, rank: int) -> int:
+        """Return the process of a rank: the one that has the rank's log open."""
+        for pid in self.processes():
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                files = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            except OSError:
+                continue
+            is_of_job = f"SLURM_JOB_ID={job_id}".encode() in environment
+            if is_of_job and any(file.endswith(f"/logs/rank_{rank}.log") for file in files):
+                return pid
+        raise AssertionError(f"rank {rank} of job {job_id} not found: {self.processes()}")
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process runs; what nobody has reaped yet does not."""
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def parent(pid: int) -> int:
+    """Return the pid of a process's parent."""
+    return int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def wait_for(

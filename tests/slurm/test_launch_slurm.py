@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from counting import Count
-from dev_cluster import Cluster, wait_for
+from dev_cluster import Cluster, is_alive, parent, wait_for
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch.slurm import SlurmLauncher
@@ -40,19 +40,6 @@ def started(job: Count, times: int = 1) -> None:
     time.sleep(0.5)
 
 
-def rank_pid(cluster: Cluster, job_id: str, rank: int) -> int:
-    """Return the process of a rank; those of spawned ranks have no name that tells."""
-    for pid in cluster.processes():
-        environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-        log = {f"/logs/rank_{rank}.log"}
-        links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
-        if f"SLURM_JOB_ID={job_id}" in environment and any(
-            link.endswith(name) for link in links for name in log
-        ):
-            return pid
-    raise AssertionError(f"rank {rank} of job {job_id} not found: {cluster.processes()}")
-
-
 def test_submission_says_where_and_returns_without_torch(cluster: Cluster, tmp_path: Path) -> None:
     code = (
         "import sys; from counting import Count; from distrain.launch.slurm import SlurmLauncher\n"
@@ -72,20 +59,6 @@ def test_submission_says_where_and_returns_without_torch(cluster: Cluster, tmp_p
     assert (tmp_path / "slurm").stat().st_mode & 0o777 == 0o700
     (attempt,) = read_attempts(tmp_path)
     assert (attempt.outcome, attempt.nodes, attempt.kept_iter) == ("finished", ["n1", "n2"], 20)
-
-
-def test_a_signal_to_one_rank_stops_all_and_requeues_once(cluster: Cluster, tmp_path: Path) -> None:
-    job = Count(str(tmp_path), until=60)
-    job_id = submit(job)
-    started(job)
-    os.kill(rank_pid(cluster, job_id, 3), signal.SIGUSR2)
-    assert follow(job_id, tmp_path) == ExitCode.FINISHED
-    first, second = read_attempts(tmp_path)
-    assert (first.outcome, first.why) == ("stopped", "a rank was asked to stop")
-    assert 0 < first.kept_iter < 60
-    assert job.starts() == ["0 4 n1", f"{first.kept_iter} 4 n1"]
-    assert (second.restart, second.outcome, second.kept_iter) == (1, "finished", 60)
-    assert cluster.job(job_id)["Restarts"] == "1"
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
@@ -133,38 +106,15 @@ def test_an_agent_that_is_killed_ends_the_attempt_and_the_next_one_continues(
     job = Count(str(tmp_path), until=100, save_every=5)
     job_id = submit(job)
     started(job)
-    (agent,) = [
-        pid
-        for pid, command in cluster.processes().items()
-        if "submitit" in command and "-wn2" not in command and _node_of(pid) == "n2"
-        if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
-        if _is_agent(pid)
-    ]
-    ranks = [rank_pid(cluster, job_id, rank) for rank in range(4)]
+    ranks = [cluster.rank(job_id, rank) for rank in range(4)]
+    agent = parent(ranks[3])
     os.kill(agent, signal.SIGKILL)
-    wait_for(lambda: not any(_alive(pid) for pid in ranks), timeout_s=15)
+    wait_for(lambda: not any(is_alive(pid) for pid in ranks), timeout_s=15)
     assert follow(job_id, tmp_path) == ExitCode.FINISHED
     first, second = read_attempts(tmp_path)
     assert (first.outcome, first.requeued) == ("lost", True)
     assert "n2" in first.why
     assert second.first_iter == first.kept_iter > 0
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-
-
-def _node_of(pid: int) -> str:
-    environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-    return dict(entry.split("=", 1) for entry in environment if "=" in entry)["SLURMD_NODENAME"]
-
-
-def _is_agent(pid: int) -> bool:
-    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-    return "slurmstepd" in Path(f"/proc/{parent}/comm").read_text()
 
 
 def test_what_slurm_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
@@ -228,23 +178,20 @@ def test_a_node_that_does_not_come_is_named(cluster: Cluster) -> None:
         cluster.script("kill-node", "n1")
 
 
-def test_a_sweep_is_one_array_in_which_a_failure_stops_nobody(
-    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    jobs = [Count(str(tmp_path / f"until={n}"), until=n) for n in (5, 6, 7)]
-    jobs[1] = replace(jobs[1], fail_rank=0, fail_at=3)
-    launcher = SlurmLauncher(nodes=1, ranks=2, time_min=5, follow=True)
-    assert launcher.start_all(jobs) == ExitCode.FAILED
-    lines = [line.split() for line in capfd.readouterr().out.splitlines()[-3:]]
-    array = lines[0][0].partition("_")[0]
-    assert [line[:3] for line in lines] == [
-        [f"{array}_0", "finished", "until=5"],
-        [f"{array}_1", "failed", "until=6"],
-        [f"{array}_2", "finished", "until=7"],
-    ]
-    for i, job in enumerate(jobs):
-        (attempt,) = read_attempts(Path(job.run_dir))
-        assert attempt.job_id == f"{array}_{i}"
+def test_a_job_goes_on_with_the_nodes_that_remain(cluster: Cluster, tmp_path: Path) -> None:
+    job = Count(str(tmp_path), until=40, save_every=10)
+    launcher = replace(LAUNCHER, min_nodes=1, sbatch={"exclude": "n1,n2"})
+    job_id = submit(replace(job, until=LONG), launcher)
+    started(job)
+    # as after a loss that SLURM has noticed
+    cluster.script("kill-node", "n4")
+    cluster.run("scontrol", "update", "nodename=n4", "state=down", "reason=test")
+    started(job, 2)
+    cluster.run("scancel", job_id)
+    assert follow(job_id, tmp_path) == ExitCode.STOPPED
+    first, second = read_attempts(tmp_path)
+    assert (first.nodes, second.nodes) == (["n3", "n4"], ["n3"])
+    assert job.starts() == ["0 4 n3", f"{first.kept_iter} 2 n3"]
 
 
 def test_a_batch_script_of_ones_own_uses_its_allocation(cluster: Cluster, tmp_path: Path) -> None:
