@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrain import heartbeat
 from distrain.data import EvalLoader, batch_length, to_device
 from distrain.distributed import gather_to_all
+from distrain.heartbeat import Phase
 from distrain.losses import call, takes_whole_batch, total_loss
 
 
@@ -28,15 +30,31 @@ def evaluate(model: nn.Module, loader: EvalLoader, *, device: torch.device) -> d
     Raises:
         ValueError: a metric is not one value a sample.
     """
+    with heartbeat.of_this_process().phase(Phase.EVALUATION):
+        num, sums = _share(model, loader, device)
+        shares = gather_to_all((num, {name: float(total) for name, total in sums.items()}))
+    num_all = sum(share for share, _ in shares)
+    names = {name for _, share in shares for name in share}
+    return {
+        name: sum(share.get(name, 0.0) for _, share in shares) / num_all for name in sorted(names)
+    }
+
+
+def _share(
+    model: nn.Module, loader: EvalLoader, device: torch.device
+) -> tuple[int, dict[str, Tensor]]:
+    """Return the number of samples of this rank and the sums of their metrics."""
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
     num = 0
     metrics = getattr(model, "metrics", None)
     whole = takes_whole_batch(model)
+    pulse = heartbeat.of_this_process()
     try:
         with torch.no_grad():
             for batch in loader:
+                pulse.beat(Phase.EVALUATION)
                 length = batch_length(batch)
                 batch = to_device(batch, device)
                 if metrics is None:
@@ -49,12 +67,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, *, device: torch.device) -> d
                 num += length
     finally:
         model.train(was_training)
-    shares = gather_to_all((num, {name: float(total) for name, total in sums.items()}))
-    num_all = sum(share for share, _ in shares)
-    names = {name for _, share in shares for name in share}
-    return {
-        name: sum(share.get(name, 0.0) for _, share in shares) / num_all for name in sorted(names)
-    }
+    return num, sums
 
 
 def _sums(values: Mapping[str, Any], length: int) -> dict[str, Tensor]:

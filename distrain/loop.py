@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from distrain import heartbeat
 from distrain.distributed import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
+from distrain.heartbeat import Phase
 from distrain.hook import MOMENTS, HookBase, Moment
 from distrain.reduction import STOP_REQUESTED, ScalarReduction
 
@@ -31,6 +33,7 @@ class TrainerBase:
         reduction: combines its scalars over ranks.
         error: what ended training, None while all is well.
         where: the place of this process among the ranks.
+        pulse: tells whoever watches this rank where it is.
     """
 
     storage: EventStorage
@@ -49,6 +52,7 @@ class TrainerBase:
         self.window = window
         self.error: BaseException | None = None
         self.where = topology()
+        self.pulse = heartbeat.of_this_process()
         self.hooks: dict[str, HookBase] = {}
         self._stop_on_nonfinite = stop_on_nonfinite
         self._stop_requested = False
@@ -122,21 +126,26 @@ class TrainerBase:
                 self.prepare()
                 self._call("before_train")
                 self._loop()
+                self._beat_end()
                 self.reduction.drain(self.storage.iter)
             except BaseException as error:
                 self.error = error
+                self._beat_end()
                 raise
             finally:
                 self._call("after_train")
 
     def _loop(self) -> None:
         before_step, after_step = self._calls["before_step"], self._calls["after_step"]
-        storage, reduction = self.storage, self.reduction
+        storage, reduction, pulse = self.storage, self.reduction, self.pulse
+        data, hooks = Phase.DATA, Phase.HOOKS
         for iteration in range(self.start_iter, self.max_iter):
-            self.iter = storage.iter = iteration
+            self.iter = storage.iter = pulse.iteration = iteration
+            pulse.beat(data)
             for call in before_step:
                 call()
             self.run_step()
+            pulse.beat(hooks)
             self.iter_done = iteration + 1
             reduction.advance(iteration)
             for call in after_step:
@@ -145,6 +154,10 @@ class TrainerBase:
             if reduction.stop:
                 break
         self.iter = self.iter_done
+
+    def _beat_end(self) -> None:
+        self.pulse.iteration = self.iter_done
+        self.pulse.beat(Phase.END)
 
     def prepare(self) -> None:
         """Make ready for the first step; runs before any hook."""

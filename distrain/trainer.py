@@ -16,6 +16,7 @@ from distrain.data import to_device
 from distrain.distributed import local_device, random_states, restore_random_states
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
+from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import call, takes_whole_batch, total_loss
@@ -136,6 +137,7 @@ class Trainer(TrainerBase):
         losses = self._forward_backward() if self.accumulation == 1 else self._accumulate()
         self.storage.put_losses(losses)
         self._call("after_backward")
+        self.pulse.beat(Phase.OPTIMIZER)
         if self._is_clipping or self._skip_nonfinite:
             self.scaler.unscale_(self.optimizer)
         if self._is_clipping:
@@ -151,7 +153,10 @@ class Trainer(TrainerBase):
     def _accumulate(self) -> dict[str, Tensor]:
         no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         with no_sync():
-            parts = [self._forward_backward() for _ in range(self.accumulation - 1)]
+            parts: list[dict[str, Tensor]] = []
+            for _ in range(self.accumulation - 1):
+                parts.append(self._forward_backward())
+                self.pulse.beat(Phase.DATA)
         parts.append(self._forward_backward())
         return {
             name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]
@@ -161,12 +166,14 @@ class Trainer(TrainerBase):
         begin = time.perf_counter()
         batch = next(self._batches)
         self.data_s += time.perf_counter() - begin
+        self.pulse.beat(Phase.FORWARD)
         losses = self.forward(batch)
         loss = losses["loss"]
         if self.accumulation > 1:
             loss = loss / self.accumulation
         if self.scaler.is_enabled():
             loss = self.scaler.scale(loss)
+        self.pulse.beat(Phase.BACKWARD)
         loss.backward()
         return losses
 

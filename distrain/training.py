@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from distrain import log
+from distrain import heartbeat, log
 from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint import CheckpointStore, SaveFailed
 from distrain.config import build
@@ -28,6 +28,7 @@ from distrain.distributed import (
     seed_everything,
 )
 from distrain.errors import ConfigError, ExitCode
+from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.optim import build_optimizer
 from distrain.reduction import STOP_REQUESTED
@@ -49,6 +50,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         ConfigError: the configuration does not work.
         NonFiniteLoss: a loss was not finite.
     """
+    heartbeat.of_this_process().beat(Phase.START)
     log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
     with _listening() as stop, process_group() as where:
         checkpoints = CheckpointStore(

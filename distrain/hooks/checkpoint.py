@@ -7,6 +7,7 @@ from typing import Any, Literal
 from distrain.checkpoint import CheckpointStore
 from distrain.distributed import gather_to_main, random_states
 from distrain.errors import ConfigError
+from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.early_stopping import Improvement
 from distrain.loop import TrainerBase
@@ -96,9 +97,10 @@ def save(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
         trainer: whose state it is.
         checkpoints: where to; only rank 0's is used.
     """
-    trainer.reduction.drain(trainer.storage.iter)
-    random = gather_to_main(random_states())
-    if random is None:
-        return
-    state = trainer.state_dict() | {"rng": {"ranks": random}}
-    checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size)
+    with trainer.pulse.phase(Phase.SAVING):
+        trainer.reduction.drain(trainer.storage.iter)
+        random = gather_to_main(random_states())
+        if random is None:
+            return
+        state = trainer.state_dict() | {"rng": {"ranks": random}}
+        checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size)
