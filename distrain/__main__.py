@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from distrain.launch import Launcher
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_CONFIG_PATH = ("--config-path", "-cp")
 
 
 class Command:
@@ -55,6 +57,8 @@ class Command:
                     config_path="pkg://distrain.conf", config_name="config", version_base="1.3"
                 )
                 start(lambda cfg: self._one(cfg))()
+        except BrokenPipeError:  # as in `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             self.codes.append(self._tell(config.explain(error), error))
         finally:
@@ -104,10 +108,11 @@ class Command:
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
             folder.freeze(conf, self._argv, is_restart=getattr(launcher, "is_restart", False))
-            for notice in folder.notices:
-                print(notice, file=sys.stderr)
+            for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
+                print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:
-                print(f"{folder.path}: all {folder.done_iter} iterations are done; nothing to do")
+                done = f"all {folder.done_iter} iterations are done already"
+                print(f"{folder.path}: {done}; trainer.max_iter=... trains longer")
                 return ExitCode.FINISHED
             if is_sweep:
                 self._submissions.append((launcher, job))
@@ -138,7 +143,32 @@ def main() -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
-    sys.exit(int(Command(sys.argv[1:]).run()))
+    sys.argv[1:] = from_here(sys.argv[1:])
+    try:
+        code = Command(sys.argv[1:]).run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(int(code))
+
+
+def from_here(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with `--config-path` relative to the current folder.
+
+    Hydra takes it relative to this file, where no user has a folder.
+    """
+    result: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if equals and flag in _CONFIG_PATH:
+            argument = f"{flag}={_absolute(value)}"
+        elif result and result[-1] in _CONFIG_PATH:
+            argument = _absolute(argument)
+        result.append(argument)
+    return result
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 if __name__ == "__main__":

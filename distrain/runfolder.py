@@ -50,13 +50,16 @@ class RunFolder:
         self.done_iter: int | None = None
         self.notices: list[str] = []
         self._made: list[Path] = []
+        self._others: set[str] = set()
         self._before: dict[Path, bytes | None] = {}
         self._lock = -1
 
     def __enter__(self) -> RunFolder:
         try:
             self._made = _make(self.path)
+            had_lock = (self.path / "lock").exists()
             self._lock = folderlock.hold(self.path)
+            self._others = set(os.listdir(self.path)) - (set() if had_lock else {"lock"})
         except OSError as error:
             self._remove_made()
             raise ConfigError(f"run.dir={self.path}: {error.strerror or error}") from error
@@ -86,9 +89,9 @@ class RunFolder:
             ConfigError: the folder holds something else; nothing was written then.
         """
         file = self.path / "run.yaml"
-        self.is_new = not file.exists()
-        if self.is_new:
+        if not file.exists():
             self._check_new(conf)
+            self.is_new = True
             changed: dict[str, list[Any]] = {}
         else:
             self._check_used(conf, is_restart=is_restart)
@@ -96,6 +99,9 @@ class RunFolder:
             self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"])
         if self.done_iter is not None:
             return
+        if self.is_new or changed:
+            head = "# What this run trains, resolved. Its _target_s are code.\n"
+            self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(argv, git) | {"changed": changed}
         starts = _read_starts(self.path / "command.json")
@@ -104,9 +110,6 @@ class RunFolder:
             self._write(name, git.diff)
             record["git"]["diff"] = name
         self._write("command.json", json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
-        if self.is_new or changed:
-            head = "# What this run trains, resolved. Its _target_s are code.\n"
-            self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
 
     def _check_new(self, conf: Mapping[str, Any]) -> None:
         """Check that a folder without a run is empty, and may be new."""
@@ -163,7 +166,9 @@ class RunFolder:
         scratch.replace(path)
 
     def _undo(self) -> None:
-        """Leave the folder as this start has found it."""
+        """Leave the folder as this start has found it, unless something came of it."""
+        if find_all(self.path / "checkpoints") and self.is_new:
+            return
         if self.is_new:  # it was empty or not there
             for path in self.path.iterdir():
                 if path.is_dir() and not path.is_symlink():

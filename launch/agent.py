@@ -1,15 +1,15 @@
 """The agent of a node: it starts the node's ranks, watches them, and starts them again.
 
-torch's elastic agent with three things changed. The ranks that survive a failed one are ended at
+torch's elastic agent with four things changed. The ranks that survive a failed one are ended at
 once and not after 30 s: stuck in a collective they would not hear a SIGTERM. A rank whose process
-ends before all ranks are done has failed, whatever its exit code says. And signals to this process
-do not end the ranks, but ask them to stop.
+ends before all ranks are done has failed, whatever its exit code says. Ranks that make no progress
+have failed as well. And signals to this process do not end the ranks, but ask them to stop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import importlib
 import os
 import signal
 import socket
@@ -28,15 +28,17 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
+from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch
 from distrain.launch.failure import Failure
 from distrain.launch.meeting import Meeting
-from distrain.launch.rank import RankTask, log_path, loopback_env, rank_main
+from distrain.launch.rank import RankTask, log_path, rank_main
 from distrain.launch.stop import StopRequest
+from distrain.launch.watchdog import Watchdog
 
 SURVIVOR_S = 3.0
 """How long ranks that survive a failed one get to notice it and to say so."""
@@ -58,6 +60,7 @@ def run_node(
     grace_s: float = 120.0,
     join_s: float = 600.0,
     start_method: str = "spawn",
+    watchdog_s: float | None = None,
     on_failure: Callable[[Failure], None] | None = None,
 ) -> ExitCode:
     """Run a job on the ranks of this node, together with the agents of the other nodes.
@@ -76,6 +79,7 @@ def run_node(
         grace_s: from a request to stop until ranks that are still there are killed.
         join_s: how long the agents wait for one another.
         start_method: "fork" or "spawn"; fork is sound only in a process that has not used torch.
+        watchdog_s: how long a rank may make no progress, see `Progress`; 0: for ever.
         on_failure: called with the cause of each failed attempt.
 
     Returns:
@@ -84,14 +88,18 @@ def run_node(
     Raises:
         ConfigError, NonFiniteLoss, RankFailed: as the failing rank's job.
     """
-    _silence_torch()
+    silence_torch()
     meeting = Meeting(
         nodes=nodes, node_rank=node_rank, endpoint=endpoint, run_id=run_id, join_s=join_s
     )
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, _cpus() // ranks)
     task = RankTask(job, log_dir, os.getpid(), threads)
     log_dir.mkdir(parents=True, exist_ok=True)
-    files = _ErrorFiles(log_dir, nodes)
+    if start_method == "fork" and ranks * nodes > 1:
+        # DistributedDataParallel imports it when it is first made: 1.6 s, paid here once
+        importlib.import_module("torch._dynamo")
+    watchdog = Watchdog(watchdog_s, log_dir=log_dir, meeting=meeting)
+    files = RankFiles(log_dir, nodes=nodes, watchdog=watchdog)
     with files, warnings.catch_warnings():
         # Python 3.12 on warns of fork beside other threads, such as the store's: its child never
         # touches what they hold
@@ -106,9 +114,10 @@ def run_node(
             monitor_interval=0.1,
         )
         agent = _Agent(spec, files, start_method, meeting, task, stop)
+        agent.watchdog = watchdog
         agent.grace_s = grace_s
         agent.on_failure = on_failure
-        with _no_handlers_of_torch():
+        with no_handlers_of_torch():
             result = agent.run()
     if result.is_failed():
         assert agent.cause is not None
@@ -117,46 +126,10 @@ def run_node(
     return ExitCode.STOPPED if ExitCode.STOPPED in codes else ExitCode.FINISHED
 
 
-class _ErrorFiles(LogsSpecs):
-    """Gives each rank a file for its failure, and the variables that torch does not set.
-
-    The files lie beside the logs until the end of the `with`.
-    """
-
-    def __init__(self, folder: Path, nodes: int) -> None:
-        super().__init__()
-        self._folder = folder
-        self._files: set[str] = set()
-        self._env = loopback_env(os.environ) if nodes == 1 else {}
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(self._folder)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        files = {}
-        for local_rank, env in envs.items():
-            files[local_rank] = str(self._folder / f".rank_{env['RANK']}.error.json")
-            env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
-            env.update(self._env)
-        self._files |= set(files.values())
-        self._remove()  # those of the attempt before, or of a start that was killed
-        console = dict.fromkeys(envs, "")
-        return LogsDest(stdouts=console, stderrs=dict(console), error_files=files)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        for path in self._files:
-            Path(path).unlink(missing_ok=True)
-
-
 class _Agent(LocalElasticAgent):
     """torch's agent with the changes that this module's docstring tells."""
+
+    watchdog: Watchdog
 
     def __init__(
         self,
@@ -181,18 +154,23 @@ class _Agent(LocalElasticAgent):
         """Return the state of the ranks; torch calls this ten times a second."""
         given_up = self._pass_on_stop()
         result: RunResult | None = None
+        hang: Failure | None = None
         if not given_up and not self._someone_gone() and not self._meeting.someone_failed():
             result = super()._monitor_workers(worker_group)
-            if not result.is_failed():
+            if result.state is WorkerState.HEALTHY:
+                hang = self.watchdog.look(
+                    {w.global_rank: p.pid for w, p in self._ranks(worker_group)}
+                )
+            if hang is None and not result.is_failed():
                 return result
         self._meeting.tell_failure()
-        if given_up is None:
+        if given_up is None and hang is None:
             self._await_survivors()
         codes = {w.global_rank: p.exitcode for w, p in self._ranks(worker_group)}
-        if result is not None:  # torch was faster, and has ended the others
+        if result is not None and result.is_failed():  # torch was faster, and has ended the others
             codes = {rank: codes[rank] for rank in result.failures}
         self._kill()
-        failures = self._failures(worker_group, codes)
+        failures = self._failures(worker_group, codes) + ([] if hang is None else [hang])
         failures += self._meeting.exchange(failures)
         self.cause = given_up or failure.cause(
             failures or [self._failure("the ranks of another node failed")]
@@ -294,29 +272,6 @@ class _Agent(LocalElasticAgent):
         worker, process = self._ranks(worker_group)[0]
         code = process.exitcode if process.exitcode is not None else int(ExitCode.FAILED)
         return {worker.global_rank: ProcessFailure(worker.local_rank, process.pid, code, "")}
-
-
-def _silence_torch() -> None:
-    """Keep the agent's log to itself: what it says, we say in one line."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-    logger.propagate = False
-
-
-@contextlib.contextmanager
-def _no_handlers_of_torch() -> Any:
-    """Have torch's agent leave the signals of this process alone."""
-    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    before = os.environ.get(name)
-    os.environ[name] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _cpus() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from distrain import heartbeat
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 
@@ -50,7 +52,8 @@ def rank_main(task: RankTask) -> int:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a log
+    pulse = heartbeat.of_this_process()
     os.setsid()
     die_with_parent()
     if os.getppid() != task.agent_pid:  # it died before we asked
@@ -62,7 +65,9 @@ def rank_main(task: RankTask) -> int:
 
         torch.set_num_threads(task.num_threads)
     try:
-        return ExitCode(task.job())
+        code = ExitCode(task.job())
+        pulse.finish()
+        return code
     except BaseException as error:
         # the frame of this function tells the user nothing
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
@@ -87,7 +92,7 @@ def log_path(log_dir: Path, rank: int) -> str:
 def open_log(log_dir: Path, rank: int) -> str:
     """Send what this rank prints to its log, except for rank 0, which keeps the console.
 
-    The stack of a crash goes to the log on every rank.
+    The stack of a crash goes to the log on every rank, and all stacks at a SIGUSR1.
 
     Returns:
         the log's path.
@@ -97,6 +102,7 @@ def open_log(log_dir: Path, rank: int) -> str:
     path = log_path(log_dir, rank)
     _log = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
     faulthandler.enable(file=_log)
+    faulthandler.register(signal.SIGUSR1, file=_log, all_threads=True)
     if rank != 0:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
@@ -107,10 +113,12 @@ def open_log(log_dir: Path, rank: int) -> str:
 
 
 def append(path: str, text: str) -> None:
-    """Add text to a log, whole even where several write to it."""
-    if text:
-        with open(path, "ab", buffering=0) as file:
-            file.write(text.encode(errors="replace"))
+    """Add text to a log, whole even where several write to it.
+
+    A run that was a mistake of the user loses its folder, maybe before its last rank has failed.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "ab", buffering=0) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def loopback_env(env: Mapping[str, str]) -> dict[str, str]:
