@@ -166,22 +166,24 @@ class RunFolder:
         scratch.replace(path)
 
     def _undo(self) -> None:
-        """Leave the folder as this start has found it, unless something came of it."""
-        if find_all(self.path / "checkpoints") and self.is_new:
-            return
-        if self.is_new:  # it was empty or not there
-            for path in self.path.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
+        """Leave the folder as this start has found it, unless a checkpoint came of it."""
+        if "run.yaml" in self._others:
+            for path, content in self._before.items():
+                if content is None:
                     path.unlink(missing_ok=True)
-            self._remove_made()
+                else:
+                    path.write_bytes(content)
             return
-        for path, content in self._before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
+        if find_all(self.path / "checkpoints"):
+            return
+        for path in self.path.iterdir():
+            if path.name in self._others:
+                continue  # it was there before: not ours
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.write_bytes(content)
+                path.unlink(missing_ok=True)
+        self._remove_made()
 
     def _remove_made(self) -> None:
         """Remove the folders that this start has made."""
