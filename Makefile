@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check
+.PHONY: demo test check bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -18,6 +18,27 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The peers live in a virtual environment of their own; what cannot be installed is left out.
+BENCH := .bench-venv
+
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python -m benchmarks.overhead --max-s 15
+	$(BENCH)/bin/python -m benchmarks.peers
+	$(BENCH)/bin/python -m benchmarks.scaling
+	$(BENCH)/bin/python -m benchmarks.optimizer
+	$(BENCH)/bin/python -m benchmarks.checkpoint
+	$(BENCH)/bin/python -m benchmarks.startup
+	$(BENCH)/bin/python -m benchmarks.stream
+	$(BENCH)/bin/python -m benchmarks.gpu
+
+bench-quick: $(VENV)/installed
+	$(BIN)/python -m benchmarks.overhead --max-s 4
+	$(BIN)/python -m benchmarks.scaling --rounds 2
+	$(BIN)/python -m benchmarks.optimizer --rounds 5
+	$(BIN)/python -m benchmarks.checkpoint --saves 4
+	$(BIN)/python -m benchmarks.startup --rounds 1
+	$(BIN)/python -m benchmarks.stream --rounds 3
+
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
 
@@ -28,3 +49,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch -e '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	@echo '*' > $(BENCH)/.gitignore
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt torch -e .
+	@grep -o '^[a-z<>0-9]*' benchmarks/requirements.txt | while read peer; do \
+	    $(BENCH)/bin/python -m pip install -q -c constraints.txt "$$peer" || echo "without $$peer"; done
+	@touch $@

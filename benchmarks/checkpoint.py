@@ -1,0 +1,113 @@
+"""What training feels of a checkpoint of 100 MB: the wait for its copy, and slower steps after it.
+
+A model of 50 MB, its momentum is as large. One step takes about 50 ms on a quiet core; the writer
+is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.common import estimate, print_table
+from benchmarks.models import Classifier
+from benchmarks.overhead import new_optimizer
+from distrain import HookBase, Trainer
+from distrain.checkpoint import CheckpointStore
+from distrain.hooks.checkpoint import save
+
+WIDTH, DEPTH = 1024, 12  # 12.6 M parameters
+
+
+class Saves(HookBase):
+    """Saves every so many steps, and notes what each step and each save took."""
+
+    order = 80
+
+    def __init__(self, checkpoints: CheckpointStore, *, period: int) -> None:
+        self._checkpoints, self._period = checkpoints, period
+        self.stalls_ms: list[float] = []
+        self.usual_ms: list[float] = []
+        self.while_writing_ms: list[float] = []
+        self.written_s: list[float] = []
+        self._is_writing = False
+
+    def before_step(self) -> None:
+        self._begin = time.perf_counter()
+
+    def after_step(self) -> None:
+        now = time.perf_counter()
+        done = self.trainer.iter_done
+        if done == 1:
+            self._checkpoints.reserve(self.trainer.state_dict())
+        if done < self._period:  # warm up
+            return
+        step_ms = (now - self._begin) * 1e3
+        (self.while_writing_ms if self._is_writing else self.usual_ms).append(step_ms)
+        if self._is_writing and self._checkpoints.poll():
+            self._is_writing = False
+            self.written_s.append(now - self._saved)
+        if done % self._period == 0:
+            save(self.trainer, self._checkpoints)
+            self._saved = time.perf_counter()
+            self.stalls_ms.append((self._saved - now) * 1e3)
+            self._is_writing = True
+
+    def after_train(self) -> None:
+        self._checkpoints.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--saves", type=int, default=15)
+    parser.add_argument("--period", type=int, default=40, help="steps from one save to the next")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    layers = itertools.chain.from_iterable(
+        (nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(DEPTH)
+    )
+    model = Classifier(*layers)
+    batch = torch.randn(32, WIDTH), torch.randint(WIDTH, (32,))
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # /tmp may be memory
+        hook = Saves(CheckpointStore(folder, keep_last=2), period=options.period)
+        trainer = Trainer(model, new_optimizer(model), [batch], hooks=[hook])
+        trainer.train(0, options.period * (options.saves + 1) - 1)
+        size_mb = (
+            max(
+                sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                for path in Path(folder).iterdir()
+            )
+            / 1e6
+        )
+    stall, usual = estimate(hook.stalls_ms), estimate(hook.usual_ms)
+    writing = estimate(hook.while_writing_ms)
+    ratio = writing.median / usual.median
+    print_table(
+        f"A checkpoint of {size_mb:.0f} MB while training ({len(hook.stalls_ms)} saves; 95 %)",
+        ["", "ms", "target"],
+        [
+            ["training waits for a save", f"{stall:.1f}", f"<= 15: {_yes(stall.median <= 15)}"],
+            ["the longest such wait", f"{max(hook.stalls_ms):.1f}", ""],
+            ["a usual step", f"{usual:.1f}", ""],
+            [
+                f"a step during the write ({len(hook.while_writing_ms)} of them)",
+                f"{writing:.1f}",
+                f"<= 1.05 of the usual: {ratio:.3f}, {_yes(ratio <= 1.05)}",
+            ],
+            ["from save to disk", f"{estimate(s * 1e3 for s in hook.written_s):.0f}", ""],
+        ],
+    )
+
+
+def _yes(is_met: bool) -> str:
+    return "yes" if is_met else "NO"
+
+
+if __name__ == "__main__":
+    main()
