@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
@@ -103,27 +104,57 @@ class Meeting(RendezvousHandler):
         if self._nodes == 1 or time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _POLL_S
-        return bool(self._store.check(["failed"]))
+        try:
+            return bool(self._store.check(["failed"]))
+        except RuntimeError:  # the first node is gone
+            return True
 
     def tell_failure(self) -> None:
         """Tell the other nodes that this round has failed."""
         if self._nodes > 1:
-            self._store.set("failed", str(self._node_rank))
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failed", str(self._node_rank))
 
     def exchange(self, failures: list[Failure]) -> list[Failure]:
         """Tell the other nodes how this one's ranks failed; return how theirs did.
 
-        A node that is silent for too long is left out.
+        A node that is silent for too long is left out; without the first node nobody can tell.
         """
         if self._nodes == 1:
             return []
         mine = json.dumps([dataclasses.asdict(each) for each in failures])
-        self._store.set(f"failures/{self._node_rank}", mine)
         others = [node for node in range(self._nodes) if node != self._node_rank]
-        keys = {node: f"failures/{node}" for node in others}
-        _wait(lambda: self._store.check(list(keys.values())), _EXCHANGE_S)
-        there = [key for key in keys.values() if self._store.check([key])]
-        return [Failure(**each) for key in there for each in json.loads(self._store.get(key))]
+        keys = [f"failures/{node}" for node in others]
+        try:
+            self._store.set(f"failures/{self._node_rank}", mine)
+            _wait(lambda: self._store.check(keys), _EXCHANGE_S)
+            there = [self._store.get(key) for key in keys if self._store.check([key])]
+            self._store.add("heard", 1)
+            if self._node_rank == 0:  # the store ends with us
+                _wait(lambda: self._store.add("heard", 0) > len(there), _EXCHANGE_S)
+        except RuntimeError:
+            return []
+        return [Failure(**each) for text in there for each in json.loads(text)]
+
+    @property
+    def num_nodes(self) -> int:
+        """How many agents there are."""
+        return self._nodes
+
+    def tell(self, topic: str, word: str) -> None:
+        """Tell the other nodes something new on a topic of this round."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{topic}/{self._node_rank}", word)
+
+    def hear(self, topic: str) -> dict[int, str]:
+        """Return the last word of each other node on a topic of this round; "" without one."""
+        others = [node for node in range(self._nodes) if node != self._node_rank]
+        words = dict.fromkeys(others, "")
+        with contextlib.suppress(RuntimeError):
+            for node in others:
+                if self._store.check([f"{topic}/{node}"]):
+                    words[node] = self._store.get(f"{topic}/{node}").decode()
+        return words
 
     def get_backend(self) -> str:
         """Return a name."""
