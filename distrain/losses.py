@@ -28,13 +28,16 @@ def call(model: Callable[..., Any], batch: Any, *, whole: bool) -> Any:
         batch: a tensor, or a tuple, list or dict of arguments.
         whole: hand the batch over as it is.
     """
-    if whole:
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, Sequence):
-        return model(*batch)
-    return model(batch)
+    return caller(model, type(batch), whole=whole)(batch)
+
+
+def caller(model: Callable[..., Any], kind: type, *, whole: bool) -> Callable[[Any], Any]:
+    """Return the function that calls a model with batches of one type; see `call`."""
+    if not whole and issubclass(kind, Mapping):
+        return lambda batch: model(**batch)
+    if not whole and issubclass(kind, Sequence):
+        return lambda batch: model(*batch)
+    return model
 
 
 def total_loss(output: Any) -> dict[str, Tensor]:

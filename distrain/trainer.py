@@ -19,7 +19,7 @@ from distrain.events import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
-from distrain.losses import call, takes_whole_batch, total_loss
+from distrain.losses import caller, takes_whole_batch, total_loss
 from distrain.optim import clip_gradients
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
@@ -116,7 +116,10 @@ class Trainer(TrainerBase):
         self._is_clipping = clip_norm is not None or clip_value is not None
         self._skip_nonfinite = nonfinite == "skip"
         self._channels_last = channels_last
-        self._takes_whole_batch = takes_whole_batch(self.module)
+        self._takes_whole = takes_whole_batch(self.module)
+        self._batch_type: type = type(None)
+        self._moves = self.device.type != "cpu"
+        self._scales = self.scaler.is_enabled()
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def prepare(self) -> None:
@@ -143,7 +146,7 @@ class Trainer(TrainerBase):
         if self._is_clipping:
             self.grad_norm = clip_gradients(self._parameters, **self._clip)
         if not self._skip_nonfinite or self._gradients_are_finite():
-            if self.scaler.is_enabled():
+            if self._scales:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             else:
@@ -171,7 +174,7 @@ class Trainer(TrainerBase):
         loss = losses["loss"]
         if self.accumulation > 1:
             loss = loss / self.accumulation
-        if self.scaler.is_enabled():
+        if self._scales:
             loss = self.scaler.scale(loss)
         self.pulse.beat(Phase.BACKWARD)
         loss.backward()
@@ -186,13 +189,17 @@ class Trainer(TrainerBase):
         Raises:
             ConfigError: the model returned something else than losses.
         """
-        batch = to_device(batch, self.device)
+        if self._moves:
+            batch = to_device(batch, self.device)
         if self._channels_last:
             batch = _to_channels_last(batch)
+        if batch.__class__ is not self._batch_type:
+            self._batch_type = batch.__class__
+            self._call_model = caller(self.model, self._batch_type, whole=self._takes_whole)
         if self._autocast is None:
-            return total_loss(call(self.model, batch, whole=self._takes_whole_batch))
+            return total_loss(self._call_model(batch))
         with torch.autocast(self.device.type, self._autocast):
-            return total_loss(call(self.model, batch, whole=self._takes_whole_batch))
+            return total_loss(self._call_model(batch))
 
     def _gradients_are_finite(self) -> bool:
         """Whether the update may be applied: the same on all ranks, as the gradients are."""
