@@ -54,7 +54,7 @@ class Command:
             with tempfile.TemporaryDirectory(prefix="distrain-") as scratch:
                 OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
                 start = hydra.main(
-                    config_path="pkg://distrain.conf", config_name="config", version_base="1.3"
+                    config_path="pkg://distrain.conf", config_name="main", version_base="1.3"
                 )
                 start(lambda cfg: self._one(cfg))()
         except BrokenPipeError:  # as in `--help | head`

@@ -264,5 +264,5 @@ def _nothing_in(found: object, name: str) -> str:
     if isinstance(found, ModuleType) and hasattr(found, "__path__"):
         names += [module.name for module in pkgutil.iter_modules(found.__path__)]
     owner = getattr(found, "__name__", None) or name_of(type(found))
-    near = difflib.get_close_matches(name, names, n=3)
+    near = difflib.get_close_matches(name, sorted(set(names)), n=3)
     return f"{owner} has no {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -1,0 +1,329 @@
+"""The command line without training: Hydra's part, sweeps, errors, exit codes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import distrain.run
+from distrain.__main__ import Command, from_here
+from distrain.errors import ConfigError, ExitCode, RankFailed
+from distrain.sweep import folder_name, worst
+
+ROOT = Path(__file__).parents[1]
+STARTED = []
+
+
+@dataclasses.dataclass
+class Job:
+    """Stands for the training job: notes that it ran, and ends as `vars.end` says."""
+
+    conf: dict
+    run_dir: str
+
+    def __call__(self) -> ExitCode:
+        STARTED.append(self)
+        match self.conf["vars"].get("end"):
+            case "stop":
+                return ExitCode.STOPPED
+            case "config":
+                raise ConfigError("data.train: it is empty")
+            case "fail":
+                raise RankFailed("rank 1 failed: ValueError: bad (log: x)\nTraceback ...")
+            case "crash":
+                raise KeyError("a mistake of ours")
+        return ExitCode.FINISHED
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Return a function that runs a command line here; it returns code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distrain.run, "TrainJob", Job)
+    STARTED.clear()
+
+    def command(*argv):
+        monkeypatch.setattr(sys, "argv", ["distrain", *argv])
+        code = Command(argv).run()
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return command
+
+
+DIGITS = ("+experiment=digits", "launch.in_process=true")
+
+
+def run_names(tmp_path):
+    return sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("run.yaml"))
+
+
+# one run
+
+
+def test_a_run(command, tmp_path):
+    assert command(*DIGITS, "optim.lr=0.25") == (ExitCode.FINISHED, "", "")
+    (job,) = STARTED
+    assert job.conf["optim"]["lr"] == 0.25
+    assert job.conf["run"] == {"name": "digits", "dir": "runs/digits"}
+    assert job.run_dir == str(tmp_path / "runs" / "digits")
+    assert sorted(os.listdir(tmp_path)) == ["runs"]  # Hydra has written nothing
+    assert yaml.safe_load((tmp_path / "runs/digits/run.yaml").read_text()) == job.conf
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "text"),
+    [
+        ("stop", ExitCode.STOPPED, ""),
+        ("config", ExitCode.BAD_CONFIG, "distrain: data.train: it is empty\n"),
+        ("fail", ExitCode.FAILED, "distrain: rank 1 failed: ValueError: bad (log: x)\nTraceback"),
+    ],
+)
+def test_ends(command, tmp_path, end, code, text):
+    result, _, err = command(*DIGITS, f"+vars.end={end}")
+    assert result is code
+    assert err.startswith(text)
+    assert (tmp_path / "runs").exists() == (end != "config")  # a mistake leaves nothing
+
+
+def test_a_crash_of_ours_keeps_its_traceback(command):
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        command(*DIGITS, "+vars.end=crash")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ((), "nothing to train: give an experiment, +experiment=digits|multiloss|pydoc_gpt"),
+        (("+experiment=digitz",), "experiment=digitz: no such choice; did you mean digits? there"),
+        ((*DIGITS, "optim=adamww"), "optim=adamww: no such choice; did you mean adamw? there is: "),
+        (
+            (*DIGITS, "optim.lrr=1"),
+            "optim.lrr: no such key; did you mean optim.lr?",
+        ),
+        ((*DIGITS, "foo=1"), "foo: no such key; there is: "),
+        ((*DIGITS, "x=["), "cannot read 'x=[': no viable alternative"),
+        ((*DIGITS, "optim.lr=1,2"), "Ambiguous value for argument 'optim.lr=1,2'; "),
+        ((*DIGITS, "schedule=multistep"), "schedule.milestones: a value is needed, "),
+        ((*DIGITS, "seed=${env:HOME}"), "seed: "),
+        ((*DIGITS, "launch.rank=3"), "launch.rank: no such key; did you mean launch.ranks?"),
+        ((*DIGITS, "launch.ranks=0"), "launch.ranks=0: at least 1 is needed"),
+        ((*DIGITS, "run.dir=/proc/none"), "run.dir=/proc/none: "),
+        ((*DIGITS, "--config-dir", "none"), "Additional config directory"),
+        (("--config-name", "none"), "--config-name=none: no such file"),
+        (("-m", *DIGITS, "optim=sgd,none"), "optim=none: no such choice; there is: adamw, sgd"),
+    ],
+)
+def test_a_mistake_is_one_line(command, tmp_path, argv, text):
+    code, out, err = command(*argv)
+    assert code is ExitCode.BAD_CONFIG
+    assert err.startswith(f"distrain: {text}".partition("...")[0])
+    assert err.count("\n") == 1
+    assert out == ""
+    assert os.listdir(tmp_path) == []
+    assert not STARTED
+
+
+def test_a_broken_file_is_one_line(command, tmp_path):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("a: [1\nb: }")
+    code, _, err = command("--config-dir", "conf", "+experiment=mine")
+    assert code is ExitCode.BAD_CONFIG
+    assert err.count("\n") == 1
+    assert "mine.yaml" in err
+
+
+def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, _, err = command(*DIGITS, "optim.lr=abc")
+    assert code is ExitCode.BAD_CONFIG
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "distrain: optim.lr=abc: a number is needed"
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b\"c", "a;touch x", "$(touch x)", "`x`", "-x", "äß"])
+def test_any_name_is_only_a_name(command, tmp_path, name):
+    quoted = "'" + name.replace("'", "\\'") + "'"
+    code, _, err = command(*DIGITS, f"run.name={quoted}")
+    assert (code, err) == (ExitCode.FINISHED, "")
+    assert os.listdir(tmp_path / "runs") == [name]
+    assert sorted(os.listdir(tmp_path)) == ["runs"]
+
+
+# Hydra's own flags
+
+
+def test_help(command, tmp_path, capfd):
+    with pytest.raises(SystemExit) as left:
+        command("--help")
+    assert left.value.code == 0
+    out, err = capfd.readouterr()
+    assert "experiment: digits, multiloss, pydoc_gpt\n" in out
+    assert "  max_iter: ???\n" in out
+    assert err == ""
+
+
+def test_cfg(command, tmp_path):
+    code, out, _ = command(*DIGITS, "--cfg", "job", "--package", "trainer")
+    assert code is ExitCode.FINISHED
+    assert "max_iter: 500" in out
+    assert os.listdir(tmp_path) == []
+
+
+def write_conf(folder: Path, name: str, text: str) -> None:
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+OWN = "# @package _global_\nseed: 7\nvars: {who: %s}\n"
+
+
+def test_a_folder_of_the_user_from_the_environment(command, tmp_path, monkeypatch):
+    write_conf(tmp_path / "site", "site/mine", OWN % "site")
+    monkeypatch.setenv("DISTRAIN_CONF", f'["file://{tmp_path}/site"]')
+    assert command(*DIGITS, "+site=mine")[0] is ExitCode.FINISHED
+    assert STARTED[0].conf["vars"] == {"who": "site"}
+
+
+def test_a_primary_config_of_the_user_shadows_ours(command, tmp_path):
+    main = "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://distrain.conf']}\n"
+    write_conf(tmp_path / "conf", "mine", main)
+    write_conf(tmp_path / "conf", "optim/sgd", "target: torch.optim.SGD\nlr: 42\ndampening: 3\n")
+    argv = from_here(["--config-path", "conf", "--config-name", "mine", *DIGITS])
+    code, _, err = command(*argv)
+    assert code is ExitCode.FINISHED, err
+    assert STARTED[0].conf["optim"]["dampening"] == 3
+
+
+def test_a_config_path_is_relative_to_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = f"{tmp_path}/conf"
+    assert from_here(["--config-path", "conf", "a=conf"]) == ["--config-path", here, "a=conf"]
+    assert from_here(["--config-path=conf"]) == [f"--config-path={here}"]
+    assert from_here(["-cp", "pkg://x"]) == ["-cp", "pkg://x"]
+
+
+# sweeps
+
+
+def test_a_sweep_has_a_folder_for_each_run(command, tmp_path):
+    code, _, err = command("-m", *DIGITS, "optim.lr=0.1,0.2", "seed=1,2", "trainer.max_iter=5")
+    assert code is ExitCode.FINISHED
+    names = [f"runs/digits/optim.lr={lr},seed={seed}" for lr in (0.1, 0.2) for seed in (1, 2)]
+    assert run_names(tmp_path) == names
+    assert [job.conf["optim"]["lr"] for job in STARTED] == [0.1, 0.1, 0.2, 0.2]
+    assert [line.removeprefix("distrain: run ") for line in err.splitlines()] == [
+        f"{tmp_path}/{name}" for name in names
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["runs"]
+
+
+def test_a_run_that_fails_does_not_end_the_sweep(command, tmp_path):
+    code, _, err = command("-m", *DIGITS, "+vars.end=ok,config,fail,also")
+    assert code is ExitCode.FAILED  # the worst of them
+    assert len(STARTED) == 4
+    assert run_names(tmp_path) == [f"runs/digits/vars.end={end}" for end in ("also", "fail", "ok")]
+    assert "distrain: data.train: it is empty" in err
+
+
+def test_a_value_that_is_wrong_does_not_end_the_sweep(command, tmp_path):
+    code, _, err = command("-m", *DIGITS, "optim.lr=0.1,abc,0.2")
+    assert code is ExitCode.BAD_CONFIG
+    assert len(STARTED) == 2
+    assert "distrain: optim.lr=abc: a number is needed" in err
+
+
+def test_who_stops_a_sweep_stops_all_of_it(command):
+    code, _, _ = command("-m", *DIGITS, "+vars.end=ok,stop,never")
+    assert code is ExitCode.STOPPED
+    assert [job.conf["vars"]["end"] for job in STARTED] == ["ok", "stop"]
+
+
+def test_a_crash_in_a_sweep_comes_last(command):
+    with pytest.raises(KeyError):
+        command("-m", *DIGITS, "+vars.end=crash,ok")
+    assert len(STARTED) == 2
+
+
+class Queue:
+    """A launcher that takes a whole sweep at once."""
+
+    taken = []
+
+    def start(self, job):
+        raise AssertionError("one by one")
+
+    def start_all(self, jobs):
+        self.taken.append([Path(job.run_dir).name for job in jobs])
+        for job in jobs:
+            assert Path(job.run_dir, "run.yaml").exists()
+        return ExitCode.FINISHED
+
+
+def test_a_launcher_may_take_the_sweep_at_once(command):
+    Queue.taken.clear()
+    launch = ("launch=external", f"launch._target_={__name__}.Queue")
+    code, _, err = command("-m", "+experiment=digits", *launch, "seed=1,2")
+    assert code is ExitCode.FINISHED, err
+    assert Queue.taken == [["seed=1", "seed=2"]]
+
+
+def test_folder_names():
+    assert folder_name("optim.lr=0.1,seed=2") == "optim.lr=0.1,seed=2"
+    assert folder_name("a/b=1").startswith("a_b=1-")
+    assert folder_name("../x").startswith("_x-")
+    assert folder_name("a b") != folder_name("a/b")
+    assert len(folder_name("x" * 500)) < 130
+
+
+def test_the_worst_code():
+    finished, failed, bad, stopped = ExitCode
+    assert worst([]) is finished
+    assert worst([finished, stopped]) is stopped
+    assert worst([bad, stopped, finished]) is bad
+    assert worst([bad, failed, stopped]) is failed
+
+
+# as a process
+
+
+def test_torch_is_not_needed_to_say_no(tmp_path):
+    script = """
+import sys
+from distrain.__main__ import Command
+def run(*argv):
+    sys.argv[1:] = argv
+    try:
+        return Command(argv).run()
+    except SystemExit as left:
+        return left.code
+assert run("--help") == 0
+assert run("+experiment=none") == 2
+assert run("+experiment=digits", "optim.lr=abc") == 2
+assert run("+experiment=digits", "resume=must") == 2
+assert run("+experiment=digits", "launch.ranks=0") == 2
+assert run("+experiment=digits", "--cfg", "job") == 0
+slow = {"torch", "numpy", "tensorboard", "submitit", "rich"} & set(sys.modules)
+assert not slow, slow
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_is_no_mistake(tmp_path):
+    shell = f"{sys.executable} -m distrain --help | head -1"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        shell, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
