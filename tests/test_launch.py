@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch._dynamo  # the agent imports it; paid here once and not in every forked command
 import torch.distributed as dist
 
 from distrain.distributed import process_group
@@ -126,6 +126,12 @@ class Command:
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_agents_import():
+    """Import once, and not in every forked command, what takes an agent 2 s."""
+    importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture
