@@ -183,10 +183,25 @@ class WorkerBatches(Iterator[Any]):
         _open.add(self)
 
     def __next__(self) -> Any:
-        """Return the next batch of the plan."""
+        """Return the next batch of the plan.
+
+        Raises:
+            RuntimeError: a process ended by itself.
+        """
         if self._iterator is None:
             raise RuntimeError("the loader of these batches was closed; ask it for new ones")
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except (RuntimeError, OSError, EOFError) as error:
+            # of the data set, or from the pipe whose other end is gone
+            for worker in self._iterator._workers:
+                worker.join(0.1)
+                if worker.exitcode:
+                    raise RuntimeError(
+                        f"loader process {worker.pid} ended with exit code {worker.exitcode}; "
+                        "-9 is mostly a lack of memory: try fewer data.workers"
+                    ) from error
+            raise
 
     def close(self) -> None:
         """End the processes: those that work on a sample have a second to finish it."""
