@@ -31,6 +31,7 @@ class AllocationLauncher:
         join_s: how long the first node waits for the others.
         grace_s: from a request to stop until ranks that are still there are killed.
         start_method: of the ranks, as in launch=local.
+        watchdog_s: how long a rank may make no progress, as in launch=local.
     """
 
     ranks: int | None = None
@@ -39,6 +40,7 @@ class AllocationLauncher:
     join_s: float = 60.0
     grace_s: float = 120.0
     start_method: str | None = None
+    watchdog_s: float | None = None
 
     @property
     def is_restart(self) -> bool:
@@ -99,6 +101,7 @@ class AllocationLauncher:
             join_s=self.join_s,
             grace_s=self.grace_s,
             start_method=self.start_method,
+            watchdog_s=self.watchdog_s,
         )
 
     def _step(self, folder: Path) -> list[str]:

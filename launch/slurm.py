@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
-import shlex
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import Job, slurm_queue
-from distrain.launch.slurm_attempts import SLURM_FOLDER, prepare, read_attempts
-from distrain.launch.slurm_task import NodeTask, node_python
+from distrain.launch import Job, codecopy, slurm_queue, slurm_script
+from distrain.launch.slurm_attempts import SLURM_FOLDER, prepare
+from distrain.launch.slurm_task import NodeTask
 
-_DEFAULT_SIGNAL_S = 120
-_SLURM_DELAY_S = 60  # a signal comes up to so much early or late: SLURM looks every 30 s
+_MAY_BE_0 = ("max_requeues", "max_restarts", "gpus_per_node", "watchdog_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +46,15 @@ class SlurmLauncher:
         sbatch: any further options of sbatch, as {exclude: n3, exclusive: true}; they win.
         signal_s: how long before the time limit the run is told to save and stop; None: from the
             time that this took before, else 120 s.
+        snapshot: run a copy of the repository one submits from, as it is at that moment; edits
+            after it change nothing, also after a requeue.
         follow: wait for the job's end, and show its state and what rank 0 prints.
         max_requeues: attempts in a row without a newer checkpoint that are followed by another.
         max_restarts: how often a failed rank makes the ranks start again within an attempt.
         join_s: how long the first node waits for the others.
         grace_s: from a request to stop until ranks that are still there are killed.
         start_method: of the ranks, as in launch=local.
+        watchdog_s: how long a rank may make no progress, as in launch=local.
         array_parallelism: elements of a job array that run at the same time.
 
     Raises:
@@ -75,18 +74,20 @@ class SlurmLauncher:
     constraint: str | None = None
     sbatch: Mapping[str, Any] = field(default_factory=dict)
     signal_s: int | None = None
+    snapshot: bool = False
     follow: bool = False
     max_requeues: int = 3
     max_restarts: int = 0
     join_s: float = 60.0
     grace_s: float = 120.0
     start_method: str | None = None
+    watchdog_s: float | None = None
     array_parallelism: int | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            may_be_0 = entry.name in ("max_requeues", "max_restarts", "gpus_per_node")
+            may_be_0 = entry.name in _MAY_BE_0
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and (value < 0 or (value == 0 and not may_be_0)):
                 least = "at least 0" if may_be_0 else "more than 0"
@@ -144,8 +145,10 @@ class SlurmLauncher:
         for run_dir in runs:
             prepare(run_dir)
         folder = _submit_folder(runs)
-        executor = SlurmExecutor(folder=folder, python=shlex.join(node_python()))
-        executor.update_parameters(**self._parameters(runs, folder))
+        if self.snapshot:
+            codecopy.take(folder / codecopy.FOLDER)
+        executor = SlurmExecutor(folder=folder, python=slurm_script.python(self))
+        executor.update_parameters(**slurm_script.parameters(self, runs, folder))
         said = io.StringIO()  # submitit prints what sbatch says, and raises it too
         try:
             with contextlib.redirect_stderr(said), executor.batch():
@@ -159,16 +162,7 @@ class SlurmLauncher:
 
     def plan(self, job: Job) -> str:
         """Return the batch script that would be submitted, and what SLURM says of it."""
-        from submitit.slurm.slurm import _make_sbatch_string
-
-        run_dir = Path(job.run_dir).absolute()
-        folder = run_dir / SLURM_FOLDER
-        command = [*node_python(), "-u", "-m", "submitit.core._submit", str(folder)]
-        script: str = _make_sbatch_string(
-            command=shlex.join(command),
-            folder=folder,
-            **self._parameters([run_dir], folder),
-        )
+        script = slurm_script.text(self, Path(job.run_dir).absolute())
         try:
             slurm_queue.require()
         except ConfigError as error:
@@ -193,66 +187,8 @@ class SlurmLauncher:
             join_s=self.join_s,
             grace_s=self.grace_s,
             start_method=self.start_method,
+            watchdog_s=self.watchdog_s,
         )
-
-    def _parameters(self, runs: Sequence[Path], folder: Path) -> dict[str, Any]:
-        """Return the parameters of submitit's executor."""
-        cpus = self.cpus_per_task or self.ranks_per_node
-        options: dict[str, Any] = {"requeue": True}
-        if self.min_nodes:
-            options["nodes"] = f"{self.min_nodes}-{self.nodes}"
-        else:  # beside a range of nodes SLURM would give as few as hold that many tasks
-            options["ntasks-per-node"] = 1
-        if self.account:
-            options["account"] = self.account
-        for name, value in self.sbatch.items():
-            if value is None or value is False:
-                options.pop(name, None)
-            else:
-                options[str(name)] = value
-        moment = f"{shlex.quote(sys.executable)} -m distrain.launch.slurm_batch"
-        allowed = f"--max-requeues {self.max_requeues}"
-        return {
-            "job_name": runs[0].name if len(runs) == 1 else os.path.commonpath(runs).split("/")[-1],
-            "nodes": self.nodes,
-            "cpus_per_task": cpus,
-            "gpus_per_node": self.gpus_per_node or None,
-            "mem": self.mem,
-            "time": self.time_min,
-            "partition": self.partition,
-            "qos": self.qos,
-            "constraint": self.constraint,
-            "signal_delay_s": max(self._lead_s(run_dir) for run_dir in runs),
-            "stderr_to_stdout": True,
-            "wckey": None,
-            "array_parallelism": self.array_parallelism or 256,
-            "additional_parameters": options,
-            # srun takes no --cpus-per-task from sbatch since 22.05. A task that fails ends the
-            # others: they would wait for it.
-            "srun_args": [
-                *("--kill-on-bad-exit=1", "--ntasks-per-node=1", f"--cpus-per-task={cpus}")
-            ],
-            "setup": [
-                "trap : TERM CONT  # SLURM ends the step; then this script still notes how",
-                "export SUBMITIT_LOG_LEVEL=WARNING",
-                f"RUN={_run_of_element(runs, folder)}",
-                f'{moment} begin "$RUN" {allowed} || exit $?',
-            ],
-            "teardown": [
-                "code=$?",
-                "trap '' TERM",
-                f'{moment} end "$RUN" {allowed} --step-exit "$code"',
-                "exit $?",
-            ],
-        }
-
-    def _lead_s(self, run_dir: Path) -> int:
-        """Return how long before the time limit SLURM tells the run to stop."""
-        if self.signal_s:
-            return self.signal_s
-        took_s = max((a.stop_s for a in read_attempts(run_dir)), default=0.0)
-        lead_s = math.ceil(2 * took_s) + _SLURM_DELAY_S if took_s else _DEFAULT_SIGNAL_S
-        return min(lead_s, 30 * self.time_min) if self.time_min else lead_s
 
     def _refused(self, said: str) -> ConfigError:
         """Return the error for what sbatch said, with what is allowed."""
@@ -276,13 +212,5 @@ def _submit_folder(runs: Sequence[Path]) -> Path:
     above = Path(os.path.commonpath(runs), f".{SLURM_FOLDER}")
     above.mkdir(mode=0o700, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))
-    (folder / "runs.txt").write_text("".join(f"{run_dir}\n" for run_dir in runs))
+    (folder / slurm_script.RUNS_FILE).write_text("".join(f"{run_dir}\n" for run_dir in runs))
     return folder
-
-
-def _run_of_element(runs: Sequence[Path], folder: Path) -> str:
-    """Return what the batch script calls its run folder."""
-    if len(runs) == 1:
-        return shlex.quote(str(runs[0]))
-    file = shlex.quote(str(folder / "runs.txt"))
-    return f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {file})'

@@ -174,13 +174,18 @@ def judge(
         step_exit: what `srun` returned.
         status: of the job.
     """
+    silent = [name for name in expected if name not in nodes or nodes[name].code is None]
     failed = [n for n in nodes.values() if n.code in (ExitCode.FAILED, ExitCode.BAD_CONFIG)]
-    if failed:
-        causes = [(Failure(**n.failure), n) for n in failed if n.failure is not None]
-        first = next((n for c, n in causes if c == cause(c for c, _ in causes)), failed[0])
+    causes = [(Failure(**n.failure), n) for n in failed if n.failure is not None]
+    first = failed[0] if failed else None
+    is_of_peer = False
+    if causes:
+        found = cause(failure for failure, _ in causes)
+        first = next(node for failure, node in causes if failure == found)
+        is_of_peer = found.of_peer
+    if first is not None and not (is_of_peer and silent):  # who lost a peer did not fail by itself
         return ExitCode(first.code or ExitCode.FAILED), "failed", first.error
     signals = sorted({f"{name} on {n.node}" for n in nodes.values() for name in n.signals})
-    silent = [name for name in expected if name not in nodes or nodes[name].code is None]
     if not silent:
         if all(n.code == ExitCode.FINISHED for n in nodes.values()):
             return ExitCode.FINISHED, "finished", "all iterations are done"

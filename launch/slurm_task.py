@@ -8,13 +8,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.launch import Job, slurm_queue
-from distrain.launch.failure import Failure
+from distrain.launch.failure import Failure, of_exception
 from distrain.launch.slurm_attempts import NodeRecord, attempt_folder, read_nodes
 from distrain.launch.stop import StopRequest
 
@@ -39,6 +38,7 @@ class NodeTask:
         join_s: how long the first node waits for the others.
         grace_s: from a request to stop until ranks that are still there are killed.
         start_method: "fork" or "spawn" for the ranks; None: fork where that is sound.
+        watchdog_s: how long a rank may make no progress, as in `run_node`.
     """
 
     job: Job
@@ -48,6 +48,7 @@ class NodeTask:
     join_s: float = 60.0
     grace_s: float = 120.0
     start_method: str | None = None
+    watchdog_s: float | None = None
 
     def __call__(self) -> None:
         """Run the ranks and leave the process.
@@ -66,15 +67,18 @@ class NodeTask:
                 record.error = str(error)
                 is_mistake = isinstance(error, ConfigError)
                 record.code = ExitCode.BAD_CONFIG if is_mistake else ExitCode.FAILED
-            except Exception:
-                record.error = traceback.format_exc()
+            except Exception as error:  # such as a store that went with its node
+                rank = int(os.environ["SLURM_NODEID"]) * self.ranks
+                what = of_exception(error, rank=rank, log=str(self.run_dir / "logs"))
+                record.failure = dataclasses.asdict(what)
+                record.error = f"{what.line()}\n{what.trace}"
                 record.code = ExitCode.FAILED
             record.signals = list(dict.fromkeys(stop.signals))
             if record.code == ExitCode.STOPPED and stop.since is not None:
                 record.stop_s = time.monotonic() - stop.since
             record.write(self.run_dir)
         if record.code not in (ExitCode.FINISHED, ExitCode.STOPPED):
-            line = record.error.strip().splitlines()[0 if record.failure else -1]
+            line = record.error.splitlines()[0]
             print(f"distrain: {record.node}: {line}", file=sys.stderr, flush=True)
             sys.exit(int(record.code))
         sys.exit(0)
@@ -110,6 +114,7 @@ class NodeTask:
             grace_s=self.grace_s,
             join_s=_IMPORT_S,
             start_method=method,
+            watchdog_s=self.watchdog_s,
             on_failure=on_failure,
         )
 
@@ -154,13 +159,16 @@ class NodeTask:
             time.sleep(_POLL_S)
 
 
-def node_python() -> list[str]:
+def node_python(*flags: str) -> list[str]:
     """Return the words that start python on a node.
 
     A signal that comes before the agent listens must not kill it: until then they are ignored.
+
+    Args:
+        flags: of python.
     """
     command = 'trap \'\' TERM USR1 USR2; exec "$0" "$@"'
-    return ["sh", "-c", command, sys.executable]
+    return ["sh", "-c", command, sys.executable, *flags]
 
 
 def _own_address(peer: str) -> str:

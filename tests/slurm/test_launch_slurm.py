@@ -1,5 +1,6 @@
 """launch=slurm on a real SLURM: submission, stops, requeues, failures, bad input."""
 
+import json
 import os
 import re
 import signal
@@ -15,8 +16,9 @@ from dev_cluster import Cluster, is_alive, parent, wait_for
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch.slurm import SlurmLauncher
-from distrain.launch.slurm_attempts import read_attempts
+from distrain.launch.slurm_attempts import Attempt, read_attempts
 from distrain.launch.slurm_follow import follow
+from distrain.launch.slurm_script import lead_s
 
 pytestmark = pytest.mark.slurm
 
@@ -31,12 +33,16 @@ def submit(job: Count, launcher: SlurmLauncher = LAUNCHER) -> str:
 
 def started(job: Count, times: int = 1) -> None:
     """Wait until a job counts for the n-th time, and for a few steps more."""
-    log = Path(job.run_dir, "slurm")
-    wait_for(
-        lambda: len(job.starts()) >= times,
-        timeout_s=60,
-        what=lambda: "\n".join(p.read_text() for p in log.glob("*.out")),
-    )
+    logs = Path(job.run_dir, "slurm")
+
+    def printed() -> str:
+        return "\n".join(path.read_text() for path in logs.glob("*.out"))
+
+    def failed() -> bool:
+        return any(attempt.outcome == "failed" for attempt in read_attempts(logs.parent))
+
+    wait_for(lambda: len(job.starts()) >= times or failed(), timeout_s=90, what=printed)
+    assert not failed(), printed()
     time.sleep(0.5)
 
 
@@ -149,6 +155,29 @@ def test_the_plan_is_the_script_and_what_slurm_says_of_it(cluster: Cluster, tmp_
     assert cluster.run("squeue", "--noheader") == ""
 
 
+def test_the_lead_time_follows_from_the_stops_before(tmp_path: Path) -> None:
+    assert lead_s(LAUNCHER, tmp_path) == 120
+    assert lead_s(replace(LAUNCHER, time_min=2), tmp_path) == 60  # half of the limit
+    attempt = Attempt(1, "7", 0, ["n1"], 0.0, stop_s=45.2)
+    (tmp_path / "attempts.jsonl").write_text(json.dumps(vars(attempt)) + "\n")
+    assert lead_s(LAUNCHER, tmp_path) == 91 + 60
+    assert lead_s(replace(LAUNCHER, signal_s=30), tmp_path) == 30
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"nodes": 0}, "launch.nodes=0: more than 0 is needed"),
+        ({"max_requeues": -1}, "launch.max_requeues=-1: at least 0 is needed"),
+        ({"min_nodes": 3}, "launch.min_nodes=3: at most launch.nodes=2 is possible"),
+        ({"signal_s": 1800}, "launch.signal_s=1800: must be less than the time limit"),
+    ],
+)
+def test_arguments_out_of_range(wrong: dict[str, int], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        replace(LAUNCHER, **wrong)  # type: ignore[arg-type]
+
+
 def test_without_slurm_it_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +221,46 @@ def test_a_job_goes_on_with_the_nodes_that_remain(cluster: Cluster, tmp_path: Pa
     first, second = read_attempts(tmp_path)
     assert (first.nodes, second.nodes) == (["n3", "n4"], ["n3"])
     assert job.starts() == ["0 4 n3", f"{first.kept_iter} 2 n3"]
+
+
+def test_edits_after_submission_change_nothing(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, run_dir = tmp_path / "project", tmp_path / "project" / "runs" / "x"
+    project.mkdir()
+    (project / "mine.py").write_text(VERSIONED.format(version="old", run_dir=str(run_dir)))
+    (project / "new.py").write_text("")
+    subprocess.check_call(["git", "init", "-q"], cwd=project)
+    subprocess.check_call(["git", "add", "mine.py"], cwd=project)
+    monkeypatch.chdir(project)
+    submit_code = (
+        "import sys; sys.path.insert(0, ''); import mine\n"
+        "from distrain.launch.slurm import SlurmLauncher\n"
+        "launcher = SlurmLauncher(snapshot=True, sbatch={'begin': 'now+2'})\n"
+        "print(*launcher.submit([mine.Job()]))"
+    )
+    job_id = subprocess.check_output([sys.executable, "-c", submit_code], text=True).strip()
+    copied = run_dir / "slurm" / "submitted_code"
+    assert {path.name for path in copied.iterdir()} == {"mine.py", "new.py"}
+    (project / "mine.py").write_text(VERSIONED.format(version="new", run_dir=str(run_dir)))
+    assert cluster.wait(job_id)["JobState"] == "COMPLETED"
+    assert (run_dir / "version").read_text() == "old"
+    # without a repository there is nothing to copy
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigError, match="launch.snapshot=true copies what git tracks"):
+        submit(Count(str(tmp_path / "other")), replace(LAUNCHER, snapshot=True))
+
+
+VERSIONED = """
+from pathlib import Path
+
+class Job:
+    run_dir = {run_dir!r}
+
+    def __call__(self):
+        Path(self.run_dir, "version").write_text({version!r})
+        return 0
+"""
 
 
 def test_a_batch_script_of_ones_own_uses_its_allocation(cluster: Cluster, tmp_path: Path) -> None:

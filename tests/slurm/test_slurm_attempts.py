@@ -66,6 +66,19 @@ def test_a_line_of_scontrol_is_read() -> None:
             RUNNING,
             (1, "failed", "rank 3 failed: ValueError: wrong (log: )"),
         ),
+        (  # who lost a peer did not fail by itself
+            [failed("n1", 0, "connection closed", time_s=1.0, of_peer=True)],
+            RUNNING,
+            (1, "lost", "no word from n2 (srun returned 137)"),
+        ),
+        (
+            [
+                failed("n1", 0, "connection closed", time_s=1.0, of_peer=True),
+                failed("n2", 2, "connection closed", time_s=0.5, of_peer=True),
+            ],
+            RUNNING,
+            (1, "failed", "rank 2 failed: connection closed (log: )"),
+        ),
         ([node("n1", 2, error="lr=x: no")], RUNNING, (2, "failed", "lr=x: no")),
         ([node("n1", 0)], RUNNING, (1, "lost", "no word from n2 (srun returned 137)")),
         (

@@ -170,8 +170,9 @@ def test_requeued_by_an_operator(runs: tuple[Runs, dict[str, Run]]) -> None:
     all_runs, started = runs
     first, second = started["requeued"].finished()
     assert not all_runs.differs(started["requeued"])
-    assert first.outcome == "stopped"
-    assert 13 <= first.kept_iter < ITERATIONS
+    # SLURM kills what has not saved within KillWait; then the periodic checkpoint has to do
+    assert first.outcome in ("stopped", "lost")
+    assert 10 <= first.kept_iter < ITERATIONS
     assert not first.requeued  # the operator did
     assert (second.first_iter, second.last_iter) == (first.kept_iter, ITERATIONS)
     assert second.outcome == "finished"

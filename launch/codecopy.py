@@ -1,0 +1,77 @@
+"""The code of the moment of submission, kept for a job that starts, and starts again, later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from distrain.errors import ConfigError
+
+FOLDER = "submitted_code"
+
+
+def take(target: Path) -> None:
+    """Copy the repository around the current folder.
+
+    What git tracks is copied as it lies there, edits included, and Python files that git neither
+    tracks nor ignores. What is installed elsewhere, other than from this repository, is not.
+
+    Args:
+        target: the folder of the copy, named `FOLDER`; an older copy there is replaced.
+
+    Raises:
+        ConfigError: the current folder is in no git repository.
+    """
+    root = _root()
+    tracked = _git(root, "ls-files", "-z")
+    new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", "*.py")
+    shutil.rmtree(target, ignore_errors=True)
+    for name in sorted({*tracked.split("\0"), *new.split("\0")} - {""}):
+        path = root / name
+        is_file = path.is_symlink() or path.is_file()  # neither a submodule nor deleted
+        if is_file and FOLDER not in path.parts:  # nor the copy of another run
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def python_path(target: Path) -> list[str]:
+    """Return the entries of PYTHONPATH with which a copy is used.
+
+    They are the current folder and those of PYTHONPATH, replaced by their copies where they lie in
+    the repository.
+
+    Args:
+        target: the folder of the copy; it need not be there.
+
+    Raises:
+        ConfigError: as `take`.
+    """
+    root = _root()
+    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return list(dict.fromkeys(_in_copy(path, root, target) for path in paths if path))
+
+
+def _root() -> Path:
+    """Return the folder of the repository around the current folder."""
+    return Path(_git(Path.cwd(), "rev-parse", "--show-toplevel").strip())
+
+
+def _in_copy(path: str, root: Path, target: Path) -> str:
+    """Return the path's counterpart in the copy; the path itself if it is not in the repository."""
+    whole = Path(path).resolve()
+    return str(target / whole.relative_to(root)) if whole.is_relative_to(root) else path
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise ConfigError(
+            f"launch.snapshot=true copies what git tracks, but in {folder}: {said.strip()}; run it "
+            "in a repository, or launch.snapshot=false"
+        ) from error
