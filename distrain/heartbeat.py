@@ -19,7 +19,9 @@ from typing import NamedTuple, Protocol
 VARIABLE = "DISTRAIN_HEARTBEAT"
 """Environment variable with the path of a rank's file."""
 
-_RECORD = struct.Struct("@qqdq")  # native: each field is one aligned store of 8 bytes
+# Native: each field is one aligned store of 8 bytes. The phase comes first: half a beat may look
+# like END with the iteration before, but never like a phase of the loop with the end's iteration.
+_RECORD = struct.Struct("@qqdq")
 _pack, _now = _RECORD.pack_into, time.monotonic
 
 NUM_BYTES = _RECORD.size
@@ -94,12 +96,12 @@ class Heartbeat:
 
     def beat(self, phase: int) -> None:
         """Say that this rank makes progress, and in which phase; takes about 0.2 us."""
-        _pack(self._map, 0, self.iteration, phase, _now(), 0)
+        _pack(self._map, 0, phase, self.iteration, _now(), 0)
 
     @contextlib.contextmanager
     def phase(self, phase: int) -> Iterator[None]:
         """Be in a phase inside `with`, and then in the one before again."""
-        before = _RECORD.unpack_from(self._map)[1]
+        before = _RECORD.unpack_from(self._map)[0]
         self.beat(phase)
         try:
             yield
@@ -108,8 +110,8 @@ class Heartbeat:
 
     def finish(self) -> None:
         """Say that the job has returned."""
-        iteration, phase, _, _ = _RECORD.unpack_from(self._map)
-        _pack(self._map, 0, iteration, phase, _now(), 1)
+        phase, iteration, _, _ = _RECORD.unpack_from(self._map)
+        _pack(self._map, 0, phase, iteration, _now(), 1)
 
 
 class _Silent:
@@ -149,5 +151,5 @@ def read(file: int) -> Beat:
     Args:
         file: its descriptor, open for reading.
     """
-    iteration, phase, time_s, finished = _RECORD.unpack(os.pread(file, NUM_BYTES, 0))
+    phase, iteration, time_s, finished = _RECORD.unpack(os.pread(file, NUM_BYTES, 0))
     return Beat(iteration, Phase(phase), time_s, bool(finished))

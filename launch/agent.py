@@ -173,7 +173,7 @@ class _Agent(LocalElasticAgent):
         failures = self._failures(worker_group, codes) + ([] if hang is None else [hang])
         failures += self._meeting.exchange(failures)
         self.cause = given_up or failure.cause(
-            failures or [self._failure("the ranks of another node failed")]
+            failures or [self._failure("another node failed without a word")]
         )
         if self.on_failure is not None:
             self.on_failure(self.cause)

@@ -29,8 +29,8 @@ class Failure:
     Attributes:
         rank: of the rank, over all nodes; -1 for all ranks together.
         kind: "config" and "nonfinite" as in `distrain.errors`; "exit" for a rank that left by
-            itself; "signal" for one that was ended; "killed" for all, by us; "error" for other
-            exceptions.
+            itself; "signal" for one that was ended; "killed" for all, by us; "hang" for
+            those that made no progress, by us; "error" for other exceptions.
         text: one line.
         trace: the traceback, "" without one.
         log: the rank's log file, or the folder of all.
@@ -53,6 +53,8 @@ class Failure:
 
     def line(self) -> str:
         """Return what happened in one line that names rank and log."""
+        if self.kind == "hang":
+            return f"{self.text} (log: {self.log})"
         if self.rank < 0:
             return f"{self.text} (logs: {self.log})"
         return f"rank {self.rank} failed: {self.text} (log: {self.log})"

@@ -30,6 +30,9 @@ class LocalLauncher:
         in_process: run the job in this very process, as the only rank: a debugger works.
         grace_s: from a request to stop until ranks that are still there are killed, in seconds.
         start_method: "fork" or "spawn"; None: fork where that is sound, as it is faster.
+        watchdog_s: how long a rank may make no progress, in any phase, in seconds, until all are
+            killed as after a failure; 0: for ever; None: 50 usual steps, at least 60 s, and at
+            least 600 s for the first step and outside of the step.
 
     Raises:
         ConfigError: an argument out of its range.
@@ -40,6 +43,7 @@ class LocalLauncher:
     in_process: bool = False
     grace_s: float = 120.0
     start_method: str | None = None
+    watchdog_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:
@@ -50,6 +54,8 @@ class LocalLauncher:
             raise ConfigError(f"max_restarts={self.max_restarts}: at least 0 is needed")
         if self.grace_s <= 0:
             raise ConfigError(f"grace_s={self.grace_s}: a number above 0 is needed")
+        if self.watchdog_s is not None and self.watchdog_s < 0:
+            raise ConfigError(f"watchdog_s={self.watchdog_s}: at least 0 is needed, or null")
         if self.start_method not in (None, "fork", "spawn"):
             raise ConfigError(f"start_method={self.start_method}: fork, spawn or null is needed")
 
@@ -71,6 +77,7 @@ class LocalLauncher:
                 max_restarts=self.max_restarts,
                 grace_s=self.grace_s,
                 start_method=method,
+                watchdog_s=self.watchdog_s,
             )
 
     def plan(self, job: Job) -> str:

@@ -1,5 +1,6 @@
-"""The heartbeat: what is read is what was beaten, and where the loop, evaluation and saving beat."""
+"""The heartbeat: what is read is what was beaten, and where the loop beats."""
 
+import contextlib
 import os
 import time
 import timeit
@@ -40,7 +41,7 @@ def test_a_phase_ends_in_the_one_before_even_after_an_error(file):
     path, descriptor = file
     pulse = Heartbeat(str(path))
     pulse.beat(Phase.HOOKS)
-    with pytest.raises(KeyError), pulse.phase(Phase.SAVING):
+    with contextlib.suppress(KeyError), pulse.phase(Phase.SAVING):
         assert heartbeat.read(descriptor).phase is Phase.SAVING
         raise KeyError
     assert heartbeat.read(descriptor).phase is Phase.HOOKS
