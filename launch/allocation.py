@@ -7,6 +7,7 @@ launch=slurm.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -63,8 +64,6 @@ class AllocationLauncher:
             ConfigError: there is no allocation here, or a mistake that a rank found.
             RankFailed: the run failed; the text is the first failing rank's.
         """
-        from submitit.core.utils import DelayedSubmission
-
         job_id = slurm_queue.own_job_id()
         if job_id is None:
             raise ConfigError(
@@ -73,12 +72,13 @@ class AllocationLauncher:
             )
         run_dir = Path(job.run_dir).absolute()
         folder = prepare(run_dir, job_id=job_id)
-        DelayedSubmission(self.task(job)).dump(folder / f"{job_id}_submitted.pkl")
+        task = folder / f"{job_id}_task.pkl"
+        task.write_bytes(pickle.dumps(self.task(job)))
         before = signal.signal(signal.SIGTERM, _go_on)
         try:
             code = begin(run_dir, max_requeues=self.max_requeues)
             if code == ExitCode.FINISHED:
-                step = subprocess.run(self._step(folder), env=_step_env(), check=False)
+                step = subprocess.run(self._step(task), check=False)
                 code = end(run_dir, step_exit=step.returncode, max_requeues=self.max_requeues)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -104,7 +104,7 @@ class AllocationLauncher:
             watchdog_s=self.watchdog_s,
         )
 
-    def _step(self, folder: Path) -> list[str]:
+    def _step(self, task: Path) -> list[str]:
         """Return the command that starts an agent on each node."""
         nodes = _num_nodes()
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over by itself
@@ -113,16 +113,12 @@ class AllocationLauncher:
             *("--unbuffered", "--kill-on-bad-exit=1"),
             *([f"--cpus-per-task={cpus}"] if cpus else []),
             *node_python(),
-            *("-u", "-m", "submitit.core._submit", str(folder)),
+            *("-u", "-m", "distrain.launch.slurm_task", str(task)),
         ]
 
 
 def _num_nodes() -> int:
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-
-
-def _step_env() -> dict[str, str]:
-    return {**os.environ, "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_LOG_LEVEL": "WARNING"}
 
 
 def _go_on(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -162,7 +163,16 @@ class SlurmLauncher:
 
     def plan(self, job: Job) -> str:
         """Return the batch script that would be submitted, and what SLURM says of it."""
-        script = slurm_script.text(self, Path(job.run_dir).absolute())
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        run_dir = Path(job.run_dir).absolute()
+        folder = run_dir / SLURM_FOLDER
+        python, at = slurm_script.python(self), shlex.quote(str(folder))
+        script: str = _make_sbatch_string(
+            command=f"{python} -u -m submitit.core._submit {at}",
+            folder=folder,
+            **slurm_script.parameters(self, [run_dir], folder),
+        )
         try:
             slurm_queue.require()
         except ConfigError as error:

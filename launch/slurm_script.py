@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain.launch import codecopy
-from distrain.launch.slurm_attempts import SLURM_FOLDER, read_attempts
+from distrain.launch.slurm_attempts import read_attempts
 from distrain.launch.slurm_task import node_python
 
 if TYPE_CHECKING:
@@ -22,19 +22,6 @@ RUNS_FILE = "runs.txt"
 
 _DEFAULT_LEAD_S = 120
 _SLURM_DELAY_S = 60  # a signal comes up to so much early or late: SLURM looks every 30 s
-
-
-def text(launcher: SlurmLauncher, run_dir: Path) -> str:
-    """Return the batch script of one run; nothing is written."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    folder = run_dir / SLURM_FOLDER
-    script: str = _make_sbatch_string(
-        command=f"{python(launcher)} -u -m submitit.core._submit {shlex.quote(str(folder))}",
-        folder=folder,
-        **parameters(launcher, [run_dir], folder),
-    )
-    return script
 
 
 def python(launcher: SlurmLauncher) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -186,6 +187,17 @@ def _own_address(peer: str) -> str:
 
 
 def _start_method() -> str:
-    from distrain.launch.local import _may_fork
+    from distrain.launch.local import may_fork
 
-    return "fork" if _may_fork() else "spawn"
+    return "fork" if may_fork() else "spawn"
+
+
+def main(path: str) -> None:
+    """Run the task that a file holds, where no submitit does it: see `allocation`."""
+    with open(path, "rb") as file:
+        task: NodeTask = pickle.load(file)
+    task()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -122,18 +122,16 @@ def runs(
         "signalled": all_runs.start("signalled", nodes=n34),
         "limited": all_runs.start("limited", "launch.time_min=1", "launch.signal_s=10", nodes=n12),
     }
+    local = [f"run.dir={all_runs.reference}", "launch.ranks=4"]
+    reference = subprocess.Popen([sys.executable, "-m", "distrain", *DIGITS, *local], cwd=folder)
     try:
         _interrupt(session_cluster, started)
-        local = [f"run.dir={all_runs.reference}", "launch.ranks=4"]
-        subprocess.run(
-            [sys.executable, "-m", "distrain", *DIGITS, *local],
-            check=True, cwd=folder, capture_output=True,
-        )  # fmt: skip
+        assert reference.wait(100) == 0
         yield all_runs, started
     finally:
-        for run in started.values():
-            run.process.kill()
-            run.process.wait()
+        for process in (reference, *(run.process for run in started.values())):
+            process.kill()
+            process.wait()
         patch.undo()
 
 
@@ -189,20 +187,10 @@ def test_preempted_by_a_job_of_a_higher_partition(runs: tuple[Runs, dict[str, Ru
     assert "0 iterations lost, goodput" in text
 
 
-def test_stopped_by_its_time_limit(runs: tuple[Runs, dict[str, Run]]) -> None:
-    all_runs, started = runs
-    attempts = started["limited"].finished()
-    assert not all_runs.differs(started["limited"])
-    assert len(attempts) >= 2
-    assert all(a.outcome == "stopped" and "SIGUSR2" in a.why for a in attempts[:-1])
-    assert all(a.stop_s > 0 for a in attempts[:-1])
-    assert attempts[-1].outcome == "finished"
-
-
 def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]], cluster: Cluster) -> None:
     all_runs, started = runs
-    for run in started.values():
-        run.process.wait(200)
+    for name in ("preempted", "signalled"):
+        started[name].process.wait(200)  # they use that node too
     run = all_runs.start("lost", nodes="n[3-4]")
     try:
         run.reaches(13)
@@ -217,6 +205,16 @@ def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]], cluster: Cluster) -> 
     assert not all_runs.differs(run)
     assert attempts[0].outcome in ("lost", "failed")
     assert attempts[-1].first_iter >= 10
+    assert attempts[-1].outcome == "finished"
+
+
+def test_stopped_by_its_time_limit(runs: tuple[Runs, dict[str, Run]]) -> None:
+    all_runs, started = runs
+    attempts = started["limited"].finished()
+    assert not all_runs.differs(started["limited"])
+    assert len(attempts) >= 2
+    assert all(a.outcome == "stopped" and "SIGUSR2" in a.why for a in attempts[:-1])
+    assert all(a.stop_s > 0 for a in attempts[:-1])
     assert attempts[-1].outcome == "finished"
 
 
