@@ -123,10 +123,9 @@ def test_there_is_no_utils():
 def test_public_names():
     import distrain
 
-    for name in (
-        "EventStorage get_event_storage HistoryBuffer HookBase TrainerBase Trainer "
-        "WarmupMultiStepLR WarmupCosineLR param_groups"
-    ).split():
+    names = ["EventStorage", "get_event_storage", "HistoryBuffer", "HookBase", "TrainerBase"]
+    names += ["Trainer", "WarmupMultiStepLR", "WarmupCosineLR", "param_groups"]
+    for name in names:
         assert getattr(distrain, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = distrain.NoSuchName
