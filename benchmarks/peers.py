@@ -68,6 +68,9 @@ class Batches(IterableDataset[Any]):
         self.max_iter = WARM_UP + steps + 2  # of what counts iterations; some load a batch ahead
         self._batches = new_batches((64,))
 
+    def __len__(self) -> int:  # mmengine asks for it
+        return self.max_iter + 1
+
     def __iter__(self) -> Iterator[Any]:
         for number in range(self.max_iter + 1):
             if number == WARM_UP:
@@ -192,7 +195,9 @@ def with_mmengine(turn: Turn) -> None:
         default_hooks={
             "logger": {"type": "LoggerHook", "interval": WINDOW},
             "checkpoint": {"type": "CheckpointHook", "interval": 10**9, "save_last": False},
+            "sampler_seed": None,  # the loader has no sampler
         },
+        log_processor={"by_epoch": False},
         visualizer={"type": "Visualizer", "vis_backends": [{"type": "TensorboardVisBackend"}]},
         launcher="pytorch",
         # its default wrapper takes for granted that there is a GPU
