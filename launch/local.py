@@ -167,9 +167,6 @@ def may_fork() -> bool:
     return is_idle and not torch.cuda.is_initialized()
 
 
-_may_fork = may_fork
-
-
 def _num_threads() -> int:
     """Return how many threads this process has, native ones too."""
     return len(os.listdir("/proc/self/task"))
