@@ -27,7 +27,6 @@ def test_a_disturbed_run_ends_as_a_quiet_one(tmp_path, quiet, fault, role):
     assert len(result.what) == 1, "the fault has come"
     expected = {"parent": -9, "rank": 1}[role] if fault == "kill" else campaign.STOPPED
     assert result.codes == [expected, 0]
-    assert result.notice_s[0] < 30
     assert result.lost[0] == 0 or fault == "kill"
 
 
