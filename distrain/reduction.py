@@ -28,6 +28,7 @@ from torch import Tensor
 
 from distrain.errors import NonFiniteLoss
 from distrain.events import EventStorage, ScalarKind, ScalarRow
+from distrain.exactsum import join, split
 from distrain.history import Floats
 from distrain.packing import Columns, Unrolled, read_blocks
 
@@ -207,7 +208,10 @@ class ScalarReduction:
         stop = max(self.stop_request, STOP_EARLY if self._storage.early_stop else NO_STOP)
         header = np.array([stop, bool(new), int(step_s * 1e9)], dtype=np.int64)
         extremes = self._columns.pack_extremes(window.unrolled, self._rank)
-        window.sums = torch.from_numpy(self._columns.pack_sums(window.unrolled))
+        sums = self._columns.pack_sums(window.unrolled)
+        if self._world_size > 2:  # or the last bits would depend on the window's length
+            sums = split(sums)
+        window.sums = torch.from_numpy(sums)
         window.extremes = torch.from_numpy(np.concatenate([header, extremes]))
         if self._world_size > 1:
             works = (
@@ -229,6 +233,8 @@ class ScalarReduction:
         self._window = None
         stop, has_new_names, step_ns = window.extremes[:_HEADER].tolist()
         sums, extremes = window.sums.numpy(), window.extremes[_HEADER:].numpy()
+        if self._world_size > 2:
+            sums = join(sums)
         iterations = np.arange(window.since, window.last + 1)
         bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
         for series in itertools.chain(
