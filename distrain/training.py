@@ -81,8 +81,10 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             gc.unfreeze()
             parts.train_loader.close()
         outcome = _outcome(trainer, run_dir)
-    if outcome is ExitCode.STOPPED and checkpoints.last_error is not None:
-        raise SaveFailed(f"stopped, but without a checkpoint: {checkpoints.last_error}")
+    is_saved = trainer.iter_done in (start_iter, checkpoints.last_saved)
+    if outcome is ExitCode.STOPPED and where.is_main and not is_saved:
+        why = checkpoints.last_error or "no hook has saved it; add hooks.checkpoint"
+        raise SaveFailed(f"stopped, but without a checkpoint: {why}")
     return outcome
 
 
