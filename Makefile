@@ -32,10 +32,10 @@ bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.gpu
 
 bench-quick: $(VENV)/installed
-	$(BIN)/python -m benchmarks.overhead --max-s 4
-	$(BIN)/python -m benchmarks.scaling --rounds 2
-	$(BIN)/python -m benchmarks.optimizer --rounds 5
-	$(BIN)/python -m benchmarks.checkpoint --saves 4
+	$(BIN)/python -m benchmarks.overhead --max-s 3
+	$(BIN)/python -m benchmarks.scaling --rounds 1
+	$(BIN)/python -m benchmarks.optimizer --rounds 3
+	$(BIN)/python -m benchmarks.checkpoint --saves 4 --period 20
 	$(BIN)/python -m benchmarks.startup --rounds 1
 	$(BIN)/python -m benchmarks.stream --rounds 3
 

@@ -176,7 +176,7 @@ class Turns:
             begin = now
 
     def _is_enough(self) -> bool:
-        if len(self.rounds) < 6:
+        if len(self.rounds) < 3:
             return False
         half_width = estimate(r.over_us for r in self.rounds).half_width
         return half_width < self._precision_us or time.perf_counter() > self._end_s

@@ -146,7 +146,7 @@ def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:
         turns = Turns(
             new_batches(shape),
             bare_loop(build(), folder / "bare"),
-            block=200 if case.model == "mlp" else 20,
+            block=200 if case.model == "mlp" else 10,
             max_s=max_s,
             precision_us=precision_us,
         )
