@@ -18,10 +18,10 @@ from dev_cluster import SCRIPT, Cluster, is_alive, wait_for
 
 from distrain.launch.slurm_attempts import Attempt, read_attempts
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
 ROOT = SCRIPT.parents[1]
-ITERATIONS = 80
+ITERATIONS = 60
 DIGITS = (
     *("+experiment=digits", f"trainer.max_iter={ITERATIONS}", "trainer.window=2"),
     *("hooks.checkpoint.period=10", "hooks.eval.period=20", "+hooks.slow._target_=slow_hook.Slow"),
@@ -120,7 +120,10 @@ def runs(
         "requeued": all_runs.start("requeued", nodes=n12),
         "plain": all_runs.start("plain", nodes=n12, slow_s=0.0),
         "signalled": all_runs.start("signalled", nodes=n34),
-        "limited": all_runs.start("limited", "launch.time_min=1", "launch.signal_s=10", nodes=n12),
+        # of a minute: the signal comes 20 to 50 s after the start, so it must last longer than that
+        "limited": all_runs.start(
+            "limited", "launch.time_min=1", "launch.signal_s=10", nodes=n12, slow_s=1.0
+        ),
     }
     local = [f"run.dir={all_runs.reference}", "launch.ranks=4"]
     reference = subprocess.Popen([sys.executable, "-m", "distrain", *DIGITS, *local], cwd=folder)
@@ -210,7 +213,7 @@ def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]], cluster: Cluster) -> 
 
 def test_stopped_by_its_time_limit(runs: tuple[Runs, dict[str, Run]]) -> None:
     all_runs, started = runs
-    attempts = started["limited"].finished()
+    attempts = started["limited"].finished(timeout_s=380.0)
     assert not all_runs.differs(started["limited"])
     assert len(attempts) >= 2
     assert all(a.outcome == "stopped" and "SIGUSR2" in a.why for a in attempts[:-1])
