@@ -1,0 +1,259 @@
+"""Those who take turns in `benchmarks/peers.py`: each trains the same, and logs in its own way.
+
+Where a peer has no way to combine scalars over ranks, its part is written as its manual would have
+it. transformers has no way to log more than the loss, and mmengine logs the values of rank 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+
+from benchmarks.common import Cost
+from benchmarks.models import mlp
+from benchmarks.overhead import PutsScalars, bare_loop, default_hooks, new_batches, new_optimizer
+from distrain import Trainer
+
+WARM_UP = 60  # steps of each round that are not measured
+WINDOW = 20
+
+
+class Batches(IterableDataset[Any]):
+    """A number of ready batches that measures the time between two of them."""
+
+    cost: Cost
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self.max_iter = WARM_UP + steps + 2  # of what counts iterations; some load a batch ahead
+        self._batches = new_batches((64,))
+
+    def __len__(self) -> int:  # mmengine asks for it
+        return self.max_iter + 1
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(self.max_iter + 1):
+            if number == WARM_UP:
+                begin = time.process_time(), time.perf_counter()
+            if number == WARM_UP + self._steps:
+                cost = Cost(time.process_time() - begin[0], time.perf_counter() - begin[1])
+                self.cost = cost.per(self._steps)
+            yield self._batches[number % len(self._batches)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contestant trains on, and what it logs."""
+
+    num_scalars: int
+    batches: Batches
+    folder: Path
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loader(self) -> DataLoader[Any]:
+        """Return the same loader for all."""
+        return DataLoader(self.batches, batch_size=None)
+
+
+def bare_ddp(turn: Turn) -> None:
+    """Train with DDP and nothing else."""
+    bare_loop(DistributedDataParallel(mlp()), turn.folder)(turn.loader)
+
+
+def ours(turn: Turn) -> None:
+    """Train with a Trainer, all default hooks and writers."""
+    model = mlp()
+    optimizer = new_optimizer(model)
+    hooks = default_hooks(optimizer, turn.folder)
+    if turn.num_scalars > 1:  # one is the loss
+        hooks["scalars"] = PutsScalars(turn.scalars)
+    Trainer(model, optimizer, turn.loader, hooks=hooks).train(0, turn.batches.max_iter)
+
+
+def with_accelerate(turn: Turn) -> None:
+    """Train with an Accelerator; it reduces and tracks every 20 steps."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=turn.folder)
+    accelerator.init_trackers("run")
+    model = mlp()
+    model, optimizer = accelerator.prepare(model, new_optimizer(model))
+    sums: dict[str, Any] = {}
+    for step, (inputs, labels) in enumerate(turn.loader):
+        loss = model(inputs, labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, value in {"loss": loss.detach(), **turn.scalars}.items():
+            sums[name] = sums.get(name, 0.0) + value
+        if step % WINDOW == WINDOW - 1:
+            packed = torch.tensor([float(value) / WINDOW for value in sums.values()])
+            means = accelerator.reduce(packed, "mean").tolist()
+            accelerator.log(dict(zip(sums, means, strict=True)), step=step)
+            sums = {}
+    for tracker in accelerator.trackers:  # end_training would end the process group too
+        tracker.finish()
+
+
+def with_torchtnt(turn: Turn) -> None:
+    """Train a TrainUnit; it reduces and logs every 20 steps."""
+    from torchtnt.framework.state import State
+    from torchtnt.framework.train import train
+    from torchtnt.framework.unit import TrainUnit
+    from torchtnt.utils.loggers.tensorboard import TensorBoardLogger
+
+    class Unit(TrainUnit[Any]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = DistributedDataParallel(mlp())
+            self.optimizer = new_optimizer(self.module)
+            self.logger = TensorBoardLogger(str(turn.folder))
+            self.sums: dict[str, Any] = {}
+
+        def train_step(self, state: State, data: Any) -> None:
+            loss = self.module(*data)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for name, value in {"loss": loss.detach(), **turn.scalars}.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            step = self.train_progress.num_steps_completed
+            if step % WINDOW == WINDOW - 1:
+                packed = torch.tensor([float(value) / WINDOW for value in self.sums.values()])
+                dist.all_reduce(packed)
+                means = (packed / dist.get_world_size()).tolist()
+                self.logger.log_dict(dict(zip(self.sums, means, strict=True)), step)
+                self.sums = {}
+
+    train(Unit(), turn.loader, max_epochs=1)
+
+
+def with_mmengine(turn: Turn) -> None:
+    """Train with a Runner; it logs the values of rank 0 only."""
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Model(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, inputs: Tensor, labels: Tensor, mode: str = "loss") -> dict[str, Tensor]:
+            values = {name: torch.tensor(value) for name, value in turn.scalars.items()}
+            return {"loss": self.net(inputs, labels), **values}
+
+    model = Model()
+    Runner(
+        model=model,
+        work_dir=str(turn.folder),
+        train_dataloader=turn.loader,
+        train_cfg={"by_epoch": False, "max_iters": turn.batches.max_iter},
+        optim_wrapper={"optimizer": new_optimizer(model)},
+        default_hooks={
+            "logger": {"type": "LoggerHook", "interval": WINDOW},
+            "checkpoint": {"type": "CheckpointHook", "interval": 10**9, "save_last": False},
+            "sampler_seed": None,  # the loader has no sampler
+        },
+        log_processor={"by_epoch": False},
+        visualizer={"type": "Visualizer", "vis_backends": [{"type": "TensorboardVisBackend"}]},
+        launcher="pytorch",
+        # its default wrapper takes for granted that there is a GPU
+        cfg={
+            "model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None},
+        },
+        log_level="ERROR",
+        experiment_name=f"run_{time.time_ns()}",
+    ).train()
+
+
+def with_lightning(turn: Turn) -> None:
+    """Train with a Trainer; `sync_dist` combines over ranks."""
+    import lightning
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            loss = self.net(*batch)
+            self.log_dict({"loss": loss, **turn.scalars}, sync_dist=True)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return new_optimizer(self)
+
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        plugins=[LightningEnvironment()],
+        max_steps=turn.batches.max_iter,
+        logger=TensorBoardLogger(turn.folder),
+        log_every_n_steps=WINDOW,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), turn.loader)
+
+
+def with_transformers(turn: Turn) -> None:
+    """Train with the Trainer of transformers; it logs the loss, averaged over ranks."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.net(inputs, labels)}
+
+    class Named(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return ({"inputs": x, "labels": y} for x, y in turn.batches)
+
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Named(), batch_size=None)
+
+    model = Model()
+    arguments = TrainingArguments(
+        output_dir=str(turn.folder),
+        max_steps=turn.batches.max_iter,
+        logging_steps=WINDOW,
+        report_to="tensorboard",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+    )
+    trainer = OwnLoader(
+        model, arguments, train_dataset=Named(), optimizers=(new_optimizer(model), None)
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+TRAIN: dict[str, Callable[[Turn], None]] = {
+    "bare DDP": bare_ddp,
+    "distrain": ours,
+    "accelerate": with_accelerate,
+    "torchtnt": with_torchtnt,
+    "mmengine": with_mmengine,
+    "lightning": with_lightning,
+    "transformers": with_transformers,
+}
