@@ -21,6 +21,7 @@ def session_cluster() -> Iterator[Cluster]:
             done = cluster.script(*command)
             if done.returncode:
                 pytest.skip(f"no SLURM here: {' '.join(command)}: {done.stderr.strip()[-500:]}")
+        guard = _stop_after_us(cluster)
         outer = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(cluster.conf)
         try:
@@ -29,8 +30,22 @@ def session_cluster() -> Iterator[Cluster]:
             os.environ.pop("SLURM_CONF")
             if outer is not None:
                 os.environ["SLURM_CONF"] = outer
+            guard.terminate()
+            guard.wait()
             stopped = cluster.script("stop")
         assert stopped.returncode == 0, stopped.stderr
+
+
+def _stop_after_us(cluster: Cluster) -> "subprocess.Popen[bytes]":
+    """Start a process that stops the cluster should this one be killed: no fixture ends then."""
+    watch = 'while [ -d "/proc/$1" ]; do sleep 2; done; "$2" --root "$3" stop; rmdir "${3%/*}"'
+    return subprocess.Popen(
+        ["sh", "-c", watch, "guard", str(os.getpid()), SCRIPT, cluster.root],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture

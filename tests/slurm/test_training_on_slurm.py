@@ -120,9 +120,9 @@ def runs(
         "requeued": all_runs.start("requeued", nodes=n12),
         "plain": all_runs.start("plain", nodes=n12, slow_s=0.0),
         "signalled": all_runs.start("signalled", nodes=n34),
-        # of a minute: the signal comes 20 to 50 s after the start, so it must last longer than that
+        # of a minute: the signal comes 10 to 40 s after the start, so it must last longer than that
         "limited": all_runs.start(
-            "limited", "launch.time_min=1", "launch.signal_s=10", nodes=n12, slow_s=1.0
+            "limited", "launch.time_min=1", "launch.signal_s=20", nodes=n12, slow_s=0.7
         ),
     }
     local = [f"run.dir={all_runs.reference}", "launch.ranks=4"]
@@ -190,8 +190,9 @@ def test_preempted_by_a_job_of_a_higher_partition(runs: tuple[Runs, dict[str, Ru
     assert "0 iterations lost, goodput" in text
 
 
-def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]], cluster: Cluster) -> None:
+def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]]) -> None:
     all_runs, started = runs
+    cluster = all_runs.cluster  # without the clean-up after a test: other runs are still there
     for name in ("preempted", "signalled"):
         started[name].process.wait(200)  # they use that node too
     run = all_runs.start("lost", nodes="n[3-4]")
@@ -204,6 +205,7 @@ def test_a_node_is_lost(runs: tuple[Runs, dict[str, Run]], cluster: Cluster) -> 
         cluster.script("start-node", "n4")
         attempts = run.finished()
     finally:
+        cluster.script("start-node", "n4")
         run.process.kill()
     assert not all_runs.differs(run)
     assert attempts[0].outcome in ("lost", "failed")
