@@ -1,6 +1,7 @@
 """One real SLURM for all tests here: made by slurm/dev-cluster, gone at the end."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -30,22 +31,23 @@ def session_cluster() -> Iterator[Cluster]:
             os.environ.pop("SLURM_CONF")
             if outer is not None:
                 os.environ["SLURM_CONF"] = outer
-            guard.terminate()
-            guard.wait()
+            os.kill(guard, signal.SIGTERM)
             stopped = cluster.script("stop")
         assert stopped.returncode == 0, stopped.stderr
 
 
-def _stop_after_us(cluster: Cluster) -> "subprocess.Popen[bytes]":
-    """Start a process that stops the cluster should this one be killed: no fixture ends then."""
+def _stop_after_us(cluster: Cluster) -> int:
+    """Start a process that stops the cluster should this one be killed: no fixture ends then.
+
+    It is no child of ours, for other tests count those. Returns its pid.
+    """
     watch = 'while [ -d "/proc/$1" ]; do sleep 2; done; "$2" --root "$3" stop; rmdir "${3%/*}"'
-    return subprocess.Popen(
-        ["sh", "-c", watch, "guard", str(os.getpid()), SCRIPT, cluster.root],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    start = 'setsid sh -c "$@" </dev/null >/dev/null 2>&1 & echo $!'
+    arguments = [watch, "guard", str(os.getpid()), str(SCRIPT), str(cluster.root)]
+    done = subprocess.run(
+        ["sh", "-c", start, "start", *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
+    return int(done.stdout)
 
 
 @pytest.fixture
