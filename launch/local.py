@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -61,6 +62,10 @@ class LocalLauncher:
 
     def start(self, job: Job) -> ExitCode:
         """Run a job to its end; see `distrain.launch.Launcher`."""
+        if Path(job.run_dir, "slurm").exists() and shutil.which("scontrol"):
+            from distrain.launch.slurm_attempts import refuse_other_job
+
+            refuse_other_job(Path(job.run_dir).absolute())
         if self.in_process:
             return run_here(job)
         refuse_among_ranks()

@@ -105,16 +105,36 @@ def prepare(run_dir: Path, *, job_id: str | None = None) -> Path:
     folder = run_dir / SLURM_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # what is pickled there is run by whoever reads it
-    other = read_json(folder / SUBMITTED_FILE).get("job_id")
-    if other and other != job_id:
-        status = slurm_queue.status(other)
-        if status is not None and not status.ended:
-            raise ConfigError(
-                f"run.dir={run_dir}: job {other} ({status.state}) works on this run; wait for it, "
-                f"`scancel {other}`, or give another run.name"
-            )
+    refuse_other_job(run_dir, job_id=job_id)
     write_json(folder / SUBMITTED_FILE, {"job_id": job_id, "from": socket.gethostname()})
     return folder
+
+
+def refuse_other_job(run_dir: Path, *, job_id: str | None = None) -> None:
+    """Check that no SLURM job works on a run, or waits to.
+
+    Args:
+        run_dir: the run folder.
+        job_id: of a job that may.
+
+    Raises:
+        ConfigError: another one does, or SLURM does not say.
+    """
+    other = read_json(run_dir / SLURM_FOLDER / SUBMITTED_FILE).get("job_id")
+    if not other or other == job_id:
+        return
+    try:
+        status = slurm_queue.status(other)
+    except slurm_queue.QueueError as error:
+        raise ConfigError(
+            f"run.dir={run_dir}: cannot tell whether job {other} still works on this run ({error}); "
+            f"if it is over, remove {SLURM_FOLDER}/{SUBMITTED_FILE} there"
+        ) from error
+    if status is not None and not status.ended:
+        raise ConfigError(
+            f"run.dir={run_dir}: job {other} ({status.state}) works on this run; wait for it, "
+            f"`scancel {other}`, or give another run.name"
+        )
 
 
 def attempt_folder(run_dir: Path) -> Path:
