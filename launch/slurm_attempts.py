@@ -127,8 +127,8 @@ def refuse_other_job(run_dir: Path, *, job_id: str | None = None) -> None:
         status = slurm_queue.status(other)
     except slurm_queue.QueueError as error:
         raise ConfigError(
-            f"run.dir={run_dir}: cannot tell whether job {other} still works on this run ({error}); "
-            f"if it is over, remove {SLURM_FOLDER}/{SUBMITTED_FILE} there"
+            f"run.dir={run_dir}: cannot tell whether job {other} still works on this run "
+            f"({error}); if it is over, remove {SLURM_FOLDER}/{SUBMITTED_FILE} there"
         ) from error
     if status is not None and not status.ended:
         raise ConfigError(
