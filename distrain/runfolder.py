@@ -158,12 +158,22 @@ class RunFolder:
         return {key: list(values) for key, values in changed.items()}
 
     def _write(self, name: str, text: str) -> None:
-        """Write a file whole, and remember what was there."""
+        """Write a file whole, and remember what was there.
+
+        Raises:
+            ConfigError: the folder does not take it: a full disk, a quota.
+        """
         path = self.path / name
-        self._before.setdefault(path, path.read_bytes() if path.exists() else None)
         scratch = self.path / f".{name}.{os.getpid()}"
-        scratch.write_text(text)
-        scratch.replace(path)
+        try:
+            self._before.setdefault(path, path.read_bytes() if path.exists() else None)
+            scratch.write_text(text)
+            scratch.replace(path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise ConfigError(
+                f"run.dir={self.path}: {name} cannot be written: {error.strerror or error}"
+            ) from error
 
     def _undo(self) -> None:
         """Leave the folder as this start has found it, unless a checkpoint came of it."""

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, what is frozen into it, and that nothing of others is lost."""
 
+import errno
 import fcntl
 import json
 import os
@@ -61,6 +62,22 @@ def starts(path):
 
 def contents(path):
     return {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+@pytest.mark.parametrize("full_at", ["run.yaml", "command.json"])
+def test_a_full_disk_at_the_start_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, full_at):
+    write = Path.write_text
+
+    def fill(path, text):
+        write(path, text[:10])
+        if full_at in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(ConfigError, match=f"{full_at} cannot be written: No space left"):
+        freeze(tmp_path / "a")
+    assert not contents(tmp_path)
 
 
 def test_a_new_folder_holds_the_configuration_and_the_command(tmp_path):
