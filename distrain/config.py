@@ -64,7 +64,7 @@ def explain(error: Exception) -> ConfigError:
             return ConfigError(f"{group}={choice}: no such choice; {_all_of(choice, options)}")
         return ConfigError(f"--config-name={choice}: no such file in the folders searched")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot read '{error.override}': {text.splitlines()[0]}")
+        return ConfigError(f"cannot read {error.override!r}: {text.splitlines()[0]}")
     cause = error if hasattr(error, "full_key") else error.__cause__
     key = str(getattr(cause, "full_key", "") or "")
     if key and text.startswith("Could not override"):

@@ -87,6 +87,8 @@ def test_a_hook_may_be_taken_out():
     [
         ({"optim__lr": "abc"}, "optim.lr=abc: a number is needed"),
         ({"optim__lr": float("nan")}, "optim.lr=nan: a number is needed"),
+        ({"optim__lr": 10**400}, "optim.lr=1000"),
+        ({"seed": 2**63}, "seed=9223372036854775808: a number of less than 64 bits is needed"),
         ({"optim__lr": True}, "optim.lr=true: a number is needed"),
         ({"optim__lr": None}, "optim.lr=null: a number is needed"),
         ({"optim__lr": -1}, "optim.lr=-1.0: at least 0 is needed"),
