@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ FAULTS = {
     "int": signal.SIGINT,
     "usr2": signal.SIGUSR2,
 }
+TRIALS = {"kill": 100, "term": 20, "int": 20, "usr2": 20}
 ROLES = ("parent", "rank", "worker", "writer")
 TOKEN = "DISTRAIN_FAULT_TRIAL"  # in the environment of every process of a trial, and of no other
 CLOCK = ("perf/", "gpu/", "straggler/")
@@ -466,22 +467,21 @@ def differences(runner: Runner, quiet: Reference) -> list[str]:
 
 
 def campaign(
-    faults: Sequence[str], *, trials: int, seed: int, iterations: int, folder: Path
+    trials: Mapping[str, int], *, seed: int, iterations: int, folder: Path
 ) -> dict[str, list[Trial]]:
     """Run the trials of each fault; return what became of them.
 
     Args:
-        faults: of `FAULTS`.
-        trials: of each.
+        trials: how many of each fault of `FAULTS`.
         seed: of the first trial of each; the others count up.
         iterations: of each run.
         folder: for all files.
     """
     quiet = reference(folder / "quiet", iterations=iterations)
     results: dict[str, list[Trial]] = {}
-    for fault in faults:
+    for fault, count in trials.items():
         results[fault] = []
-        for number in range(seed, seed + trials):
+        for number in range(seed, seed + count):
             place = folder / f"{fault}_{number}"
             result = trial(place, fault, seed=number, iterations=iterations, quiet=quiet)
             results[fault].append(result)
@@ -515,17 +515,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a campaign as the command line says; 1 if a trial was not survived."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fault", choices=[*FAULTS, "all"], default="all")
-    parser.add_argument("--trials", type=int, default=20, help="of each fault")
+    parser.add_argument("--trials", type=int, help=f"of each fault; if not given, {TRIALS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--keep", type=Path, help="a new folder for all files, to look at later")
     options = parser.parse_args(arguments)
     faults = list(FAULTS) if options.fault == "all" else [options.fault]
+    trials = {fault: options.trials or TRIALS[fault] for fault in faults}
     with contextlib.ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results = campaign(
-            faults,
-            trials=options.trials,
+            trials,
             seed=options.seed,
             iterations=options.iterations,
             folder=folder,
