@@ -52,9 +52,8 @@ class Batches(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class Turn:
-    """What a contestant trains on, and what it logs."""
+    """What a contestant trains on, and what it logs beside the loss."""
 
-    num_scalars: int
     batches: Batches
     folder: Path
     scalars: dict[str, float] = field(default_factory=dict)
@@ -75,7 +74,7 @@ def ours(turn: Turn) -> None:
     model = mlp()
     optimizer = new_optimizer(model)
     hooks = default_hooks(optimizer, turn.folder)
-    if turn.num_scalars > 1:  # one is the loss
+    if turn.scalars:
         hooks["scalars"] = PutsScalars(turn.scalars)
     Trainer(model, optimizer, turn.loader, hooks=hooks).train(0, turn.batches.max_iter)
 

@@ -63,7 +63,7 @@ def be_rank(name: str, rank: int, meeting: str, pipe: Connection) -> None:
             batches = Batches(steps)
             scalars = dict(new_scalars(num_scalars if num_scalars > 1 else 0, "float"))
             try:
-                TRAIN[name](Turn(num_scalars, batches, Path(folder), scalars))
+                TRAIN[name](Turn(batches, Path(folder), scalars))
                 pipe.send(batches.cost)
             except BaseException as error:
                 pipe.send(f"{type(error).__name__}: {error}")

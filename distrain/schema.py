@@ -230,7 +230,7 @@ def _plain(value: Any, hint: type, key: str) -> Any:
             return value
         raise wrong(key, value, "true or false is needed")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
+    if not is_number or not abs(value) < math.inf:
         raise wrong(key, value, "a number is needed")
     if (isinstance(value, int) or hint is int) and abs(value) >= 2**63:
         raise wrong(key, value, "a number of less than 64 bits is needed")

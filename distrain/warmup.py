@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from distrain.rules import number
 WARMUP_METHODS = ("constant", "linear")
 
 
-class WarmupLR(LRScheduler):
+class WarmupLR(LRScheduler, ABC):
     """Base of the schedules: a warm-up times what a subclass defines as `decay(t)`.
 
     `warmup(t)` is 1 from `warmup_iters` on. Before that it is `warmup_factor` (constant), or, with
@@ -55,9 +56,9 @@ class WarmupLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
         self.base_lrs = [float(base) for base in self.base_lrs]  # never read a tensor back again
 
+    @abstractmethod
     def decay(self, t: int) -> float:
         """Return the factor of the schedule itself after t updates."""
-        raise NotImplementedError
 
     def warmup(self, t: int) -> float:
         """Return the factor of the warm-up after t updates."""

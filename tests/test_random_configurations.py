@@ -4,11 +4,14 @@ import contextlib
 import io
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from project import write_project
 
 from distrain.__main__ import Command
 
@@ -51,7 +54,7 @@ values = st.one_of(
 
 def keys() -> list[str]:
     """Return the keys that the service reads, and those of its groups."""
-    root = os.path.join(os.path.dirname(__file__), "..", "conf")
+    root = Path(__file__).parents[1] / "conf"
     found = []
     for name, prefix in (
         ("config.yaml", ""),
@@ -61,7 +64,7 @@ def keys() -> list[str]:
         ("hooks/default.yaml", "hooks."),
         ("launch/local.yaml", "launch."),
     ):
-        pending = [(prefix, OmegaConf.to_container(OmegaConf.load(os.path.join(root, name))))]
+        pending = [(prefix, OmegaConf.to_container(OmegaConf.load(root / name)))]
         for where, node in pending:
             for key, value in node.items():
                 found.append(f"{where}{key}")
@@ -80,12 +83,11 @@ overrides = st.builds(
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "tiny.yaml").write_text(CONF)
-    (tmp_path / "tiny_points.py").write_text(TINY)
+    write_project(tmp_path, module="tiny_points", code=TINY, experiment="tiny", conf=CONF)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("tiny_points", None)
 
 
 @settings(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from project import write_project
 
 from distrain.__main__ import Command
 
@@ -56,9 +57,7 @@ launch: {in_process: true}
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "tiny.yaml").write_text(CONF)
-    (tmp_path / "tiny.py").write_text(TINY)
+    write_project(tmp_path, module="tiny", code=TINY, experiment="tiny", conf=CONF)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from project import write_project
 
 from distrain import verify
 from distrain.__main__ import Command
@@ -57,9 +58,7 @@ launch: {in_process: true}
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "small.yaml").write_text(CONF)
-    (tmp_path / "verify_small.py").write_text(CODE)
+    write_project(tmp_path, module="verify_small", code=CODE, experiment="small", conf=CONF)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(verify, "run_command", here)
