@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain.histogram import Histogram, PendingHistogram, count_values
-from distrain.history import Floats, HistoryBuffer, Ints
+from distrain.histories import Block, Histories
+from distrain.history import HistoryBuffer
+from distrain.rows import LOSS, OPERATIONS, Operation, ScalarKind, ScalarRow, own_copy, stack
 
-Operation = Literal["mean", "sum", "max", "min", "local"]
-OPERATIONS: tuple[str, ...] = get_args(Operation)
-
-
-class ScalarKind(NamedTuple):
-    """How one scalar is treated.
-
-    Attributes:
-        reduce: its operation over ranks.
-        smoothing_hint: whether writers may show a median over iterations.
-        is_loss: whether training stops when it is not finite on any rank.
-    """
-
-    reduce: Operation
-    smoothing_hint: bool
-    is_loss: bool = False
-
-
-LOSS = ScalarKind("mean", smoothing_hint=True, is_loss=True)
+_FLOATS = {float}
+_MAX_CALLS = 1000  # shapes of put_scalars calls that are remembered as checked
 
 
 @dataclass(frozen=True)
@@ -46,24 +29,6 @@ class Spread:
     min_rank: int
     max: float
     max_rank: int
-
-
-@dataclass(slots=True)
-class ScalarRow:
-    """What one rank put in one iteration: scalars not yet combined over ranks.
-
-    Attributes:
-        iteration: the iteration.
-        values: by name, a float or `(block, position)`: one element of a detached tensor that is
-            our own copy.
-        counts: by name, the weight in the mean where one was given.
-        blocks: the tensors that `values` points into.
-    """
-
-    iteration: int
-    values: dict[str, float | tuple[Tensor, int]] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    blocks: list[Tensor] = field(default_factory=list)
 
 
 class EventStorage:
@@ -80,12 +45,13 @@ class EventStorage:
         self._iter = start_iter
         self._prefix = ""
         self._kinds: dict[str, ScalarKind] = {}
+        self._checked_calls: set[tuple[object, ...]] = set()
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
-        self._histories: dict[str, HistoryBuffer] = {}
+        self._histories = Histories()
         self._images: list[tuple[str, NDArray[Any], int]] = []
         self._histograms: list[tuple[str, PendingHistogram, int]] = []
-        self._spreads: dict[str, Spread] = {}
+        self.spread_of: Callable[[str], Spread] | None = None  # set by who combines over ranks
         self.combined_by_trainer = False  # True: rows wait for `take_rows` instead of folding
         self.early_stop = False  # True on any rank ends training on all, at one iteration
 
@@ -98,13 +64,14 @@ class EventStorage:
     def iter(self, iteration: int) -> None:
         if iteration != self._iter:
             self._iter = iteration
-            if self._row.values:
+            row = self._row
+            if row.floats or row.tensors:
                 if not self.combined_by_trainer and len(self._rows) > 1000:
                     self.histories()  # nobody else bounds them
                 self._row = ScalarRow(iteration)
                 self._rows.append(self._row)
             else:
-                self._row.iteration = iteration
+                row.iteration = iteration
 
     def step(self) -> None:
         """Go on to the next iteration."""
@@ -138,17 +105,17 @@ class EventStorage:
         kind = self._kinds.get(name)
         if kind is None or kind[0] != reduce or kind[1] != smoothing_hint:
             self._declare(name, ScalarKind(reduce, bool(smoothing_hint)))
-        if not self.combined_by_trainer and name in self._row.values:
+        if not self.combined_by_trainer and name in self._row:
             self.histories()
         row = self._row
         if value.__class__ is float:
-            row.values[name] = value
+            row.floats[name] = value
+            if row.tensors:
+                row.tensors.pop(name, None)
         elif isinstance(value, Tensor):
-            block = _own_copy(name, value)
-            row.blocks.append(block)
-            row.values[name] = (block, 0)
+            row.put_block(own_copy(name, value), name)
         else:
-            row.values[name] = float(value)
+            row.put_float(name, float(value))
         if count is not None:
             row.counts[name] = float(count)
 
@@ -165,7 +132,42 @@ class EventStorage:
         The tensors among them are copied in one operation, which makes this the cheap way.
         Arguments and errors are those of `put_scalar`.
         """
-        self._put_all(scalars, ScalarKind(reduce, bool(smoothing_hint)), count)
+        if self._prefix:
+            scalars = {self._prefix + name: value for name, value in scalars.items()}
+        call = (reduce, smoothing_hint, *scalars)
+        if call not in self._checked_calls:
+            self._check_call(call, scalars, ScalarKind(reduce, bool(smoothing_hint)))
+        if not self.combined_by_trainer and any(name in self._row for name in scalars):
+            self.histories()
+        row = self._row
+        if not row.tensors and _FLOATS.issuperset(map(type, scalars.values())):
+            row.floats.update(scalars)  # type: ignore[arg-type]
+        else:
+            self._put_mixed(scalars)
+        if count is not None:
+            row.counts.update(dict.fromkeys(scalars, float(count)))
+
+    def _check_call(
+        self, call: tuple[object, ...], scalars: Mapping[str, object], kind: ScalarKind
+    ) -> None:
+        for name in scalars:
+            self._declare(name, kind)
+        if len(self._checked_calls) >= _MAX_CALLS:
+            self._checked_calls.clear()
+        self._checked_calls.add(call)
+
+    def _put_mixed(self, scalars: Mapping[str, float | Tensor]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                self._row.put_float(name, float(value))
+        if len(tensors) == 1:
+            [(name, tensor)] = tensors.items()
+            self._row.put_block(own_copy(name, tensor), name)
+        elif tensors:
+            self._row.put_block(stack(tensors), *tensors)
 
     def put_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Put what is minimised: training stops on all ranks if one is not finite on any.
@@ -175,48 +177,15 @@ class EventStorage:
         Args:
             losses: by name, tensors with one element.
         """
+        if not self.combined_by_trainer and not self._row.is_empty():
+            self.histories()
         row, prefix = self._row, self._prefix
-        if not self.combined_by_trainer and row.values:
-            self.histories()
-            row = self._row
         for name, loss in losses.items():
-            if self._kinds.get(prefix + name) is not LOSS:
-                self._declare(prefix + name, LOSS)
+            name = prefix + name
+            if self._kinds.get(name) is not LOSS:
+                self._declare(name, LOSS)
             is_new = loss.grad_fn is not None and not loss._is_view()
-            block = loss.detach() if is_new else _own_copy(name, loss)
-            row.blocks.append(block)
-            row.values[prefix + name] = (block, 0)
-
-    def _put_all(
-        self, scalars: Mapping[str, float | Tensor], kind: ScalarKind, count: float | None
-    ) -> None:
-        if self._prefix:
-            scalars = {self._prefix + name: value for name, value in scalars.items()}
-        if not self.combined_by_trainer and any(name in self._row.values for name in scalars):
-            self.histories()
-        kinds, row = self._kinds, self._row
-        tensors: dict[str, Tensor] = {}
-        for name, value in scalars.items():
-            if kinds.get(name) != kind:
-                self._declare(name, kind)
-            if value.__class__ is float:
-                row.values[name] = value
-            elif isinstance(value, Tensor):
-                tensors[name] = value
-            else:
-                row.values[name] = float(value)
-        if len(tensors) == 1:
-            [(name, tensor)] = tensors.items()
-            block = _own_copy(name, tensor)
-            row.blocks.append(block)
-            row.values[name] = (block, 0)
-        elif tensors:
-            block = _stack(tensors)  # (num_tensors,)
-            row.blocks.append(block)
-            for position, name in enumerate(tensors):
-                row.values[name] = (block, position)
-        if count is not None:
-            row.counts.update(dict.fromkeys(scalars, float(count)))
+            row.put_block(loss.detach() if is_new else own_copy(name, loss), name)
 
     def _declare(self, name: str, kind: ScalarKind) -> None:
         if kind.reduce not in OPERATIONS:
@@ -260,15 +229,16 @@ class EventStorage:
 
         A value whose window is not over yet is this rank's own (a tensor is read back for it).
         """
-        found = {name: history.latest() for name, history in self._histories.items()}
+        found = {name: buffer.latest() for name, buffer in self._histories.buffers().items()}
         for row in self._rows:
-            found.update((name, _read(value)) for name, value in row.values.items())
+            found |= row.read()
         return found
 
     def put_now(self, name: str) -> float | None:
         """Return what this rank put under a name in the current iteration, None if nothing."""
-        value = self._row.values.get(name) if self._row.iteration == self._iter else None
-        return None if value is None else _read(value)
+        if self._row.iteration != self._iter or name not in self._row:
+            return None
+        return self._row.read()[name]
 
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, float]:
         """Return for every scalar in the histories its latest value, or its median.
@@ -290,16 +260,11 @@ class EventStorage:
             iteration: later values are left out.
             window_size: how many values the median is over, where the scalar may be smoothed.
         """
-        found: dict[str, tuple[float, int]] = {}
-        for name, history in self.histories().items():
-            values, iterations = history.arrays()
-            end = len(iterations)
-            if end and iterations[-1] > iteration:
-                end = int(np.searchsorted(iterations, iteration, side="right"))
-            if end:
-                start = max(0, end - window_size) if self._kinds[name].smoothing_hint else end - 1
-                found[name] = (_median(values[start:end].tolist()), int(iterations[end - 1]))
-        return found
+        self._fold_if_alone()
+        kinds = self._kinds
+        return self._histories.until(
+            iteration, window_size=window_size, may_smooth=lambda name: kinds[name][1]
+        )
 
     def history(self, name: str) -> HistoryBuffer:
         """Return the history of one scalar; KeyError names those there are."""
@@ -310,15 +275,19 @@ class EventStorage:
 
     def histories(self) -> dict[str, HistoryBuffer]:
         """Return all histories by name."""
-        if not self.combined_by_trainer:
-            for row in self.take_rows():
-                for name, value in row.values.items():
-                    self._history(name).update(_read(value), row.iteration)
-        return self._histories
+        self._fold_if_alone()
+        return self._histories.buffers()
+
+    def latest_iteration(self, name: str) -> int:
+        """Return the iteration of the newest value in a scalar's history, -1 if there is none."""
+        self._fold_if_alone()
+        return self._histories.latest_iteration(name)
 
     def spread(self, name: str) -> Spread:
         """Return how the scalar differed between ranks in the last window; KeyError if unknown."""
-        return self._spreads[name]
+        if self.spread_of is None:
+            raise KeyError(f"no spread of {name!r}: nobody combines scalars over ranks here")
+        return self.spread_of(name)
 
     @property
     def kinds(self) -> Mapping[str, ScalarKind]:
@@ -353,32 +322,30 @@ class EventStorage:
 
     def take_rows(self) -> list[ScalarRow]:
         """Hand over the rows put so far; what is put from now on starts a new one."""
-        taken = [row for row in self._rows if row.values]
+        taken = self._rows
+        if self._row.is_empty():
+            taken = taken[:-1]
         self._row = ScalarRow(self._iter)
         self._rows = [self._row]
         return taken
 
-    def fold(self, name: str, kind: ScalarKind, values: Floats, iterations: Ints) -> None:
-        """Append combined values to the history of a scalar.
+    def fold(self, block: Block, kinds: Mapping[str, ScalarKind]) -> None:
+        """Append combined values to the histories.
 
         Args:
-            name: the scalar, which this rank may never have put itself.
-            kind: its settings.
-            values: (n,) oldest first.
-            iterations: (n,) of the values.
+            block: of scalars, which this rank may never have put itself.
+            kinds: their settings.
         """
-        self._kinds.setdefault(name, kind)
-        self._history(name).extend(values, iterations)
+        for name in block.names:
+            if name not in self._kinds:
+                self._kinds[name] = kinds[name]
+        self._histories.append(block)
 
-    def set_spread(self, name: str, spread: Spread) -> None:
-        """Keep how the scalar differed between ranks in the window just over."""
-        self._spreads[name] = spread
-
-    def _history(self, name: str) -> HistoryBuffer:
-        history = self._histories.get(name)
-        if history is None:
-            history = self._histories[name] = HistoryBuffer()
-        return history
+    def _fold_if_alone(self) -> None:
+        if not self.combined_by_trainer:
+            for row in self.take_rows():
+                for name, value in row.read().items():
+                    self._histories.update(name, value, row.iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the histories and kinds by name; what is not folded yet is not in it."""
@@ -398,7 +365,7 @@ class EventStorage:
             self._kinds[name] = ScalarKind(
                 saved["reduce"], saved["smoothing_hint"], saved["is_loss"]
             )
-            self._history(name).load_state_dict(saved)
+            self._histories.load(name, saved)
 
     def __enter__(self) -> EventStorage:
         _entered.append(self)
@@ -422,33 +389,3 @@ def get_event_storage() -> EventStorage:
     if not _entered:
         raise RuntimeError("no EventStorage here: use it inside `with EventStorage(0) as storage:`")
     return _entered[-1]
-
-
-def _own_copy(name: str, value: Tensor) -> Tensor:
-    """Copy a tensor of one element into a detached tensor of its shape on its device."""
-    if value.numel() != 1:
-        raise ValueError(f"{name}: a scalar has one element, not shape {[*value.shape]}")
-    return value.detach().clone()
-
-
-def _stack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Copy tensors of one element into a detached (n,) tensor; one operation if they are alike."""
-    first = next(iter(tensors.values()))
-    alike = [t if not t.dim() else _own_copy(name, t).reshape(()) for name, t in tensors.items()]
-    if any(t.dtype != first.dtype or t.device != first.device for t in alike):
-        alike = [t.to(first.device, torch.float64, non_blocking=True) for t in alike]
-    with torch.no_grad():
-        return torch.stack(alike)
-
-
-def _read(value: float | tuple[Tensor, int]) -> float:
-    return value if isinstance(value, float) else float(value[0].flatten()[value[1]])
-
-
-def _median(values: list[float]) -> float:
-    """Return the median, NaN if one is NaN; numpy's takes ten times as long for twenty values."""
-    if any(value != value for value in values):
-        return math.nan
-    values.sort()
-    middle = len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -11,25 +11,98 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.events import ScalarKind, ScalarRow, Spread
+from distrain.events import Spread
+from distrain.histories import Block
 from distrain.history import Floats, Ints
 from distrain.ordered import ordered, split_rank, unordered, with_rank
+from distrain.rows import ScalarKind, ScalarRow
 
 _ABSENT = np.iinfo(np.int64).min
 
 
-class Series(NamedTuple):
-    """Values of one scalar: (n,) floats with their (n,) iterations."""
+class RowGroup(NamedTuple):
+    """Neighbouring rows of one rank that hold the same names.
 
-    name: str
-    kind: ScalarKind
+    Attributes:
+        names: of n scalars.
+        rows: there are R.
+        values: (R, n).
+    """
+
+    names: tuple[str, ...]
+    rows: Sequence[ScalarRow]
     values: Floats
-    iterations: Ints
+
+
+def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
+    """Return all blocks that the rows point into, in order."""
+    return [block for row in rows for block in row.blocks]
+
+
+def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
+    """Bundle neighbouring rows of the same names: in most windows that is one group.
+
+    Args:
+        rows: of one rank.
+        host: the elements of all their blocks, one after the other.
+    """
+    groups: list[RowGroup] = []
+    start = offset = 0
+    while start < len(rows):
+        floats, tensors = list(rows[start].floats), list(rows[start].tensors)
+        end = start + 1
+        while (
+            end < len(rows)
+            and list(rows[end].floats) == floats
+            and list(rows[end].tensors) == tensors
+        ):
+            end += 1
+        members = rows[start:end]
+        values = np.empty((len(members), len(floats) + len(tensors)))
+        if floats:
+            flat = chain.from_iterable(row.floats.values() for row in members)
+            values[:, : len(floats)] = np.fromiter(
+                flat, np.float64, len(members) * len(floats)
+            ).reshape(len(members), -1)
+        if tensors:
+            num = sum(block.numel() for row in members for block in row.blocks)
+            values[:, len(floats) :] = _elements(members, host[offset : offset + num])
+            offset += num
+        groups.append(RowGroup((*floats, *tensors), members, values))
+        start = end
+    return groups
+
+
+def _elements(rows: Sequence[ScalarRow], host: Floats) -> Floats:
+    """Return the (R, n) values of tensors in rows of the same names."""
+    num = len(rows[0].tensors)
+    if len(host) == len(rows) * num:  # nothing was put twice, so the elements are in order
+        return host.reshape(len(rows), num)
+    start = dict[int, int]()
+    offset = 0
+    for block in read_blocks(rows):
+        start[id(block)] = offset
+        offset += block.numel()
+    return np.array(
+        [[host[start[id(block)] + at] for block, at in row.tensors.values()] for row in rows]
+    )
+
+
+class _Layout(NamedTuple):
+    """Where the scalars of a row go: positions in the row, and the columns they have."""
+
+    known: Ints
+    columns: Ints
+    local: Ints
+    local_names: tuple[str, ...]
+    rest: list[int]  # of what all ranks have to learn first
 
 
 @dataclass
@@ -39,13 +112,13 @@ class Unrolled:
     Attributes:
         values: (T, K) floats, 0 where absent.
         weights: (T, K) their weights in a mean, 1 where none was given, 0 where absent.
-        local: series that do not travel.
+        local: scalars that do not travel.
         held: rows of the values whose names have no column yet.
     """
 
     values: Floats
     weights: Floats
-    local: list[Series] = field(default_factory=list)
+    local: list[Block] = field(default_factory=list)
     held: list[ScalarRow] = field(default_factory=list)
 
 
@@ -55,9 +128,9 @@ class Columns:
     def __init__(self) -> None:
         self.kinds: dict[str, ScalarKind] = {}  # in the order of the columns
         self._index: dict[str, int] = {}
-        self._additive: list[int] = []
-        self._extreme: list[int] = []
-        self._signs: Floats = np.empty(0)  # (E,) -1 for a minimum
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._spreads: Ints = np.empty((2, 0), dtype=np.int64)  # largest, then least, newest
+        self.learn({})
 
     def index(self, name: str) -> int:
         """Return the column of a scalar; KeyError if it has none."""
@@ -65,154 +138,174 @@ class Columns:
 
     def learn(self, kinds: Mapping[str, ScalarKind]) -> None:
         """Give new names their columns, in alphabetical order; known ones keep theirs."""
-        for name in sorted(kinds.keys() - self._index.keys()):
+        new = sorted(kinds.keys() - self._index.keys())
+        for name in new:
             self.kinds[name] = kinds[name]
             self._index[name] = len(self._index)
-        self._additive, self._extreme = [], []
-        for name, kind in self.kinds.items():
-            columns = self._extreme if kind.reduce in ("max", "min") else self._additive
-            columns.append(self._index[name])
-        names = list(self.kinds)
-        self._signs = np.array(
-            [-1.0 if self.kinds[names[c]].reduce == "min" else 1.0 for c in self._extreme]
-        )
+        self._layouts = {}
+        absent = np.full((2, len(new)), _ABSENT)
+        self._spreads = np.concatenate([self._spreads, absent], axis=1)
+        operations = np.array([kind.reduce for kind in self.kinds.values()], dtype=str)
+        self._is_extreme = (operations == "max") | (operations == "min")  # (K,)
+        self._is_mean = operations[~self._is_extreme] == "mean"  # (A,)
+        self._signs = np.where(operations[self._is_extreme] == "min", -1.0, 1.0)  # (E,)
+        self._extreme_names = tuple(compress(self.kinds, self._is_extreme.tolist()))
+        self._additive_names = tuple(compress(self.kinds, (~self._is_extreme).tolist()))
 
     def unknown(
-        self, rows: Iterable[ScalarRow], kinds: Mapping[str, ScalarKind]
+        self, groups: Iterable[RowGroup], kinds: Mapping[str, ScalarKind]
     ) -> dict[str, ScalarKind]:
-        """Return the kinds of the names in the rows that travel but have no column yet."""
-        found: dict[str, ScalarKind] = {}
-        names: list[str] = []
-        for row in rows:
-            if (row_names := list(row.values)) != names:
-                names = row_names
-                for name in names:
-                    if name not in self._index and kinds[name].reduce != "local":
-                        found[name] = kinds[name]
-        return found
+        """Return the kinds of the names that travel but have no column yet."""
+        return {
+            group.names[position]: kinds[group.names[position]]
+            for group in groups
+            for position in self._layout(group.names, kinds).rest
+        }
+
+    def _layout(self, names: tuple[str, ...], kinds: Mapping[str, ScalarKind]) -> _Layout:
+        layout = self._layouts.get(names)
+        if layout is None:
+            if len(self._layouts) > 1000:  # names at random
+                self._layouts.clear()
+            columns = np.array([self._index.get(name, -1) for name in names], dtype=np.int64)
+            is_local = np.array([kinds[name].reduce == "local" for name in names], dtype=bool)
+            known, local = np.flatnonzero(columns >= 0), np.flatnonzero(is_local)
+            rest = np.flatnonzero((columns < 0) & ~is_local).tolist()
+            local_names = tuple(compress(names, is_local.tolist()))
+            layout = _Layout(known, columns[known], local, local_names, rest)
+            self._layouts[names] = layout
+        return layout
 
     def unroll(
         self,
-        rows: Sequence[ScalarRow],
+        groups: Iterable[RowGroup],
         kinds: Mapping[str, ScalarKind],
         *,
         since: int,
         last: int,
-        read: Mapping[int, Floats],
     ) -> Unrolled:
         """Lay the rows of one rank out.
 
         Args:
-            rows: with iterations in [since, last].
+            groups: of rows with iterations in [since, last].
             kinds: of all names in the rows.
             since: the first iteration.
             last: the last iteration.
-            read: id of a block that a row points into -> its values on the host.
         """
         shape = (last - since + 1, len(self.kinds))
         unrolled = Unrolled(np.zeros(shape), np.zeros(shape))
-        local: dict[str, tuple[list[float], list[int]]] = {}
-        names: list[str] = []
-        columns = np.empty(0, dtype=np.int64)
-        rest: list[int] = []  # positions in the row of what has no column
-        for row in rows:
-            if (row_names := list(row.values)) != names:  # the usual case: as in the row before
-                names = row_names
-                all_columns = [self._index.get(name, -1) for name in names]
-                rest = [p for p, column in enumerate(all_columns) if column < 0]
-                columns = np.array(all_columns, dtype=np.int64)
-                known = columns >= 0
-                columns = columns[known]
-            values = _read_row(row, read)
-            t = row.iteration - since
-            unrolled.values[t, columns] = values[known] if rest else values
-            unrolled.weights[t, columns] = 1.0
-            for name, count in row.counts.items():
-                if name in self._index and self.kinds[name].reduce == "mean":
-                    unrolled.weights[t, self._index[name]] = count
-            held = ScalarRow(row.iteration)
-            for position in rest:
-                name, value = names[position], float(values[position])
-                if kinds[name].reduce == "local":
-                    pair = local.setdefault(name, ([], []))
-                    pair[0].append(value)
-                    pair[1].append(row.iteration)
-                else:
-                    held.values[name] = value
-                    if name in row.counts:
-                        held.counts[name] = row.counts[name]
-            if held.values:
-                unrolled.held.append(held)
-        unrolled.local = [
-            Series(name, kinds[name], np.array(v), np.array(i, dtype=np.int64))
-            for name, (v, i) in local.items()
-        ]
+        for group in groups:
+            layout = self._layout(group.names, kinds)
+            iterations = [row.iteration for row in group.rows]
+            at: slice | Ints = np.array(iterations)[:, None] - since
+            first = iterations[0]
+            if iterations == list(range(first, first + len(iterations))):  # as a rule
+                at = slice(first - since, first - since + len(iterations))
+            unrolled.values[at, layout.columns] = group.values[:, layout.known]
+            unrolled.weights[at, layout.columns] = 1.0
+            if layout.local_names:
+                unrolled.local.append(
+                    Block(layout.local_names, group.values[:, layout.local], np.array(iterations))
+                )
+            for row, values in zip(group.rows, group.values, strict=True):
+                if row.counts:
+                    self._weigh(row.counts, unrolled.weights[row.iteration - since])
+                if layout.rest:
+                    unrolled.held.append(_held(row, group.names, values, layout.rest))
         return unrolled
+
+    def _weigh(self, counts: Mapping[str, float], weights: Floats) -> None:
+        """Put the counts into the (K,) weights of an iteration."""
+        for name, count in counts.items():
+            if name in self._index and self.kinds[name].reduce == "mean":
+                weights[self._index[name]] = count
 
     def pack_sums(self, unrolled: Unrolled) -> Floats:
         """Return the vector to sum over ranks."""
-        values = unrolled.values[:, self._additive]
-        weights = unrolled.weights[:, self._additive]
-        weighted = np.where(weights > 0, values * weights, 0.0)
-        return np.concatenate([weighted.ravel(), weights.ravel()])
+        values, weights = unrolled.values, unrolled.weights
+        if self._extreme_names:
+            values, weights = values[:, ~self._is_extreme], weights[:, ~self._is_extreme]
+        sums = np.empty((2, *values.shape))
+        sums[1] = weights
+        np.multiply(values, weights, out=sums[0])
+        sums[0][weights <= 0] = 0.0  # not 0 * inf
+        return sums.reshape(-1)
 
     def pack_extremes(self, unrolled: Unrolled, rank: int) -> Ints:
         """Return the vector whose maximum over ranks is taken."""
         present = unrolled.weights > 0
-        exact = ordered(unrolled.values[:, self._extreme] * self._signs)  # (T, E)
-        exact[~present[:, self._extreme]] = _ABSENT
         num = present.sum(axis=0)  # (K,)
-        total = np.where(present, unrolled.values, 0.0).sum(axis=0)
-        means = total / np.maximum(num, 1)
-        spread = np.stack([with_rank(means, rank), with_rank(-means, rank)])  # (2, K)
+        means = np.where(present, unrolled.values, 0.0).sum(axis=0) / np.maximum(num, 1)
+        spread = with_rank(np.stack([means, -means]), rank)  # (2, K)
         spread[:, num == 0] = _ABSENT
+        if not self._extreme_names:
+            return spread.reshape(-1)
+        exact = ordered(unrolled.values[:, self._is_extreme] * self._signs)  # (T, E)
+        exact[~present[:, self._is_extreme]] = _ABSENT
         return np.concatenate([exact.ravel(), spread.ravel()])
 
-    def unpack_sums(self, sums: Floats, iterations: Ints) -> Iterator[Series]:
-        """Return the series of the additive scalars, combined over ranks."""
-        weighted, weights = sums.reshape(2, len(iterations), -1)
-        whole = np.logical_and.reduce(weights > 0, axis=0)
-        names = list(self.kinds)
-        for position, column in enumerate(self._additive):
-            name, at = names[column], iterations
-            kind = self.kinds[name]
-            weight, value = weights[:, position], weighted[:, position]
-            if not whole[position]:
-                here = weight > 0
-                weight, value, at = weight[here], value[here], iterations[here]
-            if len(value):
-                yield Series(name, kind, value / weight if kind.reduce == "mean" else value, at)
+    def unpack_sums(self, sums: Floats, iterations: Ints) -> Iterator[Block]:
+        """Return the additive scalars, combined over ranks."""
+        if self._additive_names:
+            values, weights = sums.reshape(2, len(iterations), -1)
+            present = weights > 0
+            np.divide(values, weights, out=values, where=present & self._is_mean)
+            yield from _blocks(self._additive_names, values, present, iterations)
 
-    def unpack_extremes(self, extremes: Ints, iterations: Ints) -> Iterator[Series]:
-        """Return the series of the max and min scalars, combined over ranks."""
-        num = len(iterations) * len(self._extreme)
-        keys = extremes[:num].reshape(len(iterations), -1)
-        names = list(self.kinds)
-        for position, column in enumerate(self._extreme):
-            here = keys[:, position] != _ABSENT
-            if here.any():
-                values = unordered(keys[here, position]) * self._signs[position]
-                name = names[column]
-                yield Series(name, self.kinds[name], values, iterations[here])
+    def unpack_extremes(self, extremes: Ints, iterations: Ints) -> Iterator[Block]:
+        """Return the max and min scalars, combined over ranks; take note of the spreads."""
+        newest = extremes[len(extremes) - 2 * len(self.kinds) :].reshape(2, -1)
+        self._spreads = np.where(newest != _ABSENT, newest, self._spreads)
+        if self._extreme_names:
+            keys = extremes[: len(iterations) * len(self._extreme_names)]
+            keys = keys.reshape(len(iterations), -1)
+            values = unordered(keys) * self._signs
+            yield from _blocks(self._extreme_names, values, keys != _ABSENT, iterations)
 
-    def unpack_spreads(self, extremes: Ints) -> Iterator[tuple[str, Spread]]:
-        """Return for each scalar how its mean over the window differs between ranks."""
-        high, low = extremes[len(extremes) - 2 * len(self.kinds) :].reshape(2, -1).tolist()
-        for name, max_key, min_key in zip(self.kinds, high, low, strict=True):
-            if max_key != _ABSENT:
-                largest, max_rank = split_rank(max_key)
-                negative, min_rank = split_rank(min_key)
-                yield name, Spread(0.0 - negative, min_rank, largest, max_rank)
+    def spread(self, name: str) -> Spread:
+        """Return how a scalar's mean differed between ranks in its last window.
+
+        Raises:
+            KeyError: it was in no window yet.
+        """
+        high, low = self._spreads[:, self._index[name]].tolist()
+        if high == _ABSENT:
+            raise KeyError(name)
+        largest, max_rank = split_rank(high)
+        negative, min_rank = split_rank(low)
+        return Spread(0.0 - negative, min_rank, largest, max_rank)
 
 
-def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
-    """Return all blocks that the rows point into, in order."""
-    return [block for row in rows for block in row.blocks]
+def _held(
+    row: ScalarRow, names: Sequence[str], values: Floats, positions: Sequence[int]
+) -> ScalarRow:
+    """Return a row of some of a row's scalars."""
+    floats = {names[position]: float(values[position]) for position in positions}
+    counts = {name: row.counts[name] for name in floats if name in row.counts}
+    return ScalarRow(row.iteration, floats, counts=counts)
 
 
-def _read_row(row: ScalarRow, read: Mapping[int, Floats]) -> Floats:
-    """Return the values of a row, (num_names,)."""
-    if not row.blocks:
-        return np.fromiter(row.values.values(), np.float64, len(row.values))
-    values = [v if isinstance(v, float) else read[id(v[0])][v[1]] for v in row.values.values()]
-    return np.array(values)
+def _blocks(
+    names: tuple[str, ...], values: Floats, present: NDArray[np.bool_], iterations: Ints
+) -> Iterator[Block]:
+    """Return the scalars that are there in every iteration as one block, others one by one.
+
+    Args:
+        names: of the K scalars.
+        values: (T, K).
+        present: (T, K) which of them there are.
+        iterations: (T,); one in which nothing was put, as that before the window, is left out.
+    """
+    if not present[0].any():
+        values, present, iterations = values[1:], present[1:], iterations[1:]
+    if not len(iterations):
+        return
+    whole: NDArray[np.bool_] = present.all(axis=0)
+    if whole.all():
+        yield Block(names, values, iterations)
+        return
+    if whole.any():
+        yield Block(tuple(compress(names, whole.tolist())), values[:, whole], iterations)
+    for column in np.flatnonzero(present.any(axis=0) & ~whole).tolist():
+        here = present[:, column]
+        yield Block((names[column],), values[here, column, None], iterations[here])

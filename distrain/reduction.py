@@ -27,10 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.errors import NonFiniteLoss
-from distrain.events import EventStorage, ScalarKind, ScalarRow
+from distrain.events import EventStorage
 from distrain.exactsum import join, split
-from distrain.history import Floats
-from distrain.packing import Columns, Unrolled, read_blocks
+from distrain.histories import Block
+from distrain.packing import Columns, Unrolled, group_rows, read_blocks
+from distrain.rows import ScalarKind, ScalarRow
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
 
@@ -61,7 +62,6 @@ class _Window:
     since: int
     last: int
     rows: list[ScalarRow]
-    blocks: list[Tensor]
     host: Tensor  # the values of all blocks, float64 on the host once `copied` has passed
     copied: torch.cuda.Event | None
     unrolled: Unrolled | None = None
@@ -119,6 +119,7 @@ class ScalarReduction:
         self._window: _Window | None = None
         self._sent_time, self._sent_iter = time.perf_counter(), first_iter - 1
         storage.combined_by_trainer = True
+        storage.spread_of = self._columns.spread
 
     def advance(self, iteration: int) -> None:
         """Move what is in flight on by one stage; called early in every iteration's end.
@@ -165,21 +166,17 @@ class ScalarReduction:
         """Stage 1: take the rows and start the copy of their tensors to the host."""
         rows = self._held + self._storage.take_rows()
         self._held = []
-        blocks = read_blocks(rows)
         host, copied = torch.empty(0, dtype=torch.float64), None
+        blocks = read_blocks(rows)
         if blocks:
-            device = blocks[0].device
-            # a copy even of one block: the host may reuse a buffer, the block stays the row's own
-            host = torch.cat(
-                [b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks]
-            )
-            if device.type == "cuda":
+            host = _flatten(blocks)
+            if host.device.type == "cuda":
                 packed = host
                 host = torch.empty(len(packed), dtype=torch.float64, pin_memory=True)
                 host.copy_(packed, non_blocking=True)
                 copied = torch.cuda.Event()
                 copied.record()
-        self._window = _Window(self._since, iteration, rows, blocks, host, copied)
+        self._window = _Window(self._since, iteration, rows, host, copied)
 
     @np.errstate(invalid="ignore")  # values may be anything; losses that are not finite are told
     def _send(self, window: _Window) -> None:
@@ -187,20 +184,13 @@ class ScalarReduction:
         if window.copied is not None:
             window.copied.synchronize()  # the device has a younger step queued, so it stays busy
         kinds = self._storage.kinds
-        new = self._columns.unknown(window.rows, kinds)
+        groups = group_rows(window.rows, window.host.numpy())
+        new = self._columns.unknown(groups, kinds)
         if new and self._names is not None:
             self._names.publish(new)
         elif new:
             self._columns.learn(new)
-        ends = itertools.accumulate(block.numel() for block in window.blocks)
-        host = window.host.numpy()
-        read: dict[int, Floats] = {
-            id(block): host[end - block.numel() : end]
-            for block, end in zip(window.blocks, ends, strict=True)
-        }
-        window.unrolled = self._columns.unroll(
-            window.rows, kinds, since=window.since, last=window.last, read=read
-        )
+        window.unrolled = self._columns.unroll(groups, kinds, since=window.since, last=window.last)
         self._held = window.unrolled.held
         now = time.perf_counter()
         step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
@@ -237,16 +227,13 @@ class ScalarReduction:
             sums = join(sums)
         iterations = np.arange(window.since, window.last + 1)
         bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
-        for series in itertools.chain(
+        for block in itertools.chain(
             self._columns.unpack_sums(sums, iterations),
             self._columns.unpack_extremes(extremes, iterations),
             window.unrolled.local,
         ):
-            self._storage.fold(*series)
-            if series.kind.is_loss and not np.isfinite(series.values).all():
-                bad[series.name] = int(series.iterations[~np.isfinite(series.values)][0])
-        for name, spread in self._columns.unpack_spreads(extremes):
-            self._storage.set_spread(name, spread)
+            self._storage.fold(block, self._columns.kinds)
+            bad |= _losses_not_finite(block, self._storage.kinds)
         self.stop = max(self.stop, stop)
         self.step_s = step_ns / 1e9
         self.combined_iter = window.last
@@ -276,6 +263,27 @@ class ScalarReduction:
             "since. Lower optim.lr, clip gradients (trainer.clip_norm=1.0), look at the data, or "
             "leave such updates out (trainer.nonfinite=skip)"
         )
+
+
+def _flatten(blocks: Sequence[Tensor]) -> Tensor:
+    """Copy the elements of all blocks into one float64 tensor on the device of the first."""
+    first = blocks[0]
+    if all(not b.dim() and b.dtype is first.dtype and b.device == first.device for b in blocks):
+        return torch.stack(list(blocks)).to(torch.float64)
+    return torch.cat(
+        [b.flatten().to(first.device, torch.float64, non_blocking=True) for b in blocks]
+    )
+
+
+def _losses_not_finite(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str, int]:
+    """Return the losses that are not finite, with the first iteration in which they are not."""
+    if np.isfinite(block.values.sum()):
+        return {}
+    return {
+        name: int(block.iterations[~np.isfinite(values)][0])
+        for name, values in zip(block.names, block.values.T, strict=True)
+        if kinds[name].is_loss and not np.isfinite(values).all()
+    }
 
 
 class _SharedNames:

@@ -53,10 +53,8 @@ class ReplicaGuard(HookBase):
             trainer.storage.put_scalar("guard/checksum", value, smoothing_hint=False)
 
     def _has_returned(self) -> bool:
-        if self._checked < 0:
-            return False
-        history = self.trainer.storage.histories().get("guard/checksum")
-        return history is not None and history.latest_iteration() >= self._checked
+        newest = self.trainer.storage.latest_iteration
+        return 0 <= self._checked <= newest("guard/checksum")
 
     def _tensors(self) -> dict[str, Tensor]:
         module = self.trainer.module

@@ -1,0 +1,212 @@
+"""The histories of all scalars; whole windows wait as blocks until somebody asks for a history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+
+from distrain.history import Floats, HistoryBuffer, Ints
+
+_MAX_WAITING = 200  # blocks of one set of names, before they move into the histories
+
+
+class Block(NamedTuple):
+    """Values of several scalars at the same iterations.
+
+    Attributes:
+        names: of the K scalars.
+        values: (n, K), oldest first.
+        iterations: (n,) of the values.
+    """
+
+    names: tuple[str, ...]
+    values: Floats
+    iterations: Ints
+
+
+class Histories:
+    """A HistoryBuffer for each scalar.
+
+    The scalars of a window come as one block, and what is written of it is read from there: a row
+    of 300 scalars costs one sort, not 300 appends and 300 medians. The blocks move into the
+    buffers when somebody asks for these, which is at the checkpoints in most runs.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, HistoryBuffer] = {}
+        self._waiting: dict[tuple[str, ...], list[Block]] = {}  # no name is in two of the keys
+        self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
+        self._is_settled_known = True
+
+    def append(self, block: Block) -> None:
+        """Append a block; O(1) where its names are those of the block before."""
+        waiting = self._waiting.get(block.names)
+        if waiting is None:
+            if not self._waiting.keys() or self._are_new(block.names):
+                self._is_settled_known = False
+            else:
+                self._settle()
+            waiting = self._waiting[block.names] = []
+        waiting.append(block)
+        if len(waiting) > _MAX_WAITING:
+            self._settle()
+
+    def update(self, name: str, value: float, iteration: int) -> None:
+        """Append one value to one history."""
+        self._settle()
+        self._buffer(name).update(value, iteration)
+        self._is_settled_known = False
+
+    def buffers(self) -> dict[str, HistoryBuffer]:
+        """Return all histories by name."""
+        self._settle()
+        return self._buffers
+
+    def latest_iteration(self, name: str) -> int:
+        """Return the iteration of a scalar's newest value; -1 if there is none."""
+        for names, waiting in self._waiting.items():
+            if name in names:
+                return int(waiting[-1].iterations[-1])
+        return self._buffers[name].latest_iteration() if name in self._buffers else -1
+
+    def load(self, name: str, state: Mapping[str, object]) -> None:
+        """Take back the history of one scalar."""
+        self._settle()
+        self._buffer(name).load_state_dict(state)
+        self._is_settled_known = False
+
+    def until(
+        self, iteration: int, *, window_size: int, may_smooth: Callable[[str], bool]
+    ) -> dict[str, tuple[float, int]]:
+        """Return every scalar as it stood after an iteration: name -> (value, its iteration).
+
+        Args:
+            iteration: later values are left out.
+            window_size: how many values the median is over, where the scalar may be smoothed.
+            may_smooth: whether a scalar is shown as its median; otherwise as its latest value.
+        """
+        found = self._until_in_buffers(iteration, window_size, may_smooth)
+        for blocks in self._waiting.values():
+            names, values, iterations = _newest(blocks, iteration, window_size)
+            if len(values) < window_size:
+                for column, name in enumerate(names):
+                    newest = Block((name,), values[:, column], iterations)
+                    found.update(self._continued(newest, iteration, window_size, may_smooth))
+                continue
+            shown = values[-1]
+            if len(values) > 1:
+                hints = np.fromiter(map(may_smooth, names), np.bool_, len(names))
+                shown = np.where(hints, medians(values), shown)
+            found.update(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
+        return found
+
+    def _continued(
+        self, newest: Block, iteration: int, window_size: int, may_smooth: Callable[[str], bool]
+    ) -> dict[str, tuple[float, int]]:
+        """Return `until` for one scalar whose buffer holds the values before the newest ones."""
+        [name] = newest.names
+        values, iterations = newest.values, newest.iterations
+        if name in self._buffers:
+            before, their_iterations = self._buffers[name].arrays()
+            end = int(np.searchsorted(their_iterations, iteration, side="right"))
+            kept = slice(max(0, end - window_size), end)
+            values = np.concatenate([before[kept], values])
+            iterations = np.concatenate([their_iterations[kept], iterations])
+        return _latest(name, values, iterations, iteration, window_size if may_smooth(name) else 1)
+
+    def _until_in_buffers(
+        self, iteration: int, window_size: int, may_smooth: Callable[[str], bool]
+    ) -> dict[str, tuple[float, int]]:
+        """Return `until` for what does not wait; kept while it can not change."""
+        if self._is_settled_known:
+            return dict(self._settled)
+        waiting = {name for names in self._waiting for name in names}
+        found: dict[str, tuple[float, int]] = {}
+        can_change = False
+        for name, buffer in self._buffers.items():
+            if name not in waiting:
+                values, iterations = buffer.arrays()
+                can_change |= len(iterations) > 0 and iterations[-1] > iteration
+                num = window_size if may_smooth(name) else 1
+                found |= _latest(name, values, iterations, iteration, num)
+        if not can_change:
+            self._settled, self._is_settled_known = found, True
+        return dict(found)
+
+    def _are_new(self, names: Sequence[str]) -> bool:
+        """Whether none of the names waits."""
+        return all(waiting.isdisjoint(names) for waiting in map(set, self._waiting))
+
+    def _settle(self) -> None:
+        """Move what waits into the buffers."""
+        if not self._waiting:
+            return
+        for names, blocks in self._waiting.items():
+            values = np.concatenate([block.values for block in blocks]).T.copy()  # (K, n)
+            iterations = np.concatenate([block.iterations for block in blocks])
+            for name, of_name in zip(names, values, strict=True):
+                self._buffer(name).extend(of_name, iterations)
+        self._waiting = {}
+        self._is_settled_known = False
+
+    def _buffer(self, name: str) -> HistoryBuffer:
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = HistoryBuffer()
+        return buffer
+
+
+def _newest(blocks: Sequence[Block], iteration: int, num: int) -> Block:
+    """Return the newest `num` values up to an iteration, fewer if the blocks do not reach so far.
+
+    Args:
+        blocks: of the same names, oldest first, not empty.
+        iteration: later values are left out.
+        num: how many are asked for.
+    """
+    taken: list[Block] = []
+    for block in reversed(blocks):
+        end = len(block.iterations)
+        if block.iterations[-1] > iteration:
+            end = int(np.searchsorted(block.iterations, iteration, side="right"))
+        start = max(0, end - num)
+        taken.append(Block(block.names, block.values[start:end], block.iterations[start:end]))
+        num -= end - start
+        if num <= 0:
+            break
+    if len(taken) == 1:
+        return taken[0]
+    taken.reverse()
+    return Block(
+        blocks[0].names,
+        np.concatenate([block.values for block in taken]),
+        np.concatenate([block.iterations for block in taken]),
+    )
+
+
+def _latest(
+    name: str, values: Floats, iterations: Ints, iteration: int, num: int
+) -> dict[str, tuple[float, int]]:
+    """Return the median of one scalar's newest `num` values up to an iteration, by its name."""
+    end = int(np.searchsorted(iterations, iteration, side="right"))
+    if not end:
+        return {}
+    value = medians(values[max(0, end - num) : end, None]).item()
+    return {name: (value, int(iterations[end - 1]))}
+
+
+def medians(values: Floats) -> Floats:
+    """Return the (K,) medians of (n, K) values; NaN where one is NaN.
+
+    numpy's own takes several times as long for windows of twenty values.
+    """
+    rising = np.sort(values, axis=0)  # NaN is sorted behind all numbers
+    middle = len(rising) // 2
+    found: Floats = rising[middle]
+    if len(rising) % 2 == 0:
+        with np.errstate(invalid="ignore"):  # inf - inf
+            found = (rising[middle - 1] + found) / 2
+    return np.where(np.isnan(rising[-1]), np.nan, found)
