@@ -51,7 +51,9 @@ class EventStorage:
         self._histories = Histories()
         self._images: list[tuple[str, NDArray[Any], int]] = []
         self._histograms: list[tuple[str, PendingHistogram, int]] = []
-        self.spread_of: Callable[[str], Spread] | None = None  # set by who combines over ranks
+        # set by who combines over ranks
+        self.fold_arrived: Callable[[], object] | None = None
+        self.spread_of: Callable[[str], Spread] | None = None
         self.combined_by_trainer = False  # True: rows wait for `take_rows` instead of folding
         self.early_stop = False  # True on any rank ends training on all, at one iteration
 
@@ -185,7 +187,11 @@ class EventStorage:
             if self._kinds.get(name) is not LOSS:
                 self._declare(name, LOSS)
             is_new = loss.grad_fn is not None and not loss._is_view()
-            row.put_block(loss.detach() if is_new else own_copy(name, loss), name)
+            block = loss.detach() if is_new else own_copy(name, loss)
+            row.blocks.append(block)
+            row.tensors[name] = (block, 0)
+            if row.floats:
+                row.floats.pop(name, None)
 
     def _declare(self, name: str, kind: ScalarKind) -> None:
         if kind.reduce not in OPERATIONS:
@@ -229,7 +235,7 @@ class EventStorage:
 
         A value whose window is not over yet is this rank's own (a tensor is read back for it).
         """
-        found = {name: buffer.latest() for name, buffer in self._histories.buffers().items()}
+        found = {name: buffer.latest() for name, buffer in self.histories().items()}
         for row in self._rows:
             found |= row.read()
         return found
@@ -260,7 +266,7 @@ class EventStorage:
             iteration: later values are left out.
             window_size: how many values the median is over, where the scalar may be smoothed.
         """
-        self._fold_if_alone()
+        self._fold()
         kinds = self._kinds
         return self._histories.until(
             iteration, window_size=window_size, may_smooth=lambda name: kinds[name][1]
@@ -275,12 +281,12 @@ class EventStorage:
 
     def histories(self) -> dict[str, HistoryBuffer]:
         """Return all histories by name."""
-        self._fold_if_alone()
+        self._fold()
         return self._histories.buffers()
 
     def latest_iteration(self, name: str) -> int:
         """Return the iteration of the newest value in a scalar's history, -1 if there is none."""
-        self._fold_if_alone()
+        self._fold()
         return self._histories.latest_iteration(name)
 
     def spread(self, name: str) -> Spread:
@@ -341,7 +347,10 @@ class EventStorage:
                 self._kinds[name] = kinds[name]
         self._histories.append(block)
 
-    def _fold_if_alone(self) -> None:
+    def _fold(self) -> None:
+        """Bring the histories up to date."""
+        if self.fold_arrived is not None:
+            self.fold_arrived()
         if not self.combined_by_trainer:
             for row in self.take_rows():
                 for name, value in row.read().items():

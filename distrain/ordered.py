@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distrain.history import Floats, Ints
+
+_LARGEST = np.int64(np.iinfo(np.int64).max)
+_RANK_BITS = np.int64(2**20 - 1)
 
 
 def ordered(values: Floats) -> Ints:
@@ -26,20 +28,29 @@ def unordered(keys: Ints) -> Floats:
 
 
 def with_rank(values: Floats, rank: int) -> Ints:
-    """Map values to int64: float32 in the high half, the rank in the low; a tie goes to rank 0.
+    """Map values and their negatives to int64 of the same order whose low bits tell the rank.
 
     Args:
-        values: any shape; rounded to float32, NaN is the largest.
-        rank: of this process.
+        values: (n,); kept to 32 bits of their mantissa, NaN is larger than all.
+        rank: of this process, below 2**20; of equal values rank 0's is the largest.
+
+    Returns:
+        (2, n): of the values, of the negatives.
     """
-    values32 = np.where(np.isnan(values), np.nan, values + 0.0).astype(np.float32)
-    bits: NDArray[np.int32] = values32.view(np.int32)
-    keys = np.where(bits < 0, bits ^ np.iinfo(np.int32).max, bits).astype(np.int64)
-    return (keys << 32) | (0xFFFFFFFF - rank)
+    both = np.empty((2, len(values)))
+    np.add(values, 0.0, out=both[0])  # one zero
+    np.subtract(0.0, values, out=both[1])
+    if np.isnan(both[0]).any():
+        both[np.isnan(both)] = np.nan  # one NaN
+    keys: Ints = both.view(np.int64)
+    keys ^= (keys >> 63) & _LARGEST
+    keys &= ~_RANK_BITS
+    keys |= _RANK_BITS - rank
+    return keys
 
 
-def split_rank(key: int) -> tuple[float, int]:
+def split_rank(key: np.int64) -> tuple[float, int]:
     """Return the value and the rank of `with_rank`."""
-    bits = np.int32(key >> 32)
-    bits = bits ^ np.iinfo(np.int32).max if bits < 0 else bits
-    return float(np.array(bits, dtype=np.int32).view(np.float32)), 0xFFFFFFFF - (key & 0xFFFFFFFF)
+    bits = key & ~_RANK_BITS if key >= 0 else key | _RANK_BITS  # zeros, once the order is undone
+    value = unordered(np.array([bits]))[0]
+    return float(value), int(_RANK_BITS - (key & _RANK_BITS))

@@ -110,14 +110,15 @@ class Unrolled:
     """The rows of one rank, laid out.
 
     Attributes:
-        values: (T, K) floats, 0 where absent.
-        weights: (T, K) their weights in a mean, 1 where none was given, 0 where absent.
+        packed: (2, T, K) floats, then their weights in a mean: 1 where none was given, 0 where the
+            scalar is absent (the float too).
+        weighted: whether some weight was given.
         local: scalars that do not travel.
         held: rows of the values whose names have no column yet.
     """
 
-    values: Floats
-    weights: Floats
+    packed: Floats
+    weighted: bool = False
     local: list[Block] = field(default_factory=list)
     held: list[ScalarRow] = field(default_factory=list)
 
@@ -192,8 +193,8 @@ class Columns:
             since: the first iteration.
             last: the last iteration.
         """
-        shape = (last - since + 1, len(self.kinds))
-        unrolled = Unrolled(np.zeros(shape), np.zeros(shape))
+        unrolled = Unrolled(np.zeros((2, last - since + 1, len(self.kinds))))
+        values, weights = unrolled.packed
         for group in groups:
             layout = self._layout(group.names, kinds)
             iterations = [row.iteration for row in group.rows]
@@ -201,17 +202,23 @@ class Columns:
             first = iterations[0]
             if iterations == list(range(first, first + len(iterations))):  # as a rule
                 at = slice(first - since, first - since + len(iterations))
-            unrolled.values[at, layout.columns] = group.values[:, layout.known]
-            unrolled.weights[at, layout.columns] = 1.0
+            values[at, layout.columns] = group.values[:, layout.known]
+            weights[at, layout.columns] = 1.0
             if layout.local_names:
                 unrolled.local.append(
                     Block(layout.local_names, group.values[:, layout.local], np.array(iterations))
                 )
-            for row, values in zip(group.rows, group.values, strict=True):
+            if layout.rest:
+                unrolled.held += [
+                    _held(row, group.names, of_row, layout.rest)
+                    for row, of_row in zip(group.rows, group.values, strict=True)
+                ]
+            for row in group.rows:
                 if row.counts:
-                    self._weigh(row.counts, unrolled.weights[row.iteration - since])
-                if layout.rest:
-                    unrolled.held.append(_held(row, group.names, values, layout.rest))
+                    self._weigh(row.counts, weights[row.iteration - since])
+                    unrolled.weighted = True
+        if unrolled.weighted:
+            values[weights <= 0] = 0.0  # a NaN of no sample is no NaN
         return unrolled
 
     def _weigh(self, counts: Mapping[str, float], weights: Floats) -> None:
@@ -221,46 +228,62 @@ class Columns:
                 weights[self._index[name]] = count
 
     def pack_sums(self, unrolled: Unrolled) -> Floats:
-        """Return the vector to sum over ranks."""
-        values, weights = unrolled.values, unrolled.weights
+        """Return the vector to sum over ranks; its memory is that of `unrolled` as a rule."""
+        packed = unrolled.packed
         if self._extreme_names:
-            values, weights = values[:, ~self._is_extreme], weights[:, ~self._is_extreme]
-        sums = np.empty((2, *values.shape))
-        sums[1] = weights
-        np.multiply(values, weights, out=sums[0])
-        sums[0][weights <= 0] = 0.0  # not 0 * inf
-        return sums.reshape(-1)
+            packed = packed[:, :, ~self._is_extreme]
+        if unrolled.weighted:
+            packed[0] *= packed[1]
+        return packed.reshape(-1)
 
     def pack_extremes(self, unrolled: Unrolled, rank: int) -> Ints:
         """Return the vector whose maximum over ranks is taken."""
-        present = unrolled.weights > 0
-        num = present.sum(axis=0)  # (K,)
-        means = np.where(present, unrolled.values, 0.0).sum(axis=0) / np.maximum(num, 1)
-        spread = with_rank(np.stack([means, -means]), rank)  # (2, K)
-        spread[:, num == 0] = _ABSENT
+        values, weights = unrolled.packed
+        num = (weights > 0).sum(axis=0)  # (K,)
+        keys = with_rank(values.sum(axis=0) / np.maximum(num, 1), rank)  # (2, K)
+        if not num.all():
+            keys[:, num == 0] = _ABSENT
         if not self._extreme_names:
-            return spread.reshape(-1)
-        exact = ordered(unrolled.values[:, self._is_extreme] * self._signs)  # (T, E)
-        exact[~present[:, self._is_extreme]] = _ABSENT
-        return np.concatenate([exact.ravel(), spread.ravel()])
+            return keys.reshape(-1)
+        exact = ordered(values[:, self._is_extreme] * self._signs)  # (T, E)
+        exact[weights[:, self._is_extreme] <= 0] = _ABSENT
+        return np.concatenate([exact.ravel(), keys.ravel()])
 
-    def unpack_sums(self, sums: Floats, iterations: Ints) -> Iterator[Block]:
-        """Return the additive scalars, combined over ranks."""
+    def unpack_sums(self, sums: Sequence[Floats], iterations: Sequence[Ints]) -> Iterator[Block]:
+        """Return the additive scalars, combined over ranks.
+
+        Args:
+            sums: of neighbouring windows.
+            iterations: of each of them.
+        """
         if self._additive_names:
-            values, weights = sums.reshape(2, len(iterations), -1)
+            at = np.concatenate(iterations)  # (T,) of all windows
+            shaped = [s.reshape(2, len(i), -1) for s, i in zip(sums, iterations, strict=True)]
+            values, weights = np.concatenate(shaped, axis=1)
             present = weights > 0
             np.divide(values, weights, out=values, where=present & self._is_mean)
-            yield from _blocks(self._additive_names, values, present, iterations)
+            yield from _blocks(self._additive_names, values, present, at)
 
-    def unpack_extremes(self, extremes: Ints, iterations: Ints) -> Iterator[Block]:
-        """Return the max and min scalars, combined over ranks; take note of the spreads."""
-        newest = extremes[len(extremes) - 2 * len(self.kinds) :].reshape(2, -1)
-        self._spreads = np.where(newest != _ABSENT, newest, self._spreads)
+    def unpack_extremes(
+        self, extremes: Sequence[Ints], iterations: Sequence[Ints]
+    ) -> Iterator[Block]:
+        """Return the max and min scalars, combined over ranks; take note of the spreads.
+
+        Args:
+            extremes: of neighbouring windows.
+            iterations: of each of them.
+        """
+        parts = []
+        for vector, at in zip(extremes, iterations, strict=True):
+            num = len(at) * len(self._extreme_names)
+            newest = vector[num:].reshape(2, -1)
+            self._spreads = np.where(newest != _ABSENT, newest, self._spreads)
+            parts.append(vector[:num].reshape(len(at), -1))
         if self._extreme_names:
-            keys = extremes[: len(iterations) * len(self._extreme_names)]
-            keys = keys.reshape(len(iterations), -1)
+            keys = np.concatenate(parts)
             values = unordered(keys) * self._signs
-            yield from _blocks(self._extreme_names, values, keys != _ABSENT, iterations)
+            at = np.concatenate(iterations)
+            yield from _blocks(self._extreme_names, values, keys != _ABSENT, at)
 
     def spread(self, name: str) -> Spread:
         """Return how a scalar's mean differed between ranks in its last window.
@@ -268,11 +291,11 @@ class Columns:
         Raises:
             KeyError: it was in no window yet.
         """
-        high, low = self._spreads[:, self._index[name]].tolist()
-        if high == _ABSENT:
+        keys = self._spreads[:, self._index[name]]
+        if keys[0] == _ABSENT:
             raise KeyError(name)
-        largest, max_rank = split_rank(high)
-        negative, min_rank = split_rank(low)
+        largest, max_rank = split_rank(keys[0])
+        negative, min_rank = split_rank(keys[1])
         return Spread(0.0 - negative, min_rank, largest, max_rank)
 
 
@@ -294,13 +317,14 @@ def _blocks(
         names: of the K scalars.
         values: (T, K).
         present: (T, K) which of them there are.
-        iterations: (T,); one in which nothing was put, as that before the window, is left out.
+        iterations: (T,); those in which nothing was put, as the one before a window, are left out.
     """
-    if not present[0].any():
-        values, present, iterations = values[1:], present[1:], iterations[1:]
+    used = np.logical_or.reduce(present, axis=1)
+    if not used.all():
+        values, present, iterations = values[used], present[used], iterations[used]
     if not len(iterations):
         return
-    whole: NDArray[np.bool_] = present.all(axis=0)
+    whole: NDArray[np.bool_] = np.logical_and.reduce(present, axis=0)
     if whole.all():
         yield Block(names, values, iterations)
         return

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.errors import NonFiniteLoss
-from distrain.events import EventStorage
+from distrain.events import EventStorage, Spread
 from distrain.exactsum import join, split
 from distrain.histories import Block
-from distrain.packing import Columns, Unrolled, group_rows, read_blocks
+from distrain.packing import Columns, RowGroup, group_rows, read_blocks
 from distrain.rows import ScalarKind, ScalarRow
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
@@ -64,7 +64,8 @@ class _Window:
     rows: list[ScalarRow]
     host: Tensor  # the values of all blocks, float64 on the host once `copied` has passed
     copied: torch.cuda.Event | None
-    unrolled: Unrolled | None = None
+    groups: Sequence[RowGroup] = ()
+    local: Sequence[Block] = ()
     sums: Tensor | None = None
     extremes: Tensor | None = None
     works: Sequence[dist.Work] = ()
@@ -117,9 +118,11 @@ class ScalarReduction:
         self._held: list[ScalarRow] = []  # rows of names that not all ranks know yet
         self._since = self._close_at = first_iter
         self._window: _Window | None = None
+        self._arrived: list[_Window] = []  # what nobody has asked for yet
         self._sent_time, self._sent_iter = time.perf_counter(), first_iter - 1
         storage.combined_by_trainer = True
-        storage.spread_of = self._columns.spread
+        storage.fold_arrived = self.fold_arrived
+        storage.spread_of = self._spread
 
     def advance(self, iteration: int) -> None:
         """Move what is in flight on by one stage; called early in every iteration's end.
@@ -184,21 +187,21 @@ class ScalarReduction:
         if window.copied is not None:
             window.copied.synchronize()  # the device has a younger step queued, so it stays busy
         kinds = self._storage.kinds
-        groups = group_rows(window.rows, window.host.numpy())
+        window.groups = groups = group_rows(window.rows, window.host.numpy())
         new = self._columns.unknown(groups, kinds)
         if new and self._names is not None:
             self._names.publish(new)
         elif new:
-            self._columns.learn(new)
-        window.unrolled = self._columns.unroll(groups, kinds, since=window.since, last=window.last)
-        self._held = window.unrolled.held
+            self._learn(new)
+        unrolled = self._columns.unroll(groups, kinds, since=window.since, last=window.last)
+        window.local, self._held = unrolled.local, unrolled.held
         now = time.perf_counter()
         step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
         self._sent_time, self._sent_iter = now, window.last
         stop = max(self.stop_request, STOP_EARLY if self._storage.early_stop else NO_STOP)
         header = np.array([stop, bool(new), int(step_s * 1e9)], dtype=np.int64)
-        extremes = self._columns.pack_extremes(window.unrolled, self._rank)
-        sums = self._columns.pack_sums(window.unrolled)
+        extremes = self._columns.pack_extremes(unrolled, self._rank)
+        sums = self._columns.pack_sums(unrolled)
         if self._world_size > 2:  # or the last bits would depend on the window's length
             sums = split(sums)
         window.sums = torch.from_numpy(sums)
@@ -212,28 +215,20 @@ class ScalarReduction:
             )
             window.works = [work for work in works if work is not None]
 
-    @np.errstate(invalid="ignore")
     def _finish(self, window: _Window, iteration: int) -> None:
-        """Stage 3: read what all ranks agreed on, and let the histories have it."""
+        """Stage 3: read what all ranks agreed on."""
         for work in window.works:
             work.wait()
         assert window.sums is not None
         assert window.extremes is not None
-        assert window.unrolled is not None
         self._window = None
         stop, has_new_names, step_ns = window.extremes[:_HEADER].tolist()
-        sums, extremes = window.sums.numpy(), window.extremes[_HEADER:].numpy()
-        if self._world_size > 2:
-            sums = join(sums)
-        iterations = np.arange(window.since, window.last + 1)
+        self._arrived.append(window)
         bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
-        for block in itertools.chain(
-            self._columns.unpack_sums(sums, iterations),
-            self._columns.unpack_extremes(extremes, iterations),
-            window.unrolled.local,
-        ):
-            self._storage.fold(block, self._columns.kinds)
-            bad |= _losses_not_finite(block, self._storage.kinds)
+        with np.errstate(invalid="ignore"):
+            is_finite = np.isfinite(window.sums.numpy().sum())
+        if not is_finite:
+            bad = self.fold_arrived()
         self.stop = max(self.stop, stop)
         self.step_s = step_ns / 1e9
         self.combined_iter = window.last
@@ -244,16 +239,59 @@ class ScalarReduction:
         boundary = window.last + self._period - (window.last + 1) % self._period
         self._close_at = max(iteration, min(window.last + length, boundary))
         if has_new_names and self._names is not None:
-            self._columns.learn(self._names.read())
+            self._learn(self._names.read())
         if bad and self._stop_on_nonfinite:
-            raise NonFiniteLoss(self._describe(bad, window.unrolled))
+            raise NonFiniteLoss(self._describe(bad, window.groups))
 
-    def _describe(self, bad: Mapping[str, int], unrolled: Unrolled) -> str:
+    def _learn(self, kinds: Mapping[str, ScalarKind]) -> None:
+        self.fold_arrived()  # it was packed with the columns of before
+        self._columns.learn(kinds)
+
+    @np.errstate(invalid="ignore")
+    def fold_arrived(self) -> dict[str, int]:
+        """Let the histories have the windows that have come back; the storage calls it when asked.
+
+        Returns:
+            The losses that are not finite, with the first iteration in which they are not.
+        """
+        arrived, self._arrived = self._arrived, []
+        bad: dict[str, int] = {}
+        if arrived:
+            for block in self._unpack(arrived):
+                self._storage.fold(block, self._columns.kinds)
+                bad = _losses_not_finite(block, self._storage.kinds) | bad
+        return bad
+
+    def _unpack(self, windows: Sequence[_Window]) -> Iterator[Block]:
+        sums, extremes = [], []
+        for window in windows:
+            assert window.sums is not None
+            assert window.extremes is not None
+            halves = window.sums.numpy()
+            sums.append(join(halves) if self._world_size > 2 else halves)
+            extremes.append(window.extremes.numpy()[_HEADER:])
+        iterations = [np.arange(window.since, window.last + 1) for window in windows]
+        yield from self._columns.unpack_sums(sums, iterations)
+        yield from self._columns.unpack_extremes(extremes, iterations)
+        for window in windows:
+            yield from window.local
+
+    def _spread(self, name: str) -> Spread:
+        self.fold_arrived()
+        return self._columns.spread(name)
+
+    def _describe(self, bad: Mapping[str, int], groups: Sequence[RowGroup]) -> str:
         """Say which losses are not finite, since when and on which ranks; a collective."""
         ranks = [0]
         if self._world_size > 1:
-            values = unrolled.values[:, [self._columns.index(name) for name in bad]]
-            mine = torch.tensor([not np.isfinite(values).all()])
+            mine = torch.tensor(
+                [
+                    not np.isfinite(group.values[:, group.names.index(name)]).all()
+                    for group in groups
+                    for name in bad
+                    if name in group.names
+                ]
+            ).any()[None]
             all_ranks = [torch.empty_like(mine) for _ in range(self._world_size)]
             dist.all_gather(all_ranks, mine, group=self._group)
             ranks = [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
@@ -267,12 +305,12 @@ class ScalarReduction:
 
 def _flatten(blocks: Sequence[Tensor]) -> Tensor:
     """Copy the elements of all blocks into one float64 tensor on the device of the first."""
-    first = blocks[0]
-    if all(not b.dim() and b.dtype is first.dtype and b.device == first.device for b in blocks):
-        return torch.stack(list(blocks)).to(torch.float64)
-    return torch.cat(
-        [b.flatten().to(first.device, torch.float64, non_blocking=True) for b in blocks]
-    )
+    if len({block.dtype for block in blocks}) == len({block.device for block in blocks}) == 1:
+        if len({block.shape for block in blocks}) == 1:
+            return torch.stack(list(blocks)).to(torch.float64).flatten()
+        return torch.cat([block.flatten() for block in blocks]).to(torch.float64)
+    device = blocks[0].device
+    return torch.cat([b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks])
 
 
 def _losses_not_finite(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str, int]:

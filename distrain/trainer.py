@@ -20,7 +20,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import caller, takes_whole_batch, total_loss
-from distrain.optim import clip_gradients
+from distrain.optim import clear_gradients, clip_gradients
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 
@@ -151,7 +151,7 @@ class Trainer(TrainerBase):
                 self.scaler.update()
             else:
                 self.optimizer.step()
-        self.optimizer.zero_grad()
+        clear_gradients(self.optimizer)
 
     def _accumulate(self) -> dict[str, Tensor]:
         no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
@@ -220,7 +220,7 @@ class Trainer(TrainerBase):
         random, buffers = random_states(), [b.clone() for b in self.module.buffers()]
         with EventStorage(self.start_iter):
             self.forward(batch)["loss"].backward()
-        self.optimizer.zero_grad()
+        clear_gradients(self.optimizer)
         with torch.no_grad():
             for buffer, old in zip(self.module.buffers(), buffers, strict=True):
                 buffer.copy_(old)

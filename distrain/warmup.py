@@ -53,7 +53,10 @@ class WarmupLR(LRScheduler, ABC):
         self.warmup_factor = number("warmup_factor", warmup_factor)
         self.warmup_iters = whole("warmup_iters", warmup_iters, least=0)
         self.warmup_method = choice("warmup_method", warmup_method, WARMUP_METHODS)
+        was_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         super().__init__(optimizer, last_epoch)
+        if not was_wrapped:  # the wrapper only feeds the warnings that `step` leaves out
+            del optimizer.step
         self.base_lrs = [float(base) for base in self.base_lrs]  # never read a tensor back again
 
     @abstractmethod
@@ -90,7 +93,7 @@ class WarmupLR(LRScheduler, ABC):
 
     def apply(self) -> None:
         """Set the rates of all groups for the present t, such as after loading a state."""
-        rates = self.get_lr()
+        rates = self.lr_at(self.last_epoch)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)

@@ -25,15 +25,25 @@ def test_nan_is_the_largest_of_either_sign():
 
 @given(st.floats(width=32, allow_nan=False), st.integers(0, 4095))
 def test_rank_rides_along(value, rank):
-    [key] = with_rank(np.array([value]), rank).tolist()
-    assert split_rank(key) == (value, rank)
+    keys, negatives = with_rank(np.array([value]), rank)
+    assert split_rank(keys[0]) == (value, rank)
+    assert split_rank(negatives[0]) == (-value, rank)
 
 
 def test_of_equal_values_the_lowest_rank_wins():
-    keys = [int(with_rank(np.array([2.5]), rank)[0]) for rank in (3, 1, 2)]
-    assert split_rank(max(keys)) == (2.5, 1)
+    keys = [with_rank(np.array([zero]), rank)[0, 0] for rank, zero in ((3, 0.0), (1, -0.0))]
+    assert split_rank(max(keys)) == (0.0, 1)
 
 
 def test_a_larger_value_wins_over_any_rank():
-    keys = [int(with_rank(np.array([v]), r)[0]) for v, r in [(-1.0, 0), (-0.5, 4000), (-2.0, 1)]]
+    keys = [with_rank(np.array([v]), r)[0, 0] for v, r in [(-1.0, 0), (-0.5, 4000), (-2.0, 1)]]
     assert split_rank(max(keys)) == (-0.5, 4000)
+
+
+def test_with_a_rank_nan_is_the_largest_too():
+    keys, negatives = with_rank(np.array([math.inf, -math.nan, math.nan]), 5)
+    assert keys[1] == keys[2] > keys[0]
+    assert negatives[1] == negatives[2] > negatives[0]
+    value, rank = split_rank(keys[1])
+    assert math.isnan(value)
+    assert rank == 5

@@ -8,13 +8,15 @@ from typing import Any
 from distrain.hook import HookBase
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
+_BURST_S = 0.1  # the first of several rows costs the writers most: caches, a switch of threads
+
 
 class PeriodicWriter(HookBase):
     """Writes a row every `trainer.window` iterations, on rank 0, in a thread beside training.
 
     A row holds every scalar as it was then: the median over the window where the scalar may be
     smoothed, its latest value elsewhere. It is written when the scalars have been combined over
-    ranks, a few iterations later.
+    ranks, a few iterations later; the rows of a tenth of a second are written together.
 
     Args:
         writers: each gets all rows.
@@ -49,7 +51,7 @@ class PeriodicWriter(HookBase):
             self._given = default_writers(self._run_dir, start_iteration=self._written)
             self._describe_run()
         self._writer = BackgroundWriter(self._given)
-        self._write_due()
+        self._write_complete()
 
     def after_step(self) -> None:
         """Write a row if one is complete."""
@@ -66,6 +68,7 @@ class PeriodicWriter(HookBase):
         if self._writer is None:
             return
         try:
+            self._write_complete()
             if self.trainer.error is None:
                 self._write(self.trainer.iter_done)
                 self._finish_run()
@@ -73,9 +76,15 @@ class PeriodicWriter(HookBase):
             self._writer.close()
 
     def _write_due(self) -> None:
-        done = self.trainer.reduction.combined_iter + 1
-        due = done - done % self.trainer.window
-        if due > self._written:
+        """Write the rows that are complete; those of fast steps wait for each other."""
+        reduction = self.trainer.reduction
+        waiting = reduction.combined_iter + 1 - self._written
+        if waiting >= self.trainer.window and waiting * reduction.step_s >= _BURST_S:
+            self._write_complete()
+
+    def _write_complete(self) -> None:
+        window, done = self.trainer.window, self.trainer.reduction.combined_iter + 1
+        for due in range(self._written - self._written % window + window, done + 1, window):
             self._write(due)
 
     def _write(self, done: int) -> None:
@@ -123,7 +132,9 @@ class PeriodicWriter(HookBase):
                 writer.finish(metrics, iteration=self.trainer.iter_done - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far was written."""
+        """Return how far was written, which is all that is complete."""
+        if self._writer is not None:
+            self._write_complete()
         return {"written": self._written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
