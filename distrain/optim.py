@@ -135,19 +135,6 @@ def clip_gradients(
     return None
 
 
-def clear_gradients(optimizer: Optimizer) -> None:
-    """Set all gradients to None, as `zero_grad` does, without its record for the profiler.
-
-    The record takes longer than the work: 26 us of a step of 390 us, measured on a CPU.
-    """
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:  # it has a way of its own
-        optimizer.zero_grad()
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
 def representative_group(optimizer: Optimizer) -> int:
     """Return the index of the group whose learning rate stands for the run.
 

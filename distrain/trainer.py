@@ -20,7 +20,8 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import caller, takes_whole_batch, total_loss
-from distrain.optim import clear_gradients, clip_gradients
+from distrain.optim import clip_gradients
+from distrain.update import clear_gradients, update
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 
@@ -150,7 +151,7 @@ class Trainer(TrainerBase):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             else:
-                self.optimizer.step()
+                update(self.optimizer)
         clear_gradients(self.optimizer)
 
     def _accumulate(self) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class WarmupLR(LRScheduler, ABC):
 
     def apply(self) -> None:
         """Set the rates of all groups for the present t, such as after loading a state."""
-        rates = self.lr_at(self.last_epoch)
+        rates: list[float | Tensor] = [*self.lr_at(self.last_epoch)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
