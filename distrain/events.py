@@ -48,7 +48,7 @@ class EventStorage:
         self._checked_calls: set[tuple[object, ...]] = set()
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
-        self._histories = Histories()
+        self._histories = Histories(self._kinds)
         self._images: list[tuple[str, NDArray[Any], int]] = []
         self._histograms: list[tuple[str, PendingHistogram, int]] = []
         # set by who combines over ranks
@@ -267,10 +267,7 @@ class EventStorage:
             window_size: how many values the median is over, where the scalar may be smoothed.
         """
         self._fold()
-        kinds = self._kinds
-        return self._histories.until(
-            iteration, window_size=window_size, may_smooth=lambda name: kinds[name][1]
-        )
+        return self._histories.until(iteration, window_size=window_size)
 
     def history(self, name: str) -> HistoryBuffer:
         """Return the history of one scalar; KeyError names those there are."""

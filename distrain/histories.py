@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distrain.history import Floats, HistoryBuffer, Ints
+from distrain.rows import ScalarKind
 
 _MAX_WAITING = 200  # blocks of one set of names, before they move into the histories
 
@@ -33,9 +35,14 @@ class Histories:
     The scalars of a window come as one block, and what is written of it is read from there: a row
     of 300 scalars costs one sort, not 300 appends and 300 medians. The blocks move into the
     buffers when somebody asks for these, which is at the checkpoints in most runs.
+
+    Args:
+        kinds: the settings of every scalar; a live view.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Mapping[str, ScalarKind]) -> None:
+        self._kinds = kinds
+        self._hints_of: dict[tuple[str, ...], NDArray[np.bool_]] = {}
         self._buffers: dict[str, HistoryBuffer] = {}
         self._waiting: dict[tuple[str, ...], list[Block]] = {}  # no name is in two of the keys
         self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
@@ -78,33 +85,31 @@ class Histories:
         self._buffer(name).load_state_dict(state)
         self._is_settled_known = False
 
-    def until(
-        self, iteration: int, *, window_size: int, may_smooth: Callable[[str], bool]
-    ) -> dict[str, tuple[float, int]]:
+    def until(self, iteration: int, *, window_size: int) -> dict[str, tuple[float, int]]:
         """Return every scalar as it stood after an iteration: name -> (value, its iteration).
 
         Args:
             iteration: later values are left out.
             window_size: how many values the median is over, where the scalar may be smoothed.
-            may_smooth: whether a scalar is shown as its median; otherwise as its latest value.
         """
-        found = self._until_in_buffers(iteration, window_size, may_smooth)
+        found = self._until_in_buffers(iteration, window_size)
         for blocks in self._waiting.values():
-            names, values, iterations = _newest(blocks, iteration, window_size)
-            if len(values) < window_size:
+            hints = self._hints(blocks[0].names)
+            num = window_size if hints.any() else 1
+            names, values, iterations = _newest(blocks, iteration, num)
+            if len(values) < num:
                 for column, name in enumerate(names):
                     newest = Block((name,), values[:, column], iterations)
-                    found.update(self._continued(newest, iteration, window_size, may_smooth))
+                    found.update(self._continued(newest, iteration, window_size))
                 continue
             shown = values[-1]
-            if len(values) > 1:
-                hints = np.fromiter(map(may_smooth, names), np.bool_, len(names))
+            if num > 1:
                 shown = np.where(hints, medians(values), shown)
             found.update(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
         return found
 
     def _continued(
-        self, newest: Block, iteration: int, window_size: int, may_smooth: Callable[[str], bool]
+        self, newest: Block, iteration: int, window_size: int
     ) -> dict[str, tuple[float, int]]:
         """Return `until` for one scalar whose buffer holds the values before the newest ones."""
         [name] = newest.names
@@ -115,11 +120,10 @@ class Histories:
             kept = slice(max(0, end - window_size), end)
             values = np.concatenate([before[kept], values])
             iterations = np.concatenate([their_iterations[kept], iterations])
-        return _latest(name, values, iterations, iteration, window_size if may_smooth(name) else 1)
+        num = window_size if self._kinds[name].smoothing_hint else 1
+        return _latest(name, values, iterations, iteration, num)
 
-    def _until_in_buffers(
-        self, iteration: int, window_size: int, may_smooth: Callable[[str], bool]
-    ) -> dict[str, tuple[float, int]]:
+    def _until_in_buffers(self, iteration: int, window_size: int) -> dict[str, tuple[float, int]]:
         """Return `until` for what does not wait; kept while it can not change."""
         if self._is_settled_known:
             return dict(self._settled)
@@ -130,11 +134,20 @@ class Histories:
             if name not in waiting:
                 values, iterations = buffer.arrays()
                 can_change |= len(iterations) > 0 and iterations[-1] > iteration
-                num = window_size if may_smooth(name) else 1
+                num = window_size if self._kinds[name].smoothing_hint else 1
                 found |= _latest(name, values, iterations, iteration, num)
         if not can_change:
             self._settled, self._is_settled_known = found, True
         return dict(found)
+
+    def _hints(self, names: tuple[str, ...]) -> NDArray[np.bool_]:
+        """Return (K,) which of the scalars are shown as a median."""
+        hints = self._hints_of.get(names)
+        if hints is None:
+            self._hints_of = {n: h for n, h in self._hints_of.items() if n in self._waiting}
+            hints = np.array([self._kinds[name].smoothing_hint for name in names])
+            self._hints_of[names] = hints
+        return hints
 
     def _are_new(self, names: Sequence[str]) -> bool:
         """Whether none of the names waits."""

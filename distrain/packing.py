@@ -311,7 +311,7 @@ def _held(
 def _blocks(
     names: tuple[str, ...], values: Floats, present: NDArray[np.bool_], iterations: Ints
 ) -> Iterator[Block]:
-    """Return the scalars that are there in every iteration as one block, others one by one.
+    """Return the scalars as blocks: what is there in the same iterations shares one.
 
     Args:
         names: of the K scalars.
@@ -330,6 +330,10 @@ def _blocks(
         return
     if whole.any():
         yield Block(tuple(compress(names, whole.tolist())), values[:, whole], iterations)
+    alike: dict[bytes, list[int]] = {}
     for column in np.flatnonzero(present.any(axis=0) & ~whole).tolist():
-        here = present[:, column]
-        yield Block((names[column],), values[here, column, None], iterations[here])
+        alike.setdefault(present[:, column].tobytes(), []).append(column)
+    for columns in alike.values():
+        here = present[:, columns[0]]
+        names_here = tuple(names[column] for column in columns)
+        yield Block(names_here, values[np.ix_(here, columns)], iterations[here])

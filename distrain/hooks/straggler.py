@@ -1,0 +1,192 @@
+"""Which rank the others wait for, and why."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from distrain.distributed import gather_to_all
+from distrain.errors import ConfigError
+from distrain.events import Spread
+from distrain.heartbeat import Phase, Pulse
+from distrain.hook import HookBase
+from distrain.log import logger
+from distrain.trainer import Trainer
+
+_CAUSES = {"data": "waiting for data", "forward": "in forward", "hooks": "in hooks"}
+_NAMES = {Phase.DATA: "data", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
+
+
+class StragglerWatch(HookBase):
+    """Measures where the time of a step goes on each rank, and names a rank that holds up others.
+
+    In backward every rank waits for the slowest, so a rank's own time is that of the rest: waiting
+    for data, forward, hooks. One iteration in `every` is measured and put as
+    `straggler/{data,forward,backward,hooks,own}_s`, seconds, the mean over ranks; their spread over
+    ranks travels in the window's collective. Rank 0 puts `straggler/lost_s`, by which the slowest
+    rank's own time is over the mean, and `straggler/slowest_rank`. Forward and backward of a GPU are
+    measured on the GPU. With one rank nothing is measured.
+
+    Args:
+        every: iterations from one measurement to the next.
+        share: of the step that the slowest rank's own time is over that of the fastest, from which
+            on it counts as slow.
+        patience: how often in a row one rank has to be found slow before a warning names it.
+    """
+
+    order = 11
+    trainer: Trainer
+
+    def __init__(self, every: int = 10, *, share: float = 0.1, patience: int = 5) -> None:
+        for key, value, least in (("every", every, 2), ("patience", patience, 1)):
+            if value < least:
+                raise ConfigError(f"{key}={value}; it is at least {least}")
+        if not share > 0:
+            raise ConfigError(f"share={share}; it is above 0")
+        self._every, self._share, self._patience = every, share, patience
+        self._places: list[str] = []
+        self._measured = -1  # the iteration whose times are on their way
+        self._in_a_row: tuple[int, int] = (-1, 0)  # rank, how often
+        self._warned = -1
+
+    def before_train(self) -> None:
+        """Learn where each rank runs. A collective."""
+        device = self.trainer.device
+        gpu = f", GPU {device.index}" if device.type == "cuda" else ""
+        self._places = gather_to_all(f"{socket.gethostname()}{gpu}, process {os.getpid()}")
+        self._clock = _Clock(self.trainer.pulse, on_gpu=device.type == "cuda")
+        self._hooks_begin_s: float | None = None
+
+    def before_step(self) -> None:
+        """Begin to measure, if it is this iteration's turn."""
+        if len(self._places) > 1 and self.trainer.iter % self._every == self._every // 2:
+            self._clock.start()
+            self.trainer.pulse = self._clock
+        elif self._hooks_begin_s is not None:
+            self._clock.seconds["hooks"] = time.perf_counter() - self._hooks_begin_s
+            self._hooks_begin_s = None
+
+    def after_step(self) -> None:
+        """Put what was measured, once it is complete; look at what came back."""
+        trainer = self.trainer
+        if trainer.pulse is self._clock:
+            trainer.pulse = self._clock.stop()
+            self._hooks_begin_s = time.perf_counter()
+        elif self._hooks_begin_s is None and (seconds := self._clock.read()) is not None:
+            own_s = seconds["data"] + seconds["forward"] + seconds["hooks"]
+            trainer.storage.put_scalars(
+                smoothing_hint=False,
+                **{f"straggler/{name}_s": value for name, value in seconds.items()},
+                **{"straggler/own_s": own_s},
+            )
+            self._measured = trainer.iter
+        if 0 <= self._measured <= trainer.reduction.combined_iter:
+            self._measured = -1
+            self._judge()
+
+    def _judge(self) -> None:
+        storage = self.trainer.storage
+        own = storage.spread("straggler/own_s")
+        if not self.trainer.where.is_main:
+            return
+        means = {
+            name: value
+            for name, (value, _) in storage.scalars_until(self.trainer.iter, window_size=1).items()
+        }
+        storage.put_scalar(
+            "straggler/lost_s", own.max - means["straggler/own_s"], False, reduce="local"
+        )
+        storage.put_scalar("straggler/slowest_rank", float(own.max_rank), False, reduce="local")
+        step_s = means["straggler/own_s"] + means["straggler/backward_s"]
+        is_slow = own.max - own.min > self._share * step_s
+        rank = own.max_rank if is_slow else -1
+        self._in_a_row = (rank, self._in_a_row[1] + 1 if rank == self._in_a_row[0] else 1)
+        if rank < 0:
+            self._warned = -1
+        elif self._in_a_row[1] >= self._patience and self._warned != rank:
+            self._warned = rank
+            logger.warning("%s", self._describe(rank, own, step_s))
+
+    def _describe(self, rank: int, own: Spread, step_s: float) -> str:
+        spreads = {name: self.trainer.storage.spread(f"straggler/{name}_s") for name in _CAUSES}
+        worst = max(spreads, key=lambda name: spreads[name].max - spreads[name].min)
+        return (
+            f"the other ranks wait for rank {rank} ({self._places[rank]}): {own.max - own.min:.3g} s "
+            f"more of its own than rank {own.min_rank} in a step of {step_s:.3g} s, "
+            f"{_CAUSES[worst]}; {self._in_a_row[1]} times in a row"
+        )
+
+
+class _Clock:
+    """Stands in for a rank's pulse for one iteration and keeps the time of each phase.
+
+    Args:
+        pulse: gets every beat.
+        on_gpu: forward and backward are measured by events on the GPU.
+
+    Attributes:
+        seconds: by name.
+    """
+
+    def __init__(self, pulse: Pulse, *, on_gpu: bool) -> None:
+        self._pulse, self._on_gpu = pulse, on_gpu
+        self.seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+
+    @property
+    def iteration(self) -> int:
+        """That of the pulse."""
+        return self._pulse.iteration
+
+    @iteration.setter
+    def iteration(self, iteration: int) -> None:
+        self._pulse.iteration = iteration
+
+    def start(self) -> None:
+        """Begin with the time of the data."""
+        self.seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0}
+        self._events = []
+        self._name, self._begin_s = "data", time.perf_counter()
+
+    def beat(self, phase: int, /) -> None:
+        """End a phase and begin another."""
+        now_s = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] += now_s - self._begin_s
+        self._name, self._begin_s = _NAMES.get(Phase(phase), ""), now_s
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((self._name, event))
+        self._pulse.beat(phase)
+
+    @contextmanager
+    def phase(self, phase: int, /) -> Iterator[None]:
+        """Pass a phase inside an iteration on."""
+        with self._pulse.phase(phase):
+            yield
+
+    def finish(self) -> None:
+        """Pass it on."""
+        self._pulse.finish()
+
+    def stop(self) -> Pulse:
+        """Return the pulse that this stands in for."""
+        return self._pulse
+
+    def read(self) -> dict[str, float] | None:
+        """Return the seconds of each phase once; None if there is nothing new or not yet."""
+        if not self.seconds or (self._events and not self._events[-1][1].query()):
+            return None
+        seconds, self.seconds = self.seconds, {}
+        if self._events:
+            seconds |= {"forward": 0.0, "backward": 0.0}
+            for (name, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
+                if name in ("forward", "backward"):
+                    seconds[name] += begin.elapsed_time(end) / 1e3
+        return seconds
