@@ -336,4 +336,4 @@ def _blocks(
     for columns in alike.values():
         here = present[:, columns[0]]
         names_here = tuple(names[column] for column in columns)
-        yield Block(names_here, values[np.ix_(here, columns)], iterations[here])
+        yield Block(names_here, values[here][:, columns], iterations[here])

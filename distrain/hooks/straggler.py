@@ -29,8 +29,8 @@ class StragglerWatch(HookBase):
     for data, forward, hooks. One iteration in `every` is measured and put as
     `straggler/{data,forward,backward,hooks,own}_s`, seconds, the mean over ranks; their spread over
     ranks travels in the window's collective. Rank 0 puts `straggler/lost_s`, by which the slowest
-    rank's own time is over the mean, and `straggler/slowest_rank`. Forward and backward of a GPU are
-    measured on the GPU. With one rank nothing is measured.
+    rank's own time is over the mean, and `straggler/slowest_rank`. Forward and backward on a GPU
+    are timed there. With one rank nothing is measured.
 
     Args:
         every: iterations from one measurement to the next.
@@ -79,11 +79,9 @@ class StragglerWatch(HookBase):
             self._hooks_begin_s = time.perf_counter()
         elif self._hooks_begin_s is None and (seconds := self._clock.read()) is not None:
             own_s = seconds["data"] + seconds["forward"] + seconds["hooks"]
-            trainer.storage.put_scalars(
-                smoothing_hint=False,
-                **{f"straggler/{name}_s": value for name, value in seconds.items()},
-                **{"straggler/own_s": own_s},
-            )
+            with trainer.storage.name_scope("straggler"):
+                for name, value in {**seconds, "own": own_s}.items():
+                    trainer.storage.put_scalar(f"{name}_s", value, False)
             self._measured = trainer.iter
         if 0 <= self._measured <= trainer.reduction.combined_iter:
             self._measured = -1
@@ -116,9 +114,9 @@ class StragglerWatch(HookBase):
         spreads = {name: self.trainer.storage.spread(f"straggler/{name}_s") for name in _CAUSES}
         worst = max(spreads, key=lambda name: spreads[name].max - spreads[name].min)
         return (
-            f"the other ranks wait for rank {rank} ({self._places[rank]}): {own.max - own.min:.3g} s "
-            f"more of its own than rank {own.min_rank} in a step of {step_s:.3g} s, "
-            f"{_CAUSES[worst]}; {self._in_a_row[1]} times in a row"
+            f"the other ranks wait for rank {rank} ({self._places[rank]}): in a step of "
+            f"{step_s:.3g} s it takes {own.max - own.min:.3g} s more than rank {own.min_rank}, "
+            f"{_CAUSES[worst]}; found {self._in_a_row[1]} times in a row"
         )
 
 
