@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from distrain.errors import ConfigError
-from distrain.rules import Place, Rule, Rules, number, parse
+from distrain.layerwise import with_layer_decay
+from distrain.rules import Place, Rule, Rules, number
 
 # _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -59,6 +60,8 @@ def param_groups(
     bias_lr_factor: float = 1.0,
     weight_decay_bias: float | None = None,
     rules: Rules = (),
+    layer_decay: float | None = None,
+    layers: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups for an optimizer: as few as there are different settings.
 
@@ -83,6 +86,8 @@ def param_groups(
         bias_lr_factor: factor on `lr` for biases outside norm layers.
         weight_decay_bias: weight decay of these biases; None means `weight_decay`.
         rules: see `Rule`.
+        layer_decay: multiplies rates by depth, without a rule for it; see `with_layer_decay`.
+        layers: how its layers are named, as "blocks.{}.*"; None finds them.
 
     Returns:
         dicts with `name`, `params`, `lr`, `weight_decay` and the other keys that rules set, in the
@@ -93,7 +98,7 @@ def param_groups(
         ConfigError: nothing is trainable, a value is out of range, or a rule matches no parameter.
     """
     defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
-    assigned = _assign(model, defaults, parse(rules))
+    assigned = _assign(model, defaults, rules, layer_decay, layers)
     return [
         {"name": name, "params": [member.parameter for member in members], **members[0].settings}
         for name, members in _grouped(assigned).items()
@@ -109,13 +114,15 @@ def explain_groups(
     bias_lr_factor: float = 1.0,
     weight_decay_bias: float | None = None,
     rules: Rules = (),
+    layer_decay: float | None = None,
+    layers: str | None = None,
 ) -> list[GroupRow]:
     """Return one row for each trainable parameter, in the model's order: its group, and why.
 
     Takes what `param_groups` takes, raises what it raises, and comes from the same assignment.
     """
     defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
-    assigned = _assign(model, defaults, parse(rules))
+    assigned = _assign(model, defaults, rules, layer_decay, layers)
     group = {id(m): name for name, members in _grouped(assigned).items() for m in members}
     return [
         GroupRow(
@@ -194,12 +201,18 @@ def _kind(place: Place) -> str:
 
 
 def _assign(
-    model: nn.Module, defaults: Mapping[str, Mapping[str, Any]], rules: Sequence[Rule]
+    model: nn.Module,
+    defaults: Mapping[str, Mapping[str, Any]],
+    given: Rules,
+    layer_decay: float | None,
+    layers: str | None,
 ) -> list[_Assigned]:
     """Return each trainable parameter once, in the model's order, with the settings it takes."""
     parameters: dict[nn.Parameter, list[Place]] = {}
     for place, parameter in _walk(model):
         parameters.setdefault(parameter, []).append(place)
+    names = {places[0].name: p for p, places in parameters.items()}
+    rules = with_layer_decay(names, given, layer_decay, layers)
     # Frozen parameters count where a rule is checked and layers are numbered: thawing one must not
     # change the settings of the others.
     matched: list[dict[nn.Parameter, tuple[int, int]]] = []

@@ -27,7 +27,15 @@ __all__ = [
 ]
 
 FUSED = (SGD, Adam, AdamW, Adagrad)
-OWN_KEYS = ("weight_decay_norm", "bias_lr_factor", "weight_decay_bias", "rules", "target")
+OWN_KEYS: tuple[str, ...] = (
+    "weight_decay_norm",
+    "bias_lr_factor",
+    "weight_decay_bias",
+    "rules",
+    "layer_decay",
+    "layers",
+    "target",
+)
 
 
 def build_optimizer(
@@ -40,6 +48,8 @@ def build_optimizer(
     bias_lr_factor: float = 1.0,
     weight_decay_bias: float | None = None,
     rules: Rules = (),
+    layer_decay: float | None = None,
+    layers: str | None = None,
     fused: bool | None = None,
     **keywords: Any,
 ) -> Optimizer:
@@ -71,6 +81,8 @@ def build_optimizer(
         bias_lr_factor: see `param_groups`.
         weight_decay_bias: see `param_groups`.
         rules: see `param_groups`; they may set any keyword of the optimizer.
+        layer_decay: see `param_groups`.
+        layers: see `param_groups`.
         fused: True or False decides; None as said above.
         **keywords: of the optimizer, such as `momentum` or `betas`; lists become tuples.
 
@@ -92,6 +104,8 @@ def build_optimizer(
         bias_lr_factor=bias_lr_factor,
         weight_decay_bias=weight_decay_bias,
         rules=rules,
+        layer_decay=layer_decay,
+        layers=layers,
     )
     if allowed is None or "weight_decay" in allowed:
         keywords["weight_decay"] = float(weight_decay)

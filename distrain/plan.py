@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     checkpoints = CheckpointStore(Path(run_dir, "checkpoints"), **conf["checkpoint"])
     parts = build_parts(conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints)
     trainer, optim = parts.trainer, conf["optim"]
-    keys = ("lr", "weight_decay", "weight_decay_norm", "bias_lr_factor", "weight_decay_bias")
-    rows = explain_groups(trainer.module, rules=optim["rules"], **{key: optim[key] for key in keys})
+    own = inspect.signature(explain_groups).parameters
+    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in own})
     num = sum(p.numel() for p in trainer.module.parameters())
     stream = parts.train_loader.stream
     max_iter = conf["trainer"]["max_iter"]

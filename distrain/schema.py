@@ -89,6 +89,8 @@ class OptimKeys:
     bias_lr_factor: Annotated[float, AtLeast(0)] = 1.0
     weight_decay_bias: Annotated[float, AtLeast(0)] | None = None
     rules: dict[str, Any] | list[Any] = field(default_factory=dict)
+    layer_decay: Annotated[float, Positive()] | None = None
+    layers: str | None = None
 
 
 OPEN: tuple[type, ...] = (OptimKeys,)
