@@ -115,7 +115,10 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         ((*DIGITS, "run.dir=/proc/none"), "run.dir=/proc/none: "),
         ((*DIGITS, "--config-dir", "none"), "Additional config directory"),
         (("--config-name", "none"), "--config-name=none: no such file"),
-        (("-m", *DIGITS, "optim=sgd,none"), "optim=none: no such choice; there is: adamw, sgd"),
+        (
+            ("-m", *DIGITS, "optim=sgd,none"),
+            "optim=none: no such choice; there is: adamw, lamb",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(command, tmp_path, argv, text):
