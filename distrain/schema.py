@@ -67,6 +67,8 @@ class TrainerKeys:
     sync_batchnorm: bool = True
     nonfinite: Literal["stop", "skip"] = "stop"
     ddp: dict[str, Any] = field(default_factory=dict)
+    comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    comm_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distrain.compression import CommHook, compress_gradients
 from distrain.data import to_device
 from distrain.distributed import local_device, random_states, restore_random_states
 from distrain.errors import ConfigError
@@ -61,6 +62,8 @@ class Trainer(TrainerBase):
         nonfinite: "stop" ends training when a loss is not finite; "skip" leaves the update out,
             which costs one read-back a step.
         ddp: further keywords of DistributedDataParallel.
+        comm_hook: how gradients travel between ranks, see `compress_gradients`.
+        comm_options: of it.
 
     Attributes:
         model: what is called in a step. module: the model itself, unwrapped.
@@ -88,6 +91,8 @@ class Trainer(TrainerBase):
         compile: bool = False,
         nonfinite: Literal["stop", "skip"] = "stop",
         ddp: Mapping[str, Any] | None = None,
+        comm_hook: CommHook = "none",
+        comm_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
         if precision not in ("fp32", "bf16", "fp16"):
@@ -105,6 +110,7 @@ class Trainer(TrainerBase):
         if compile:
             self.module.compile()
         self.model = _wrap(self.module, self.device, self.where.world_size, ddp or {})
+        compress_gradients(self.model, comm_hook, comm_options or {})
         self.optimizer = optimizer
         self.data = data
         self.accumulation = accumulation
