@@ -3,6 +3,7 @@
 from distrain.hooks.callback import CallbackHook
 from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
+from distrain.hooks.ema import EMA
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
@@ -11,6 +12,7 @@ from distrain.hooks.timer import IterationTimer
 from distrain.hooks.writer import PeriodicWriter
 
 __all__ = [
+    "EMA",
     "BestCheckpointer",
     "CallbackHook",
     "EarlyStopping",

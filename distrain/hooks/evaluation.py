@@ -8,12 +8,16 @@ from distrain.data import EvalLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
 from distrain.hook import HookBase
+from distrain.hooks.ema import EMA
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
 
 class EvalHook(HookBase):
     """Evaluates every so many iterations and at the end, and puts the results as `eval/<name>`.
+
+    With an `EMA` hook the averaged weights are evaluated too, as `eval_ema/<name>` where the hook
+    is called ema, or instead of the model's, as that hook says.
 
     Args:
         period: in iterations; None evaluates at the end only.
@@ -44,6 +48,13 @@ class EvalHook(HookBase):
         self._prefix = prefix
         self._last_done = -1
 
+    def before_train(self) -> None:
+        """Check that at most one average takes the place of the weights."""
+        hooks = self.trainer.hooks.items()
+        instead = [n for n, h in hooks if isinstance(h, EMA) and h.evaluate == "instead"]
+        if len(instead) > 1:
+            raise ConfigError(f"hooks.{instead[1]}.evaluate=instead: hooks.{instead[0]} has it too")
+
     def after_step(self) -> None:
         """Evaluate if it is time; the last iteration's turn comes in `after_train`."""
         done = self.trainer.iter_done
@@ -52,23 +63,38 @@ class EvalHook(HookBase):
 
     def after_train(self) -> None:
         """Evaluate the finished model; not if training only pauses here, or failed."""
-        trainer = self.trainer
-        finished = trainer.iter_done == trainer.max_iter or (
-            trainer.reduction.stop not in (0, STOP_REQUESTED)
-        )
-        if trainer.error is None and finished and self._last_done != trainer.iter_done:
+        if is_finished(self.trainer) and self._last_done != self.trainer.iter_done:
             self._evaluate()
 
     def _evaluate(self) -> None:
+        if self._function is None and self._eval_loader is None:
+            return
+        hooks = self.trainer.hooks.items()
+        averages = {name: h for name, h in hooks if isinstance(h, EMA) and h.is_ready}
+        if all(average.evaluate == "beside" for average in averages.values()):
+            self._put(self._prefix)
+        for name, average in averages.items():
+            with average.applied():
+                is_beside = average.evaluate == "beside"
+                self._put(f"{self._prefix}_{name}" if is_beside else self._prefix)
+        self._last_done = self.trainer.iter_done
+
+    def _put(self, prefix: str) -> None:
+        """Evaluate the weights that the model has now."""
         trainer = self.trainer
         if self._function is not None:
             results = self._function()
-        elif self._eval_loader is not None:
-            results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
         else:
-            return
-        self._last_done = trainer.iter_done
+            assert self._eval_loader is not None
+            results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
         for name, value in results.items():
             trainer.storage.put_scalar(
-                f"{self._prefix}/{name}", value, smoothing_hint=False, reduce="local"
+                f"{prefix}/{name}", value, smoothing_hint=False, reduce="local"
             )
+
+
+def is_finished(trainer: Trainer) -> bool:
+    """Whether training has come to its end, rather than pauses here or has failed."""
+    is_last = trainer.iter_done == trainer.max_iter
+    ended = is_last or trainer.reduction.stop not in (0, STOP_REQUESTED)
+    return trainer.error is None and ended
