@@ -171,18 +171,28 @@ class _CpuFunction(torch.autograd.Function):
 def _over_ranks(x: Tensor, group: dist.ProcessGroup, world_size: int) -> tuple[int, Tensor, Tensor]:
     """Return count, mean (C,), sum of squared deviations (C,), in float64. A collective.
 
-    Ranks send their own three, not sums of squares, whose difference would cancel (Chan, Golub &
-    LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"):
-    `squares = sum_r(squares_r + count_r * (mean_r - mean)^2)`. A rank's own come from deviations
-    `d = x - m` from its rounded mean m, corrected for the rounding (the same authors, 1983,
-    "Algorithms for Computing the Sample Variance"): `mean_r = m + sum(d) / count_r` and
-    `squares_r = sum(d^2) - sum(d)^2 / count_r`. All ranks add the same numbers in the same order,
-    so they get the same bits. float64 also counts beyond float32's 2^24.
-
     Args:
         x: (B, C, ...) of this rank.
         group: the ranks.
         world_size: how many they are.
+    """
+    own = channel_moments(x)
+    rows = own.new_empty(world_size, own.numel())
+    dist.all_gather([*rows.unbind()], own, group=group)
+    count, mean, squares = merged_moments(rows)
+    return int(count), mean, squares
+
+
+def channel_moments(x: Tensor) -> Tensor:
+    """Return (1 + 2C,) in float64: count, means, sums of squared deviations of each channel.
+
+    The deviations `d = x - m` are from the rounded mean m, corrected for the rounding (Chan, Golub
+    & LeVeque 1983, "Algorithms for Computing the Sample Variance"): `mean = m + sum(d) / count` and
+    `squares = sum(d^2) - sum(d)^2 / count`. float64 also counts beyond float32's 2^24. Example:
+    values 1, 3 of one channel give 2, 2, 2.
+
+    Args:
+        x: (B, C, ...); zeros where there is nothing in it.
     """
     channels = x.size(1)
     own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
@@ -194,13 +204,25 @@ def _over_ranks(x: Tensor, group: dist.ProcessGroup, world_size: int) -> tuple[i
         own[0] = x.numel() // channels
         own[1 : 1 + channels] = mean + drift
         own[1 + channels :] = deviations.square_().sum(over) - own[0] * drift.square()
-    rows = own.new_empty(world_size, own.numel())
-    dist.all_gather([*rows.unbind()], own, group=group)
+    return own
+
+
+def merged_moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count (), mean (C,), sum of squared deviations (C,) of several sets of values.
+
+    Not from sums of squares, whose difference would cancel (Chan, Golub & LeVeque 1979, "Updating
+    Formulae and a Pairwise Algorithm for Computing Sample Variances"):
+    `squares = sum_r(squares_r + count_r * (mean_r - mean)^2)`. The same rows give the same bits.
+
+    Args:
+        rows: (n, 1 + 2C), each as `channel_moments` returns it.
+    """
+    channels = rows.size(1) // 2
     counts, means, squares = rows.split_with_sizes(
         [1, channels, channels], dim=1
-    )  # (W, 1), (W, C), (W, C)
-    count = int(counts.sum())
-    mean = (counts * means).sum(0) / max(count, 1)
+    )  # (n, 1), (n, C), (n, C)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count.clamp(min=1)
     return count, mean, (squares + counts * (means - mean).square()).sum(0)
 
 

@@ -5,6 +5,7 @@ from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.ema import EMA
 from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.precise_bn import PreciseBN
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.straggler import StragglerWatch
@@ -21,6 +22,7 @@ __all__ = [
     "LRScheduler",
     "PeriodicCheckpointer",
     "PeriodicWriter",
+    "PreciseBN",
     "ReplicaGuard",
     "StragglerWatch",
 ]
