@@ -1,0 +1,111 @@
+"""Histograms of weights and gradients, and the norm of all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from distrain.errors import ConfigError
+from distrain.hook import HookBase
+from distrain.rules import near
+from distrain.trainer import Trainer
+
+
+class Histograms(HookBase):
+    """Puts `grad_norm` in each iteration, and histograms in the last one of every n-th window.
+
+    `grad_norm` is the 2-norm of all gradients together, averaged over ranks, before clipping.
+    Histograms are `weights/NAME` after the update, `gradients/NAME` as the update gets them before
+    clipping, and `gradient_norms`, of the 2-norms of all parameters' gradients. All are counted on
+    the device; they are read back when the window is written, and no other step reads anything.
+    Gradients that are sparse are not looked at.
+
+    Args:
+        windows: n, in windows of `trainer.window` iterations.
+        match: name pattern of parameters, or several, whose histograms are put.
+        weights: whether those of weights are.
+        gradients: whether those of gradients are.
+        bins: of each histogram.
+
+    Raises:
+        ConfigError: a number is too small, or a pattern matches no parameter.
+    """
+
+    order = 52
+    trainer: Trainer
+
+    def __init__(
+        self,
+        windows: int = 10,
+        *,
+        match: str | Sequence[str] = "*",
+        weights: bool = True,
+        gradients: bool = True,
+        bins: int = 64,
+    ) -> None:
+        for key, value in (("windows", windows), ("bins", bins)):
+            if value < 1:
+                raise ConfigError(f"{key}={value}; it is at least 1")
+        self._windows = windows
+        self._patterns = [match] if isinstance(match, str) else [*match]
+        self._weights = weights
+        self._gradients = gradients
+        self._bins = bins
+        self._names: set[str] = set()
+        self._norm: Tensor | None = None
+
+    def before_train(self) -> None:
+        """Find the parameters that are meant."""
+        names = [name for name, p in self.trainer.module.named_parameters() if p.numel()]
+        for pattern in self._patterns:
+            hits = {name for name in names if fnmatchcase(name, pattern)}
+            if not hits:
+                raise ConfigError(
+                    f"match={pattern!r} matches no parameter; {near(pattern.strip('*.'), names)}"
+                )
+            self._names |= hits
+
+    def after_backward(self) -> None:
+        """Measure the gradients."""
+        if self.trainer.grad_norm is not None and not self._is_due():
+            return  # the trainer measures it, to clip
+        named = {
+            name: p.grad
+            for name, p in self.trainer.module.named_parameters()
+            if p.grad is not None and not p.grad.is_sparse
+        }
+        if not named:
+            return
+        scale = None
+        if self.trainer.scaler.is_enabled():  # as a tensor: its number would be read back
+            scale = self.trainer.scaler.scale(torch.ones((), device=self.trainer.device))
+        norms = torch.stack(torch._foreach_norm([*named.values()]))  # (num_parameters,)
+        norms = norms if scale is None else norms / scale
+        self._norm = torch.linalg.vector_norm(norms)
+        if self._is_due() and self._gradients:
+            self._put("gradient_norms", norms)
+            for name in self._names & named.keys():
+                self._put(f"gradients/{name}", named[name], scale)
+
+    def after_step(self) -> None:
+        """Put the norm, and the histograms of the new weights if it is time."""
+        norm = self._norm if self.trainer.grad_norm is None else self.trainer.grad_norm
+        if norm is not None:
+            self.trainer.storage.put_scalar("grad_norm", norm)
+        if self._weights and self._is_due():
+            for name, parameter in self.trainer.module.named_parameters():
+                if name in self._names:
+                    self._put(f"weights/{name}", parameter)
+
+    def _is_due(self) -> bool:
+        """Whether this iteration is the last of such a window, on the rank that writes."""
+        iteration = self.trainer.iter + 1
+        due = iteration % (self.trainer.window * self._windows) == 0
+        return due and self.trainer.where.is_main
+
+    def _put(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
+        values = values.detach() if scale is None else values / scale
+        self.trainer.storage.put_histogram(name, values, bins=self._bins)
