@@ -5,6 +5,7 @@ from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.ema import EMA
 from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.garbage import GarbageCollector
 from distrain.hooks.histograms import Histograms
 from distrain.hooks.precise_bn import PreciseBN
 from distrain.hooks.replica_guard import ReplicaGuard
@@ -19,6 +20,7 @@ __all__ = [
     "CallbackHook",
     "EarlyStopping",
     "EvalHook",
+    "GarbageCollector",
     "Histograms",
     "IterationTimer",
     "LRScheduler",
