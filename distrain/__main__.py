@@ -94,6 +94,8 @@ class Command:
         if name:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
         launcher: Launcher = config.build(conf["launch"], "launch")
+        if weights := conf["init"]["weights"]:
+            weights = conf["init"]["weights"] = os.path.abspath(weights)
         job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
         if conf["plan"]:
             print(job.plan())
@@ -108,6 +110,8 @@ class Command:
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
             folder.freeze(conf, self._argv, is_restart=getattr(launcher, "is_restart", False))
+            if weights and folder.is_new and not os.path.exists(weights):
+                raise ConfigError(f"init.weights={weights}: there is no such file or folder")
             for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
                 print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:

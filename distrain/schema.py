@@ -81,6 +81,18 @@ class CheckpointKeys:
 
 
 @dataclass
+class InitKeys:
+    """`init.*`: weights that a new run starts from."""
+
+    weights: Annotated[str, Printable()] | None = None
+    ema: str | None = None
+    prefix: str | None = None
+    into: str | None = None
+    strict: bool = True
+    skip: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class OptimKeys:
     """`optim.*`: the groups of parameters; every other key is a keyword of the optimizer."""
 
@@ -112,6 +124,7 @@ class Keys:
     schedule: Target | None = None
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)
+    init: InitKeys = field(default_factory=InitKeys)
     seed: Annotated[int, AtLeast(0)] = 0
     resume: Literal["auto", "never", "must"] = "auto"
     plan: bool = False

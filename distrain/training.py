@@ -28,6 +28,7 @@ from distrain.distributed import (
     seed_everything,
 )
 from distrain.errors import ConfigError, ExitCode
+from distrain.finetune import start_from
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.optim import build_optimizer
@@ -123,6 +124,8 @@ def build_parts(
     settings = dict(conf["trainer"])
     del settings["max_iter"]
     model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
+    if state is None and conf.get("init", {}).get("weights"):
+        start_from(model, **conf["init"])
     optimizer = build_optimizer(model, **conf["optim"])
     schedule = None
     if conf["schedule"] is not None:

@@ -134,10 +134,13 @@ def conf_of(
     num=29,
     period=SAVED,
     stop=None,
+    hooks=None,
+    init=None,
     **trainer,
 ):
     timer = {"_target_": "distrain.hooks.IterationTimer"}
     hooks = {
+        **(hooks or {}),
         "timer": timer,
         "schedule": {"_target_": "distrain.hooks.LRScheduler"},
         "ledger": {"_target_": f"{HERE}.Ledger"},
@@ -148,6 +151,7 @@ def conf_of(
         "seed": 3,
         "resume": "auto",
         "checkpoint": {"background": False},
+        "init": init or {},
         "model": {"_target_": f"{HERE}.Net", **(model or {})},
         "data": {
             "batch_size": batch_size,
@@ -241,6 +245,24 @@ def test_interrupted_is_straight_bit_for_bit(
     assert differing(broken, whole) == []
     assert [i for _, i in values(whole, "loss")] == list(range(ITERS))
     assert len(whole["rng"]["ranks"]) == world_size
+
+
+MORE_HOOKS = {
+    "ema": {"_target_": "distrain.hooks.EMA", "decay": 0.9, "evaluate": "instead"},
+    "precise_bn": {"_target_": "distrain.hooks.PreciseBN", "num_iters": 2, "period": 3},
+    "histograms": {"_target_": "distrain.hooks.Histograms", "windows": 1},
+    "gc": {"_target_": "distrain.hooks.GarbageCollector", "period": 2},
+}
+
+
+@pytest.mark.parametrize("optim", ["LARS", "LAMB"])
+def test_with_more_hooks_and_gradients_in_bf16_bit_for_bit(tmp_path, optim):
+    optim = {"target": f"distrain.large_batch.{optim}", "lr": 0.05, "weight_decay": 1e-3}
+    settings = {"hooks": MORE_HOOKS, "optim": optim, "comm_hook": "bf16"}
+    broken, whole = run_ranks(interrupted_and_straight, 3, tmp_path, **settings)[0]
+    assert differing(broken, whole) == []
+    assert whole["hooks"]["ema"]["updates"] == ITERS
+    assert len(values(whole, "grad_norm")) == ITERS
 
 
 def every_schedule(rank, folder):
