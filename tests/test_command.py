@@ -1,6 +1,7 @@
 """The command line without training: Hydra's part, sweeps, errors, exit codes."""
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import distrain.run
+from distrain import config
 from distrain.__main__ import Command, from_here
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.sweep import folder_name, worst
@@ -73,6 +75,20 @@ def test_a_run(command, tmp_path):
     assert job.run_dir == str(tmp_path / "runs" / "digits")
     assert sorted(os.listdir(tmp_path)) == ["runs"]  # Hydra has written nothing
     assert yaml.safe_load((tmp_path / "runs/digits/run.yaml").read_text()) == job.conf
+
+
+def test_one_word_adds_a_hook_with_all_its_keys(command):
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/with/*.yaml")}
+    names = ",".join(found)
+    assert command(*DIGITS, f"+with=[{names}]", "hooks.eval.period=7")[0] is ExitCode.FINISHED
+    hooks = STARTED[0].conf["hooks"]
+    assert hooks["precise_bn"]["period"] == 7
+    for name, nodes in found.items():
+        for key, node in nodes.items():
+            assert key == name, "the word is the name of the hook"
+            assert hooks[key].keys() == node.keys()
+            parameters = inspect.signature(config.locate(node["_target_"])).parameters
+            assert node.keys() - {"_target_"} == {*parameters}, name
 
 
 @pytest.mark.parametrize(

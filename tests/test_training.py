@@ -119,6 +119,11 @@ def test_a_run_and_the_same_command_again(folder):
         (["schedule._target_=distrain.schedule.Cosine"], ["schedule._target_", "Cosine"]),
         (["resume=must"], ["resume=must", "resume=auto"]),
         (["trainer.precision=fp8"], ["trainer.precision=fp8", "bf16"]),
+        (["trainer.comm_hook=int8"], ["trainer.comm_hook=int8", "bf16", "powersgd"]),
+        (["optim.layer_decay=0"], ["optim.layer_decay=0", "above 0"]),
+        (["init.weights=nowhere.pt"], ["init.weights=", "nowhere.pt", "no such file"]),
+        (["init.weights=tiny.py"], ["init.weights=", "tiny.py", "save model.state_dict()"]),
+        (["+with=ema", "hooks.ema.decay=1"], ["hooks.ema.decay=1", "[0, 1)"]),
         (["+hooks.mine._target_=tiny.Points"], ["hooks.mine._target_=tiny.Points", "HookBase"]),
     ],
 )
