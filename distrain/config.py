@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,7 @@ def build(node: Mapping[str, Any], key: str = "", /, **context: Any) -> Any:
         keywords = {k: v for k, v in context.items() if k in names} | keywords
         if not node.get("_partial_"):
             _check_keywords(target, signature, keywords, key)
+            _check_numbers(target, signature, keywords, key)
     if node.get("_partial_"):
         return functools.partial(target, **keywords)
     try:
@@ -225,6 +227,33 @@ def _check_keywords(
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in keywords:
             raise ConfigError(f"{prefix}{name}: a value is needed, for {name_of(target)}")
+
+
+def _check_numbers(
+    target: Callable[..., Any], signature: inspect.Signature, keywords: dict[str, Any], key: str
+) -> None:
+    """Raise ConfigError where something of ours takes a number and gets a text, a list or null.
+
+    Others may be annotated in ways that they do not mean.
+    """
+    if not str(getattr(target, "__module__", "")).startswith("distrain."):
+        return
+    made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(made)
+    except NameError:  # of a type that only the type checker imports
+        return
+    for name, value in keywords.items():
+        kinds = set(typing.get_args(hints.get(name))) or {hints.get(name)}
+        is_optional = type(None) in kinds or name not in hints
+        if not kinds - {type(None)} <= {int, float} or (value is None and is_optional):
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            whole = "a whole number" if float not in kinds else "a number"
+            hint = f"{whole} is needed" + (", or null" if is_optional else "")
+            raise schema.wrong(f"{key}.{name}" if key else name, value, hint)
+        if float not in kinds and isinstance(value, float) and not value.is_integer():
+            raise schema.wrong(f"{key}.{name}" if key else name, value, "a whole number is needed")
 
 
 def _import_longest(path: str, where: str) -> tuple[Any, list[str]]:

@@ -220,6 +220,27 @@ def test_mistakes_in_nodes(keys, text):
     assert message(build, keys, "model").startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"decay": None}, "hooks.x.decay=null: a number is needed"),
+        ({"decay": "high"}, "hooks.x.decay=high: a number is needed"),
+        ({"period": [1]}, "hooks.x.period=[1]: a whole number is needed"),
+        ({"period": 2.5}, "hooks.x.period=2.5: a whole number is needed"),
+        ({"period": float("nan")}, "hooks.x.period=nan: a whole number is needed"),
+    ],
+)
+def test_what_is_no_number_where_one_of_ours_takes_one(keys, text):
+    assert message(build, {"_target_": "distrain.hooks.EMA", **keys}, "hooks.x") == text
+
+
+def test_numbers_that_may_be_left_out():
+    text = message(build, {"_target_": "distrain.hooks.EvalHook", "period": "often"}, "hooks.x")
+    assert text == "hooks.x.period=often: a whole number is needed, or null"
+    build({"_target_": "distrain.hooks.EvalHook", "period": None})
+    build({"_target_": "distrain.hooks.EMA", "decay": 0})
+
+
 def test_a_programming_error_stays_what_it_is():
     with pytest.raises(RuntimeError, match="no luck at all") as caught:
         build(node(width=1, depth=14), "model")
