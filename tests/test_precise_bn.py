@@ -189,12 +189,16 @@ def test_loader_processes_of_its_own_end_with_it():
     assert left == [1], "the training's own"
 
 
-def test_a_compiled_model_is_seen_through():
-    compiled = fresh()
-    compiled.compile(backend="eager")
-    trainer_of(hooks=[PreciseBN(NUM)], model=compiled)
+def test_a_compiled_model_is_not_compiled_anew():
+    graphs, by_training = [], []
+    model = fresh()
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    count = CallbackHook(after_step=lambda _: by_training.append(len(graphs)))
+    trainer_of(hooks=[PreciseBN(NUM), count], model=model)
+    torch._dynamo.reset()
+    assert len(graphs) == by_training[-1] > 0
     plain, _ = recomputed(0, 1, sync=False)
-    for name, value in statistics(compiled).items():
+    for name, value in statistics(model).items():
         torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-5)
 
 

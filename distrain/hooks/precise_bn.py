@@ -166,9 +166,8 @@ def _no_trace(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as inside:
         inside.enter_context(EventStorage())
         if getattr(module, "_compiled_call_impl", None) is not None:
-            inside.enter_context(
-                torch.compiler.set_stance("force_eager")
-            )  # else hooks are not seen
+            # with hooks and without gradients it would be compiled anew, which takes a minute
+            inside.enter_context(torch.compiler.set_stance("force_eager"))
         yield
     for buffer, old in zip(module.buffers(), buffers, strict=True):
         buffer.copy_(old)
