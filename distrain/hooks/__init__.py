@@ -6,6 +6,7 @@ from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
+from distrain.hooks.throughput import Throughput
 from distrain.hooks.timer import IterationTimer
 from distrain.hooks.writer import PeriodicWriter
 
@@ -19,4 +20,5 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "ReplicaGuard",
+    "Throughput",
 ]
