@@ -4,6 +4,7 @@ from distrain.hooks.callback import CallbackHook
 from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.gpu import GpuStats
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.throughput import Throughput
@@ -15,6 +16,7 @@ __all__ = [
     "CallbackHook",
     "EarlyStopping",
     "EvalHook",
+    "GpuStats",
     "IterationTimer",
     "LRScheduler",
     "PeriodicCheckpointer",
