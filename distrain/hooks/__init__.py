@@ -5,6 +5,7 @@ from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.gpu import GpuStats
+from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.throughput import Throughput
@@ -23,4 +24,5 @@ __all__ = [
     "PeriodicWriter",
     "ReplicaGuard",
     "Throughput",
+    "TorchProfiler",
 ]
