@@ -5,6 +5,7 @@ from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.gpu import GpuStats
+from distrain.hooks.memory import TorchMemoryStats
 from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
@@ -24,5 +25,6 @@ __all__ = [
     "PeriodicWriter",
     "ReplicaGuard",
     "Throughput",
+    "TorchMemoryStats",
     "TorchProfiler",
 ]
