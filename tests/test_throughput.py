@@ -98,6 +98,13 @@ def test_flops_that_are_given(clock):
     assert "perf/mfu" not in found  # the CPU's peak is not known
 
 
+def test_a_compiled_model_is_not_counted(monkeypatch):
+    monkeypatch.setattr(Model, "_compiled_call_impl", Model._call_impl)
+    hook = Throughput()
+    assert "perf/tflops_per_rank" not in perf(train(hook=hook))
+    assert hook._flops is None
+
+
 def test_counting_changes_no_bit():
     plain, counted = train(), train(hook=Throughput())
     for a, b in zip(plain.module.parameters(), counted.module.parameters(), strict=True):

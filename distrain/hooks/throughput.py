@@ -75,7 +75,8 @@ class Throughput(HookBase):
 
     The operations are those that `torch.utils.flop_counter` sees in the first step of each rank:
     matrix products, convolutions and attention, with what activation checkpointing does twice. It
-    sees nothing of kernels of your own or of a compiled model: then give `flops_per_sample`.
+    sees nothing of kernels of your own, and a compiled model (trainer.compile) is not counted: then
+    give `flops_per_sample`.
 
     Args:
         tokens_per_sample: such as the length of a sequence.
@@ -123,6 +124,11 @@ class Throughput(HookBase):
         self._samples = self._samples or samples_per_step(trainer)
         if self._flops_per_sample is not None and self._samples is not None:
             self._flops = self._flops_per_sample * self._samples / trainer.where.world_size
+        # a model that is called under the counter is not compiled
+        is_compiled = trainer.module._compiled_call_impl is not None
+        self._counts = self._flops is None and not is_compiled
+        if self._flops is None and is_compiled and trainer.where.is_main:
+            logger.info("no perf/tflops_per_rank of a compiled model: give flops_per_sample")
         if self._peak_tflops is None and trainer.device.type == "cuda":
             card = torch.cuda.get_device_name(trainer.device)
             self._peak_tflops = peak_tflops(card)
@@ -131,7 +137,7 @@ class Throughput(HookBase):
 
     def before_step(self) -> None:
         """Count the first step."""
-        if self.trainer.iter == self.trainer.start_iter and self._flops is None:
+        if self.trainer.iter == self.trainer.start_iter and self._counts:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
