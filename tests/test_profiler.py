@@ -1,6 +1,9 @@
 """Traces of chosen steps: which, of which ranks, what is in them, and that others pay nothing."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, TorchProfiler
 from distrain.hooks.profiler import _Ranges
 
+ROOT = Path(__file__).parents[1]
 OURS = ("data", "forward", "backward", "optimizer", "hooks")
 
 
@@ -134,3 +138,21 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path, caplog)
 def test_wrong_arguments(keywords, text):
     with pytest.raises(ConfigError, match=text):
         TorchProfiler(run_dir=".", **keywords)
+
+
+def test_the_command_takes_the_hooks_by_their_files(tmp_path):
+    command = [sys.executable, "-m", "distrain", "+experiment=digits", "trainer.max_iter=6"]
+    command += ["hooks=[default,throughput,memory,profiler]", "hooks.profiler.start=2"]
+    done = subprocess.run(
+        [*command, "launch.in_process=true", "trainer.window=3"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "digits"
+    assert names(run) == ["rank_0.2.pt.trace.json"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"perf/samples_per_s", "perf/tflops_per_rank", "memory/host_rss_mib"} <= rows[-1].keys()
