@@ -35,7 +35,8 @@ FILES = (MODEL_FILE, TRAINING_FILE, STATE_FILE)
 MANIFEST_FILE = "manifest.json"
 MODEL_PART = "model"
 HISTORIES_PART = "histories"
-CLOCK_PREFIXES = ("perf/", "gpu/", "straggler/")  # measured on the clock, never twice the same
+# measured on this machine, never twice the same
+CLOCK_PREFIXES = ("perf/", "gpu/", "memory/", "straggler/")
 MAX_MANIFEST_BYTES = 1 << 24
 
 _FOLDER = re.compile(r"iter_(\d{10,18})")

@@ -78,13 +78,16 @@ def describe(values: Mapping[str, float]) -> str:
 
     Args:
         values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
-            have their places at the end; others under `lr/`, `perf/` and `gpu/` are left out.
+            have their places at the end; others under `lr/`, `perf/`, `gpu/` and `memory/` are
+            left out.
 
     Example:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
         gives "loss 0.03123  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07".
     """
-    shown = [n for n in values if n != "lr" and not n.startswith(("lr/", "perf/", "gpu/"))]
+    shown = [
+        n for n in values if n != "lr" and not n.startswith(("lr/", "perf/", "gpu/", "memory/"))
+    ]
     losses = [name for name in shown if "loss" in name.lower()]
     losses.sort(key=lambda name: "total" not in name.lower())
     names = losses + [name for name in shown if name not in losses]

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import psutil
 import pytest
 import torch.distributed as dist
+from stand_in import libraries  # noqa: F401 - a fixture
 
 
 @pytest.fixture(autouse=True)

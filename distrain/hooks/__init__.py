@@ -6,11 +6,15 @@ from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.ema import EMA
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.garbage import GarbageCollector
+from distrain.hooks.gpu import GpuStats
 from distrain.hooks.histograms import Histograms
+from distrain.hooks.memory import TorchMemoryStats
 from distrain.hooks.precise_bn import PreciseBN
+from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.straggler import StragglerWatch
+from distrain.hooks.throughput import Throughput
 from distrain.hooks.timer import IterationTimer
 from distrain.hooks.writer import PeriodicWriter
 
@@ -22,6 +26,7 @@ __all__ = [
     "EvalHook",
     "GarbageCollector",
     "Histograms",
+    "GpuStats",
     "IterationTimer",
     "LRScheduler",
     "PeriodicCheckpointer",
@@ -29,4 +34,7 @@ __all__ = [
     "PreciseBN",
     "ReplicaGuard",
     "StragglerWatch",
+    "Throughput",
+    "TorchMemoryStats",
+    "TorchProfiler",
 ]

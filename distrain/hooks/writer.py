@@ -125,7 +125,7 @@ class PeriodicWriter(HookBase):
         metrics = {
             name: value
             for name, (value, _) in scalars.items()
-            if not name.startswith(("perf/", "gpu/", "lr", "straggler/"))
+            if not name.startswith(("perf/", "gpu/", "memory/", "lr", "straggler/"))
         }
         for writer in self._given or ():
             if isinstance(writer, TensorBoardWriter):

@@ -1,0 +1,317 @@
+"""NVIDIA GPUs through the driver's management library: which are ours, and what they say.
+
+CUDA is not started: NVML (by the package nvidia-ml-py) asks the driver itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import pynvml
+
+T = TypeVar("T")
+
+_NEVER = {
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,  # of a driver older or newer than the package
+    pynvml.NVML_ERROR_NO_PERMISSION,
+    pynvml.NVML_ERROR_INVALID_ARGUMENT,
+}
+_LOST = {
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_RESET_REQUIRED,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+}
+_ALL_LINKS = 0xFFFFFFFF  # scopeId of a field value: the sum over all NVLinks
+_MAX_EVENTS = 32  # taken at a time: a broken card may send them without end
+
+
+class NoDriver(RuntimeError):
+    """NVML cannot be used here; the text says why."""
+
+
+class GpuLost(RuntimeError):
+    """A GPU does not answer any more."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one GPU said at one time.
+
+    Attributes:
+        values: by name, in the unit that the name ends in; what the card lacks is not in it.
+        throttle: bits of nvmlClocksEventReason*; None where the card does not say.
+    """
+
+    values: dict[str, float]
+    throttle: int | None = None
+
+
+@dataclass(eq=False)
+class Gpu:
+    """A whole GPU, or a MIG device on one.
+
+    Attributes:
+        index: of the GPU on this machine, in the order of the PCI bus, as nvidia-smi counts.
+        uuid: `GPU-...` or `MIG-...`.
+        name: of the product.
+        energy_j: used since the first `read`; None where the card tells neither energy nor power.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    handle: Any
+    parent: Any  # handle of the GPU that a MIG device is on; of the GPU itself elsewhere
+    energy_j: float | None = None
+    _denied: set[str] = field(default_factory=set)
+    _power: tuple[float, float] | None = None  # time in s, power in W of the last reading
+    _first_mj: int | None = None
+    _links: tuple[float, int, int] | None = None  # time in s, KiB sent, KiB received
+
+    def read(self, now_s: float) -> Reading:
+        """Return what the GPU says now; PCIe traffic alone is measured for 2 x 20 ms.
+
+        What a MIG device does not tell is asked of its GPU where that cannot be misunderstood:
+        temperature, clocks and errors, but not the power that others use too.
+
+        Args:
+            now_s: time on any steady clock.
+
+        Raises:
+            GpuLost: it does not answer any more.
+        """
+        values: dict[str, float] = {}
+        for name, reader in _READERS.items():
+            values |= self._try(name, partial(reader, self)) or {}
+        self._try("energy", lambda: self._count_energy(values.get("power_w"), now_s))
+        values |= self._try("nvlink", lambda: self._link_traffic(now_s)) or {}
+        return Reading(values, self._try("throttle", self._throttle))
+
+    def _try(self, name: str, reader: Callable[[], T]) -> T | None:
+        """Return what a reader returns, None where the card does not tell: then not asked again."""
+        if name in self._denied:
+            return None
+        try:
+            return reader()
+        except pynvml.NVMLError as error:
+            if _code(error) in _LOST:
+                raise GpuLost(str(error)) from None
+            if _code(error) in _NEVER:
+                self._denied.add(name)
+        return None
+
+    def _throttle(self) -> int:
+        try:
+            return int(_ask("nvmlDeviceGetCurrentClocksEventReasons", self.parent))
+        except pynvml.NVMLError as error:
+            if _code(error) != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+                raise
+            return int(_ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.parent))
+
+    def _count_energy(self, power_w: float | None, now_s: float) -> None:
+        """Add to the energy: by the card's counter (mJ), else power times time."""
+        try:
+            total_mj = int(_ask("nvmlDeviceGetTotalEnergyConsumption", self.handle))
+        except pynvml.NVMLError as error:
+            if _code(error) not in _NEVER:
+                raise
+        else:
+            self._first_mj = total_mj if self._first_mj is None else self._first_mj
+            self.energy_j = (total_mj - self._first_mj) / 1000
+            return
+        if power_w is None:
+            return
+        before_s, before_w = self._power or (now_s, power_w)
+        self.energy_j = (self.energy_j or 0.0) + (now_s - before_s) * (before_w + power_w) / 2
+        self._power = (now_s, power_w)
+
+    def _link_traffic(self, now_s: float) -> dict[str, float]:
+        """Return the NVLink traffic since the last reading; nothing at the first."""
+        fields = (
+            pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+            pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+        )
+        answers = _ask("nvmlDeviceGetFieldValues", self.handle, [(f, _ALL_LINKS) for f in fields])
+        for answer in answers:
+            if answer.nvmlReturn != pynvml.NVML_SUCCESS:
+                raise _ask("NVMLError", answer.nvmlReturn)
+        sent, received = (int(answer.value.ullVal) for answer in answers)
+        before, self._links = self._links, (now_s, sent, received)
+        if before is None or now_s <= before[0]:
+            return {}
+        mb_per_kib_s = 1024 / 1e6 / (now_s - before[0])
+        return {
+            "nvlink_tx_mb_per_s": (sent - before[1]) * mb_per_kib_s,
+            "nvlink_rx_mb_per_s": (received - before[2]) * mb_per_kib_s,
+        }
+
+
+def _utilization(gpu: Gpu) -> dict[str, float]:
+    rates = _ask("nvmlDeviceGetUtilizationRates", gpu.handle)
+    return {"utilization_percent": rates.gpu, "memory_busy_percent": rates.memory}
+
+
+def _memory(gpu: Gpu) -> dict[str, float]:
+    memory = _ask("nvmlDeviceGetMemoryInfo", gpu.handle)
+    return {"memory_used_mib": memory.used / 2**20, "memory_total_mib": memory.total / 2**20}
+
+
+def _pcie(gpu: Gpu) -> dict[str, float]:
+    sent = _ask("nvmlDeviceGetPcieThroughput", gpu.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)
+    received = _ask("nvmlDeviceGetPcieThroughput", gpu.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)
+    return {"pcie_tx_mb_per_s": sent / 1000, "pcie_rx_mb_per_s": received / 1000}  # of KB/s
+
+
+def _one(name: str, function: str, *arguments: int, per: float = 1) -> Callable[[Gpu], Any]:
+    """Return the reader of one number, asked of the GPU itself."""
+    return lambda gpu: {name: _ask(function, gpu.parent, *arguments) / per}
+
+
+_READERS: dict[str, Callable[[Gpu], dict[str, float]]] = {
+    "utilization": _utilization,
+    "memory": _memory,
+    "power": lambda gpu: {"power_w": _ask("nvmlDeviceGetPowerUsage", gpu.handle) / 1000},
+    "temperature": _one("temperature_c", "nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+    "sm_clock": _one("sm_clock_mhz", "nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+    "memory_clock": _one("memory_clock_mhz", "nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+    "ecc": _one(
+        "ecc_uncorrected",
+        "nvmlDeviceGetTotalEccErrors",
+        pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+        pynvml.NVML_VOLATILE_ECC,
+    ),
+    "pcie": _pcie,
+}
+
+
+class Nvml:
+    """An open connection to the driver; `close` ends it. Use it from one thread at a time.
+
+    Raises:
+        NoDriver: there is no NVIDIA driver, or it does not answer.
+    """
+
+    def __init__(self) -> None:
+        try:
+            _ask("nvmlInit")
+        except pynvml.NVMLError as error:
+            raise NoDriver(str(error)) from None
+        self._events: Any = None
+        self._by_handle: dict[int, Gpu] = {}
+
+    def close(self) -> None:
+        """Give back what was opened."""
+        with contextlib.suppress(pynvml.NVMLError):
+            if self._events is not None:
+                _ask("nvmlEventSetFree", self._events)
+        with contextlib.suppress(pynvml.NVMLError):
+            _ask("nvmlShutdown")
+
+    def gpus(self) -> list[list[Gpu]]:
+        """Return for every GPU of this machine what CUDA can use: itself, or its MIG devices."""
+        try:
+            return [_on_gpu(index) for index in range(_ask("nvmlDeviceGetCount"))]
+        except pynvml.NVMLError as error:
+            raise NoDriver(str(error)) from None
+
+    def listen(self, gpus: Sequence[Gpu]) -> None:
+        """Have the driver keep the Xid errors of GPUs for `xids`, where it can."""
+        try:
+            self._events = _ask("nvmlEventSetCreate")
+        except pynvml.NVMLError:
+            return
+        for gpu in gpus:
+            handle = _address(gpu.parent)
+            if handle not in self._by_handle:
+                with contextlib.suppress(pynvml.NVMLError):
+                    kind = pynvml.nvmlEventTypeXidCriticalError
+                    _ask("nvmlDeviceRegisterEvents", gpu.parent, kind, self._events)
+                    self._by_handle[handle] = gpu
+
+    def xids(self) -> list[tuple[Gpu, int]]:
+        """Return the Xid errors that have come since the last call, without waiting."""
+        found: list[tuple[Gpu, int]] = []
+        if not self._by_handle:
+            return found
+        for _ in range(_MAX_EVENTS):
+            try:
+                event = _ask("nvmlEventSetWait_v2", self._events, 0)
+            except pynvml.NVMLError:  # mostly: none there
+                break
+            gpu = self._by_handle.get(_address(event.device))
+            if gpu is not None:
+                found.append((gpu, int(event.eventData)))
+        return found
+
+
+def _on_gpu(index: int) -> list[Gpu]:
+    """Return the GPU, or its MIG devices where that mode is on; nothing where it is gone."""
+    try:
+        parent = _ask("nvmlDeviceGetHandleByIndex", index)
+        name = _ask("nvmlDeviceGetName", parent)
+        whole = Gpu(index, _ask("nvmlDeviceGetUUID", parent), name, parent, parent)
+    except pynvml.NVMLError:
+        return []
+    try:
+        is_mig = _ask("nvmlDeviceGetMigMode", parent)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+        num = _ask("nvmlDeviceGetMaxMigDeviceCount", parent) if is_mig else 0
+    except pynvml.NVMLError:
+        return [whole]
+    if not is_mig:
+        return [whole]
+    devices = []
+    for slot in range(num):
+        with contextlib.suppress(pynvml.NVMLError):  # slots may be empty
+            handle = _ask("nvmlDeviceGetMigDeviceHandleByIndex", parent, slot)
+            devices.append(Gpu(index, _ask("nvmlDeviceGetUUID", handle), name, handle, parent))
+    return devices
+
+
+def visible(gpus: Sequence[Sequence[Gpu]], names: str | None) -> list[Gpu]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, in its order, as CUDA reads it.
+
+    A name is an index or the beginning of a UUID; the first that fits nothing, or more than one
+    device, ends the list. A GPU in MIG mode, named by its index, is its first MIG device. A device
+    named twice makes CUDA refuse all.
+
+    Args:
+        gpus: of `Nvml.gpus`.
+        names: value of the variable; None where it is not set, and all GPUs are visible.
+
+    Example:
+        "1,0" of two GPUs: both, the second first; "" and "-1": none; "GPU-8f,9": GPU-8f... alone.
+    """
+    if names is None:
+        return [gpu for devices in gpus for gpu in devices]
+    found: list[Gpu] = []
+    for name in names.replace(" ", "").split(","):
+        if name.isdigit():
+            fitting = list(gpus[int(name)][:1]) if int(name) < len(gpus) else []
+        else:
+            is_uuid = name.startswith(("GPU-", "MIG-"))
+            every = [gpu for devices in gpus for gpu in devices]
+            fitting = [gpu for gpu in every if is_uuid and gpu.uuid.startswith(name)]
+        if len(fitting) != 1:
+            break
+        found += fitting
+    return found if len(set(map(id, found))) == len(found) else []
+
+
+def _ask(function: str, *arguments: Any) -> Any:
+    """Call a function of pynvml, which has no types."""
+    return getattr(pynvml, function)(*arguments)
+
+
+def _code(error: Exception) -> int:
+    """Return the NVML_ERROR_... of an error of pynvml's."""
+    return int(getattr(error, "value", pynvml.NVML_ERROR_UNKNOWN))
+
+
+def _address(handle: Any) -> int:
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0

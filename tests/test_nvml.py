@@ -1,0 +1,175 @@
+"""GPUs by NVIDIA's own binding, against a stand-in of the driver's library."""
+
+import pytest
+from stand_in import with_stand_in
+
+from distrain.nvml_words import throttle_words, xid_words
+
+A = {
+    "gpu0_uuid": "GPU-8f2c1111",
+    "gpu0_name": "Card A",
+    "gpu0_utilization": 37,
+    "gpu0_memory_busy": 12,
+    "gpu0_memory_used": 3 * 2**30,
+    "gpu0_memory_total": 80 * 2**30,
+    "gpu0_power": 250_500,
+    "gpu0_energy": 1_000_000,
+    "gpu0_temperature": 61,
+    "gpu0_sm_clock": 1410,
+    "gpu0_memory_clock": 1593,
+    "gpu0_throttle": 0x44,
+    "gpu0_ecc": 2,
+    "gpu0_pcie_tx": 1500,
+    "gpu0_pcie_rx": 2500,
+    "gpu0_nvlink_tx": 1000,
+    "gpu0_nvlink_rx": 2000,
+}
+B = {
+    "gpu1_uuid": "GPU-8f2c2222",
+    "gpu1_name": "Card B",
+    "gpu1_utilization": 5,
+    "gpu1_memory_busy": 1,
+}
+MIG = {
+    "gpu2_uuid": "GPU-aaaa",
+    "gpu2_name": "Card C",
+    "gpu2_mig": 1,
+    "gpu2_temperature": 50,
+    "gpu2_power": 400_000,
+    "gpu2_mig0.uuid": "MIG-0001",
+    "gpu2_mig0.memory_total": 10 * 2**30,
+    "gpu2_mig0.memory_used": 2**30,
+    "gpu2_mig2.uuid": "MIG-0003",
+}
+pytestmark = pytest.mark.ranks
+
+
+def read_all(rank, driver):
+    from distrain.nvml import Nvml
+
+    driver.says(gpus=2, **A, **B)
+    nvml = Nvml()
+    [[a], [b]] = nvml.gpus()
+    first = [gpu.read(100.0) for gpu in (a, b)]
+    before = a.energy_j
+    driver.says(gpus=2, **A | {"gpu0_energy": 1_750_000, "gpu0_nvlink_tx": 501_000}, **B)
+    second = a.read(102.0)
+    nvml.close()
+    return first, before, a.energy_j, b.energy_j, second, driver.calls()
+
+
+def test_what_a_card_says_and_what_it_lacks(libraries):
+    [(first, before, energy_j, other_j, second, calls)] = with_stand_in(libraries, read_all)
+    assert first[0].values == {
+        "utilization_percent": 37,
+        "memory_busy_percent": 12,
+        "memory_used_mib": 3072,
+        "memory_total_mib": 81920,
+        "power_w": 250.5,
+        "temperature_c": 61,
+        "sm_clock_mhz": 1410,
+        "memory_clock_mhz": 1593,
+        "ecc_uncorrected": 2,
+        "pcie_tx_mb_per_s": 1.5,
+        "pcie_rx_mb_per_s": 2.5,
+    }
+    assert first[0].throttle == 0x44
+    assert first[1].values == {"utilization_percent": 5, "memory_busy_percent": 1}
+    assert first[1].throttle is None
+    assert (before, energy_j, other_j) == (0.0, 750.0, None)
+    assert second.values["nvlink_tx_mb_per_s"] == 256.0  # 500,000 KiB in 2 s
+    assert second.values["nvlink_rx_mb_per_s"] == 0.0
+    assert calls == ["init", "shutdown"]
+
+
+def read_old(rank, driver):
+    from distrain.nvml import Nvml
+
+    nvml = None
+    found = []
+    for now_s, power in ((0.0, 100_000), (2.0, 300_000), (3.0, 300_000)):
+        driver.says(gpus=1, **A | {"gpu0_power": power})
+        nvml = nvml or Nvml()
+        gpu = found[0][0] if found else nvml.gpus()[0][0]
+        gpu.read(now_s)
+        found.append((gpu, gpu.energy_j))
+    nvml.close()
+    return [energy_j for _, energy_j in found]
+
+
+def test_without_a_counter_energy_is_power_times_time(libraries):
+    # pynvml raises FunctionNotFound for the symbol that this library lacks
+    assert with_stand_in(libraries, read_old, old=True) == [[0.0, 400.0, 700.0]]
+
+
+def see(rank, driver, names):
+    from distrain.nvml import Nvml, visible
+
+    driver.says(gpus=3, **A, **B, **MIG)
+    nvml = Nvml()
+    gpus = nvml.gpus()
+    found = [[gpu.uuid[-4:] for gpu in visible(gpus, name)] for name in names]
+    slices = gpus[2]
+    reading = slices[0].read(0.0)
+    nvml.close()
+    return found, reading, slices[0].index, slices[0].energy_j
+
+
+def test_cuda_visible_devices_and_mig(libraries):
+    cases = {
+        None: ["1111", "2222", "0001", "0003"],
+        "": [],
+        "-1": [],
+        "1,0": ["2222", "1111"],
+        " 1 , 0 ": ["2222", "1111"],
+        "0,9,1": ["1111"],
+        "0,0": [],
+        "GPU-8f2c2": ["2222"],
+        "GPU-8f2c": [],  # two begin so
+        "GPU-8f2c1111,nonsense,1": ["1111"],
+        "2": ["0001"],  # CUDA takes the first slice
+        "MIG-0003,GPU-8f2c1": ["0003", "1111"],
+        "MIG-00": [],
+    }
+    [(found, reading, index, energy_j)] = with_stand_in(libraries, see, list(cases))
+    assert dict(zip(cases, found, strict=True)) == cases
+    # memory of the slice, temperature of the whole card, and no power, which others use too
+    assert reading.values == {
+        "memory_used_mib": 1024,
+        "memory_total_mib": 10240,
+        "temperature_c": 50,
+    }
+    assert (index, energy_j) == (2, None)
+
+
+def lose(rank, driver):
+    from distrain.nvml import GpuLost, NoDriver, Nvml
+
+    driver.says()
+    with pytest.raises(NoDriver, match="Driver Not Loaded"):
+        Nvml()
+    driver.says(gpus=2, **A, **B)
+    nvml = Nvml()
+    [[a], [b]] = nvml.gpus()
+    nvml.listen([a, b])
+    assert nvml.xids() == []
+    driver.says(gpus=2, **A, **B, gpu1_xid="79 2")
+    xids = [(gpu.uuid, number) for gpu, number in nvml.xids()]
+    assert nvml.xids() == []
+    driver.says(gpus=2, **A, **B, gpu1_lost=1)
+    a.read(0.0)
+    with pytest.raises(GpuLost):
+        b.read(0.0)
+    nvml.close()
+    return xids
+
+
+def test_a_gpu_that_vanishes_and_xids(libraries):
+    assert with_stand_in(libraries, lose) == [[("GPU-8f2c2222", 79), ("GPU-8f2c2222", 79)]]
+
+
+def test_words():
+    assert throttle_words(0x44) == "its power limit and its temperature (hardware)"
+    assert throttle_words(0x1) == ""
+    assert xid_words(79) == "Xid 79: the GPU has fallen off the bus"
+    assert xid_words(1000).startswith("Xid 1000: see ")
