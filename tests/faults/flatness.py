@@ -140,6 +140,15 @@ def growth(samples: Sequence[Sample], *, warmup: int, iterations: int) -> Growth
     return Growth(more_mb, more_fds, max(each.uss_mb for each in samples))
 
 
+def write(folder: Path, *, iterations: int, history: int = 100_000) -> None:
+    """Write the project of a run into an empty folder."""
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    conf = CONF.replace("ITERATIONS", str(iterations))
+    conf = conf.replace("PERIOD", str(max(100, iterations // 100)))
+    (folder / "conf" / "experiment" / "flat.yaml").write_text(conf)
+    (folder / "flat.py").write_text(CODE.replace("HISTORY", str(history)))
+
+
 @contextlib.contextmanager
 def started(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the command in a folder; end it, if it has not ended, with the `with`."""
@@ -182,11 +191,7 @@ def measure(
     Raises:
         RuntimeError: the command failed; with what it said.
     """
-    (folder / "conf" / "experiment").mkdir(parents=True)
-    conf = CONF.replace("ITERATIONS", str(iterations))
-    conf = conf.replace("PERIOD", str(max(100, iterations // 100)))
-    (folder / "conf" / "experiment" / "flat.yaml").write_text(conf)
-    (folder / "flat.py").write_text(CODE.replace("HISTORY", str(history)))
+    write(folder, iterations=iterations, history=history)
     samples: defaultdict[str, list[Sample]] = defaultdict(list)
     with started(folder, *overrides) as process:
         while process.poll() is None:
