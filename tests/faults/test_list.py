@@ -9,7 +9,7 @@ ROOT = HERE.parents[1]
 
 
 @cache
-def tests_of(path):
+def names_in(path):
     file = ROOT / path
     return set(re.findall(r"^def (test_\w+)", file.read_text(), re.M)) if file.exists() else set()
 
@@ -17,7 +17,7 @@ def tests_of(path):
 def missing(text):
     """Return the tests named in a text that do not exist, as `file::test`."""
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
-    return [f"{path}::{name}" for path, name in named if name not in tests_of(path)]
+    return [f"{path}::{name}" for path, name in named if name not in names_in(path)]
 
 
 def test_every_named_test_exists_and_every_number_has_its_row():
