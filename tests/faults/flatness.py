@@ -5,7 +5,7 @@
 Two ranks with the default hooks run the command. From the end of a warm-up on, the private memory
 (USS) and the open files of every process are looked at once a second. The rest of the run is cut
 into two halves; of each process the most memory in the second half less the most in the first is
-its growth, and likewise the fewest open files, for a file may be open just then. A history keeps
+its growth, and likewise the median of open files, for a file may be open just then. A history keeps
 up to 200,000 values of a scalar, of which it then drops the older half: so the warm-up is 200,000
 iterations, and each half a whole number of 100,000, unless --history sets another bound.
 """
@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 
 import psutil
@@ -105,7 +106,7 @@ class Growth(NamedTuple):
     """How much more one process held in the second half than in the first.
 
     Attributes:
-        uss_mb: memory of its own, at most. num_fds: open files, at least.
+        uss_mb: memory of its own, at most. num_fds: open files, the median.
         most_mb: the most that it ever held.
     """
 
@@ -136,7 +137,8 @@ def growth(samples: Sequence[Sample], *, warmup: int, iterations: int) -> Growth
     if not first or not second:
         raise ValueError(f"{len(first)} and {len(second)} samples: the run was too short")
     more_mb = max(each.uss_mb for each in second) - max(each.uss_mb for each in first)
-    more_fds = min(each.num_fds for each in second) - min(each.num_fds for each in first)
+    more_fds = median_low(each.num_fds for each in second)
+    more_fds -= median_low(each.num_fds for each in first)
     return Growth(more_mb, more_fds, max(each.uss_mb for each in samples))
 
 
