@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check faults bench bench-quick
+.PHONY: demo test check faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -21,6 +21,10 @@ check: $(VENV)/installed-dev
 # Half an hour or more: 160 runs that are killed or signalled, and what became of each.
 faults: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/campaign.py
+
+# 400,000 steps of a tiny model: ten minutes or more.
+flatness: $(VENV)/installed-dev
+	$(BIN)/python tests/faults/flatness.py
 
 # The peers live in a virtual environment of their own; what cannot be installed is left out.
 BENCH := .bench-venv

@@ -144,6 +144,7 @@ class Command:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    os.umask(os.umask(0o077) | 0o002)  # who can write to a run's folder can run code in it
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from

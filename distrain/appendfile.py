@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -17,23 +19,45 @@ class AppendFile:
 
     One `flush` is one system call in the ordinary case, so kill -9 tears no record. A write that
     fails half way, on a full disk, is taken back; its records wait in memory (64 MiB at most, then
-    they are dropped with a warning) and go out with the first flush that succeeds.
+    they are dropped with a warning) and go out with the first flush that succeeds. A file that
+    cannot be opened now, for want of space, rights or handles, is opened by such a flush.
 
     Args:
-        path: the file; made if it is missing, continued if it is there.
+        path: the file; made with its folder if it is missing, continued if it is there.
         exclusive: refuse a file that is there.
+        prepare: called before the file is opened; an OSError of it is as one of the opening.
 
     Raises:
-        OSError: the file cannot be opened.
+        FileExistsError: of an exclusive file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, exclusive: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        exclusive: bool = False,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = Path(path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if exclusive else 0)
-        self._fd = os.open(self.path, flags, 0o666)
-        self._size = os.fstat(self._fd).st_size  # what is written and whole
+        self._flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if exclusive else 0)
+        self._prepare = prepare
+        self._fd = -1
+        self._size = 0  # what is written and whole
+        self._is_torn = self._is_closed = False
         # append may run in another thread than flush: both ends of a deque are safe without a lock
         self._waiting: deque[bytes] = deque()
+        try:
+            self._open()
+        except FileExistsError:
+            raise
+        except OSError:
+            pass  # the first flush tries again, and tells
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._prepare()
+        self._fd = os.open(self.path, self._flags, 0o666)
+        self._size = os.fstat(self._fd).st_size
 
     def append(self, record: bytes) -> None:
         """Let a record wait for the next `flush`; touches no disk."""
@@ -45,10 +69,16 @@ class AppendFile:
         Raises:
             OSError: nothing was written, the records wait on.
         """
+        if self._is_closed:
+            return
         records = [self._waiting.popleft() for _ in range(len(self._waiting))]
         data = memoryview(b"".join(records))
         done = 0
         try:
+            if self._fd < 0:
+                self._open()
+            if self._is_torn:
+                self._take_back()
             while done < len(data):
                 done += os.write(self._fd, data[done:])
         except OSError as error:
@@ -58,9 +88,16 @@ class AppendFile:
             else:
                 logger.warning("%s: %d bytes that cannot be written are lost", self.path, len(data))
             if done:
-                os.ftruncate(self._fd, self._size)
+                self._is_torn = True
+                with contextlib.suppress(OSError):  # or else the next flush does it
+                    self._take_back()
             raise
         self._size += done
+
+    def _take_back(self) -> None:
+        """Remove what half a record has left at the end."""
+        os.ftruncate(self._fd, self._size)
+        self._is_torn = False
 
     def close(self) -> None:
         """Flush, wait until the data is on the disk, and close; a second call does nothing.
@@ -68,11 +105,12 @@ class AppendFile:
         Raises:
             OSError: what still waited is lost; the file is closed all the same.
         """
-        if self._fd < 0:
+        if self._is_closed:
             return
         try:
             self.flush()
             os.fsync(self._fd)
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            self._is_closed = True
+            if self._fd >= 0:
+                os.close(self._fd)

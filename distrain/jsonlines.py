@@ -26,16 +26,14 @@ class JsonLinesWriter:
         start_iteration: first iteration to be run; lines of it and of later ones, which an
             interrupted attempt wrote, are dropped, so that each iteration is there once, in order.
 
-    Raises:
-        OSError: the file cannot be written.
+    A disk that refuses costs nothing but time: the lines wait until it takes them.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, start_iteration: int | None = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_lines(path, math.inf if start_iteration is None else start_iteration)
+        limit = math.inf if start_iteration is None else start_iteration
         self._new = NewScalars(start_iteration or 0)
-        self._file = AppendFile(path)
+        self._file = AppendFile(path, prepare=lambda: _drop_lines(path, limit))
 
     def write(self, row: Row) -> None:
         """Append a line, by one system call; OSError if the disk refuses."""
@@ -63,23 +61,26 @@ def _drop_lines(path: Path, limit: float) -> None:
         return
     beside = path.with_name(path.name + ".new")
     damaged = dropped = 0
-    with path.open("rb") as old, beside.open("wb") as new:
-        for line in old:
-            iteration = _iteration(line)
-            if iteration is None:
-                damaged += 1
-            elif iteration >= limit:
-                dropped += 1
-            else:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
+    try:
+        with path.open("rb") as old, beside.open("wb") as new:
+            for line in old:
+                iteration = _iteration(line)
+                if iteration is None:
+                    damaged += 1
+                elif iteration >= limit:
+                    dropped += 1
+                else:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        if damaged + dropped:
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # on a full disk it would be in the way
     if damaged:
         logger.warning("%s: %d damaged lines removed", path, damaged)
     if not damaged + dropped:
-        beside.unlink()
         return
-    beside.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -20,6 +20,27 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
         return sys.stderr
 
 
+class _LogFile(logging.FileHandler):
+    """A file whose disk may refuse: one line says so, and the log goes on when it can."""
+
+    _has_told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of opening it
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_told:
+            self._has_told = True
+            why = error.strerror or error
+            print(f"distrain: {self.baseFilename}: {why}; training goes on", file=sys.stderr)
+
+
 def set_up(run_dir: str, *, rank: int) -> None:
     """Send the log of this process where it belongs.
 
@@ -36,7 +57,7 @@ def set_up(run_dir: str, *, rank: int) -> None:
     if rank == 0:
         folder = Path(run_dir, "logs")
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / "rank_0.log")
+        file = _LogFile(folder / "rank_0.log", delay=True)
         file.setFormatter(text)
         handlers.append(file)
     for old in logger.handlers[:]:

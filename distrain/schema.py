@@ -66,6 +66,7 @@ class TrainerKeys:
     channels_last: bool = False
     sync_batchnorm: bool = True
     nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: Annotated[int, AtLeast(1)] = 10
     ddp: dict[str, Any] = field(default_factory=dict)
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     comm_options: dict[str, Any] = field(default_factory=dict)

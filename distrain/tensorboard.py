@@ -6,6 +6,7 @@ tensorboard's EventFileWriter would bring tensorflow in where it is installed).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -64,26 +65,25 @@ class TensorBoardWriter:
             folder hold of it and of later ones, so that a resumed curve does not double back. With
             None, earlier files stay as they are.
 
-    Raises:
-        OSError: the folder cannot be written.
+    What cannot be written now waits until it can, the file itself included.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        continued = any(folder.glob("events.out.tfevents.*"))
+        earlier = _stamps(folder)
         self._start = purge_step or 0
         self._new = NewScalars(self._start)
         self._names: set[str] = set()
         self._own_layout = False
-        self._file = _new_event_file(folder)
+        self._file = _new_event_file(folder, earlier)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard takes the first START of a folder for its beginning, and purges from each
         # later one: so the first file needs one as well
-        if purge_step is not None or not continued:
+        if purge_step is not None or not earlier:
             log = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=self._start, session_log=log))
-        self._file.flush()
+        with contextlib.suppress(OSError):  # the first row tries again, and tells
+            self._file.flush()
 
     def write(self, row: Row) -> None:
         """Write the scalars that no earlier row held, and the row's images and histograms."""
@@ -231,13 +231,18 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     return {heading: charts for heading, charts in layout.items() if charts}
 
 
-def _new_event_file(folder: Path) -> AppendFile:
+def _stamps(folder: Path) -> list[int]:
+    """Return the times in the names of a folder's event files."""
+    stamps: list[int] = []
+    with contextlib.suppress(OSError):  # there is no folder yet, or no handle left to read it
+        for path in folder.iterdir():
+            if match := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name):
+                stamps.append(int(match[1]))
+    return stamps
+
+
+def _new_event_file(folder: Path, stamps: Iterable[int]) -> AppendFile:
     """Open a file whose name sorts behind all others: TensorBoard reads them in that order."""
-    stamps = [
-        int(match[1])
-        for path in folder.iterdir()
-        if (match := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))
-    ]
     # the clock of another node, or a restart within a second, must not put it in front
     stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
     name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"

@@ -21,6 +21,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import caller, takes_whole_batch, total_loss
+from distrain.nonfinite import SkippedUpdates
 from distrain.optim import clip_gradients
 from distrain.update import clear_gradients, update
 
@@ -59,8 +60,9 @@ class Trainer(TrainerBase):
         precision: "bf16" and "fp16" run forward under autocast, "fp16" with a scaled loss.
         channels_last: keep images and filters in that memory format.
         compile: run the model through torch.compile.
-        nonfinite: "stop" ends training when a loss is not finite; "skip" leaves the update out,
-            which costs one read-back a step.
+        nonfinite: "stop" ends training when a loss is not finite, or with clip_norm the gradients'
+            norm; "skip" leaves the update out, which costs one read-back a step.
+        max_skipped: "skip" ends training after so many in a row.
         ddp: further keywords of DistributedDataParallel.
         comm_hook: how gradients travel between ranks, see `compress_gradients`.
         comm_options: of it.
@@ -90,6 +92,7 @@ class Trainer(TrainerBase):
         channels_last: bool = False,
         compile: bool = False,
         nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 10,
         ddp: Mapping[str, Any] | None = None,
         comm_hook: CommHook = "none",
         comm_options: Mapping[str, Any] | None = None,
@@ -121,13 +124,17 @@ class Trainer(TrainerBase):
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self._clip = {"norm": clip_norm, "value": clip_value}
         self._is_clipping = clip_norm is not None or clip_value is not None
-        self._skip_nonfinite = nonfinite == "skip"
         self._channels_last = channels_last
         self._takes_whole = takes_whole_batch(self.module)
         self._batch_type: type = type(None)
         self._moves = self.device.type != "cpu"
         self._scales = self.scaler.is_enabled()
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._skipped: SkippedUpdates | None = None
+        if nonfinite == "skip":
+            self._skipped = SkippedUpdates(
+                self.module, self._parameters, max_in_a_row=max_skipped, scaler=self.scaler
+            )
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`; with three ranks or more settle DDP's buckets."""
@@ -144,21 +151,41 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         """Forward, backward, `after_backward`, clipping, update."""
         self.data_s = 0.0
+        if self._skipped is not None:
+            self._skipped.keep_buffers()
         losses = self._forward_backward() if self.accumulation == 1 else self._accumulate()
         self.storage.put_losses(losses)
         self._call("after_backward")
         self.pulse.beat(Phase.OPTIMIZER)
-        if self._is_clipping or self._skip_nonfinite:
+        if self._is_clipping or self._skipped is not None:
             self.scaler.unscale_(self.optimizer)
-        if self._is_clipping:
-            self.grad_norm = clip_gradients(self._parameters, **self._clip)
-        if not self._skip_nonfinite or self._gradients_are_finite():
+        if self._may_update(losses):
+            if self._is_clipping:
+                self._clip_gradients()
             if self._scales:
                 self.scaler.step(self.optimizer)
-                self.scaler.update()
             else:
                 update(self.optimizer)
+        if self._scales:
+            self.scaler.update()
         clear_gradients(self.optimizer)
+
+    def _clip_gradients(self) -> None:
+        self.grad_norm = clip_gradients(self._parameters, **self._clip)
+        if self.grad_norm is None:
+            return
+        if self._scales:  # an overflow is no failure: the scaler leaves the update out by itself
+            self.storage.put_scalar("gradient_norm", self.grad_norm)
+        else:
+            self.storage.put_losses({"gradient_norm": self.grad_norm})
+
+    def _may_update(self, losses: Mapping[str, Tensor]) -> bool:
+        """Whether the update may be applied: the same on all ranks, as the gradients are."""
+        if self._skipped is None:
+            return True
+        may = self._skipped.may_update(losses, iteration=self.iter)
+        self.storage.put_scalar("skipped_update", float(not may), smoothing_hint=False)
+        return may
 
     def _accumulate(self) -> dict[str, Tensor]:
         no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
@@ -181,6 +208,8 @@ class Trainer(TrainerBase):
         loss = losses["loss"]
         if self.accumulation > 1:
             loss = loss / self.accumulation
+        if self._skipped is not None:
+            loss = self._skipped.spoiling(loss)
         if self._scales:
             loss = self.scaler.scale(loss)
         self.pulse.beat(Phase.BACKWARD)
@@ -207,15 +236,6 @@ class Trainer(TrainerBase):
             return total_loss(self._call_model(batch))
         with torch.autocast(self.device.type, self._autocast):
             return total_loss(self._call_model(batch))
-
-    def _gradients_are_finite(self) -> bool:
-        """Whether the update may be applied: the same on all ranks, as the gradients are."""
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self._parameters if p.grad is not None]
-        )
-        is_finite = bool(torch.isfinite(norm))
-        self.storage.put_scalar("skipped_update", float(not is_finite), smoothing_hint=False)
-        return is_finite
 
     def _settle_buckets(self, batch: Any) -> None:
         """Make one throw-away forward and backward, and leave no trace of it.

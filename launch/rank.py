@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import os
 import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from distrain import heartbeat
 from distrain.errors import ExitCode
@@ -107,9 +108,37 @@ def open_log(log_dir: Path, rank: int) -> str:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(_log.fileno(), number)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stdout = _text(1)
+        sys.stderr = _text(2)
     return path
+
+
+def _text(number: int) -> io.TextIOWrapper:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(number, "wb", closefd=False)), line_buffering=True
+    )
+
+
+class _Lossy(io.FileIO):
+    """A log on a disk that may be full: what it refuses is lost, and no error of who prints.
+
+    A line of which it took a part is ended before the next one begins.
+    """
+
+    _is_torn = False
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        num = len(rest)
+        try:
+            if self._is_torn:
+                super().write(b"\n")
+                self._is_torn = False
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError:
+            self._is_torn |= 0 < len(rest) < num
+        return num
 
 
 def append(path: str, text: str) -> None:

@@ -79,6 +79,8 @@ class Work:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "crash":
                 ctypes.string_at(0)
+            case "abort":
+                os.abort()
             case "hang":
                 helper = subprocess.Popen(["sleep", "1000"])
                 Path(self.run_dir, "helper").write_text(str(helper.pid))
@@ -229,6 +231,7 @@ def test_one_machine_listens_on_loopback_only(launch, tmp_path):
         ("_exit", "its process left early by exit code 0"),
         ("kill", "its process was ended by SIGKILL"),
         ("crash", "its process was ended by SIGSEGV"),
+        ("abort", "its process was ended by SIGABRT"),
     ],
 )
 def test_the_rank_that_failed_is_named(launch, tmp_path, what, text, rank):
@@ -243,7 +246,7 @@ def test_the_rank_that_failed_is_named(launch, tmp_path, what, text, rank):
         assert rest[-2:] == ["ValueError: bad", "value"]
         assert "launch/" not in message  # our own frames tell the user nothing
         assert "ValueError: bad\nvalue\n" in log.read_text()
-    if what == "crash":
+    if what in ("crash", "abort"):
         assert "in happen" in log.read_text()  # faulthandler's stack
     assert "Traceback" not in (tmp_path / "console").read_text()
 
