@@ -107,7 +107,12 @@ class Command:
         is_sweep = name and hasattr(launcher, "start_all")
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
-            folder.freeze(conf, self._argv, is_restart=getattr(launcher, "is_restart", False))
+            folder.freeze(
+                conf,
+                self._argv,
+                overrides=list(HydraConfig.get().overrides.task),
+                is_restart=getattr(launcher, "is_restart", False),
+            )
             for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
                 print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:
@@ -118,7 +123,9 @@ class Command:
                 self._submissions.append((launcher, job))
                 self._open.push(opened.pop_all())
                 return ExitCode.FINISHED
-            return launcher.start(job)
+            if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
+                return launcher.start(job)
+            return folder.watch(lambda: launcher.start(job))
 
     def _submit(self) -> None:
         """Hand the runs of a sweep to a launcher that takes them all at once."""
