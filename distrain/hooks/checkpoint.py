@@ -11,6 +11,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.early_stopping import Improvement
 from distrain.loop import TrainerBase
+from distrain.progressbar import waiting
 
 
 class PeriodicCheckpointer(HookBase):
@@ -42,7 +43,8 @@ class PeriodicCheckpointer(HookBase):
         if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
             save(self.trainer, self._checkpoints)
         if self.trainer.where.is_main:
-            self._checkpoints.close()
+            with waiting("writing the checkpoint"):
+                self._checkpoints.close()
 
 
 class BestCheckpointer(HookBase):
