@@ -152,15 +152,14 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
 def _flags(argv: Sequence[str]) -> list[str]:
     """Return Hydra's flags and keys among arguments, without those that make a sweep."""
     flags: list[str] = []
+    keys: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
-        is_value = before in _VALUED
-        is_valued = argument.partition("=")[0] in _VALUED
-        is_hydra = argument.lstrip("+~").startswith("hydra.") and not argument.lstrip(
-            "+~"
-        ).startswith(_OF_SWEEPS)
-        if is_value or is_valued or is_hydra:
+        key = _key(argument)
+        if before in _VALUED or key in _VALUED:
             flags.append(argument)
-    return flags
+        elif key.startswith("hydra.") and not key.startswith(_OF_SWEEPS):
+            keys.append(argument)
+    return [*flags, *keys]
 
 
 def _key(override: str) -> str:
