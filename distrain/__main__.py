@@ -18,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distrain import config
+from distrain import completion, config
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
@@ -151,6 +151,10 @@ def main() -> None:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
     sys.argv[1:] = from_here(sys.argv[1:])
+    script = completion.script(sys.argv[1:])
+    if script is not None:
+        print(script, end="")
+        return
     try:
         code = Command(sys.argv[1:]).run()
     except KeyboardInterrupt:
