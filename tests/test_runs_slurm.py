@@ -155,6 +155,35 @@ def test_goodput_counts_the_queue(slurm, tmp_path, capsys):
     assert found["iteration"] == 90
 
 
+DAMAGED = {
+    "run.yaml": [
+        "][",
+        "a",
+        "trainer: 5\nlaunch: x\n",
+        CONF.replace("100", "abc").replace("4", "x"),
+    ],
+    "command.json": ["[", "[]", '{"starts": 5}', '{"starts": [5, {"end": 3, "argv": null}]}'],
+    "metrics.jsonl": ["\0\0\n5\n{}\n", '{"iteration": "x"}\n{"iteration": 3, "loss": [1]}\n'],
+    "attempts.jsonl": ["{", "5\n", '{"a": 1}\n'],
+    "slurm/running.json": ["[]", '{"attempt": 3}'],
+    "slurm/submitted.json": ["", "{}", '{"job_id": null}'],
+    "lock": ["", "x", "[]", '{"pid": "x"}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, text) for n in DAMAGED for text in DAMAGED[n]])
+def test_files_that_are_damaged_are_passed_over(slurm, tmp_path, capsys, name, text):
+    folder = record(tmp_path / "runs/a", STOPPED)
+    (folder / "metrics.jsonl").write_text('{"iteration": 4, "perf/step_s": 0.1, "loss": 1.0}\n')
+    (folder / name).write_text(text)
+    found = the_run(tmp_path / "runs", capsys)
+    assert found["iteration"] in (0, 5)
+    assert run([str(tmp_path / "runs")]) == 0
+    assert run(["show", str(folder)]) == 0
+    assert run(["diff", str(folder), str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+
+
 # stop
 
 

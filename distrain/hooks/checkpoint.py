@@ -40,10 +40,10 @@ class PeriodicCheckpointer(HookBase):
 
     def after_train(self) -> None:
         """Save where training ended, and wait until it is on the disk."""
-        if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
-            save(self.trainer, self._checkpoints)
-        if self.trainer.where.is_main:
-            with waiting("writing the checkpoint"):
+        with waiting("saving the last checkpoint"):
+            if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
+                save(self.trainer, self._checkpoints)
+            if self.trainer.where.is_main:
                 self._checkpoints.close()
 
 

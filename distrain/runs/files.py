@@ -86,7 +86,7 @@ class Files:
     @property
     def max_iter(self) -> int:
         """How many iterations the run is to have; 0 if nobody knows."""
-        return int(node(self.conf, "trainer").get("max_iter") or 0)
+        return number(node(self.conf, "trainer").get("max_iter"))
 
     @property
     def iteration(self) -> int:
@@ -102,7 +102,7 @@ class Files:
         """Return when the run last wrote something, in seconds since 1970."""
         names = [METRICS_FILE, "command.json", "checkpoints", "logs", "logs/rank_0.log"]
         names += [SLURM_FOLDER] if self.is_on_slurm else []
-        return max(_mtime(self.path / name) for name in names)
+        return max(mtime(self.path / name) for name in names)
 
 
 def read(path: Path) -> Files:
@@ -140,6 +140,11 @@ def node(conf: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def number(value: Any) -> int:
+    """Return a number of a configuration; 0 if it is none."""
+    return value if isinstance(value, int) else 0
+
+
 def read_starts(path: Path) -> list[Start]:
     """Return the starts of a run's command that are noted, oldest first."""
     starts = read_json(path / "command.json").get("starts")
@@ -175,27 +180,27 @@ def all_rows(path: Path) -> Iterator[dict[str, Any]]:
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the iterations and the values of a scalar."""
     points = [(row["iteration"], row[name]) for row in rows if name in row]
-    return [int(iteration) for iteration, _ in points], [float(value) for _, value in points]
+    return [iteration for iteration, _ in points], [value for _, value in points]
 
 
 def last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the last value of each scalar; "NaN" and "Infinity" are read as numbers."""
+    """Return the last value of each scalar."""
     values: dict[str, float] = {}
     for row in rows:
-        for name, value in row.items():
-            if name != "iteration":
-                values[name] = float(value)
+        values |= row
+    values.pop("iteration", None)
     return values
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """Return a row; None for what is torn, or no row."""
+    """Return a row, with "NaN" and "Infinity" as numbers; None for what is torn, or no row."""
     try:
         row = json.loads(line)
-    except ValueError:
+        if not isinstance(row, dict) or not isinstance(row["iteration"], int):
+            return None
+        return {name: v if isinstance(v, int) else float(v) for name, v in row.items()}
+    except (ValueError, KeyError, TypeError):
         return None
-    is_row = isinstance(row, dict) and isinstance(row.get("iteration"), int)
-    return row if is_row else None
 
 
 def _start(fields: dict[str, Any]) -> Start:
@@ -238,7 +243,8 @@ def _attempt(fields: dict[str, Any]) -> Attempt | None:
         return None
 
 
-def _mtime(path: Path) -> float:
+def mtime(path: Path) -> float:
+    """Return when a file was last written, in seconds since 1970; 0 if it is not there."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distrain.runs.files import Files, last_values, node, read
+from distrain.runs.files import METRICS_FILE, Files, last_values, mtime, node, number, read
 from distrain.runs.find import find_runs, name_of
 from distrain.runs.states import State, ask_slurm, open_job, state_of
 
@@ -93,7 +93,7 @@ def summarize_one(path: Path) -> Summary:
 
 def _step_s(files: Files) -> float | None:
     """Return the mean time of an iteration in the last rows; None if nobody measured it."""
-    times = [float(row["perf/step_s"]) for row in files.rows if "perf/step_s" in row]
+    times = [row["perf/step_s"] for row in files.rows if "perf/step_s" in row]
     return sum(times) / len(times) if times else None
 
 
@@ -102,7 +102,7 @@ def _eta_s(files: Files, now: float) -> float | None:
     step_s = _step_s(files)
     if step_s is None or not files.max_iter:
         return None
-    written = (files.path / "metrics.jsonl").stat().st_mtime
+    written = mtime(files.path / METRICS_FILE)
     left_s = (files.max_iter - files.iteration) * step_s
     return max(0.0, left_s - max(0.0, now - written))
 
@@ -113,9 +113,11 @@ def _ranks(files: Files) -> int | None:
     if launch.get("in_process"):
         return 1
     asked = launch.get("ranks") or launch.get("gpus_per_node") or ("nodes" in launch and 1)
-    nodes = len(files.running.nodes) if files.running is not None else int(launch.get("nodes") or 1)
-    if isinstance(asked, int) and asked:
-        return asked * nodes
+    nodes = number(launch.get("nodes")) or 1
+    if files.running is not None:
+        nodes = len(files.running.nodes)
+    if number(asked):
+        return number(asked) * nodes
     try:
         names = [path.stem for path in (files.path / "logs").iterdir()]
     except OSError:
@@ -148,7 +150,7 @@ def _goodput(files: Files, state: State, now: float) -> float | None:
         following = [*(start.time for start in files.starts[1:]), None]
         total_s = sum(
             max(0.0, (start.end or after or last) - start.time)
-            for start, after in zip(files.starts, following, strict=True)
+            for start, after in zip(files.starts, following, strict=False)
         )
     return min(1.0, useful_s / total_s) if total_s > 0 and useful_s > 0 else None
 
