@@ -100,7 +100,7 @@ def start(folder: Path, *argv: str, pause_s: float = 0.0) -> subprocess.Popen[st
 
 
 def reaches(path: Path, iteration: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while read(path).iteration < iteration:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -112,26 +112,26 @@ def project(tmp_path_factory):
     """Return runs of all kinds; the long one goes on until somebody stops it."""
     folder = tmp_path_factory.mktemp("project")
     write_project(folder, module="tiny", code=CODE, experiment="tiny", conf=CONF)
-    sweep = start(folder, "-m", "hooks.trouble.what=nothing,raise", "run.name=sweep")
-    killed = start(
-        folder,
-        "run.name=killed",
-        "launch.in_process=true",
-        "launch.ranks=null",
-        "trainer.max_iter=1000",
-        pause_s=0.1,
-    )
-    long = start(folder, "run.name=long", "trainer.max_iter=1000", pause_s=0.1)
-    reaches(folder / "runs/killed", 12, killed)
-    killed.kill()
-    killed.communicate(timeout=30)
-    said = sweep.communicate(timeout=60)[1]
-    assert sweep.returncode == 1, said
-    reaches(folder / "runs/long", 4, long)
-    yield Project(folder, long)
-    if long.poll() is None:
-        long.kill()
-    long.communicate(timeout=30)
+    processes = {
+        "sweep": start(folder, "-m", "hooks.trouble.what=nothing,raise", "run.name=sweep"),
+        "killed": start(
+            *(folder, "run.name=killed", "trainer.max_iter=1000"),
+            *("launch.in_process=true", "launch.ranks=null"),
+            pause_s=0.1,
+        ),
+        "long": start(folder, "run.name=long", "trainer.max_iter=1000", pause_s=0.1),
+    }
+    try:
+        reaches(folder / "runs/killed", 12, processes["killed"])
+        processes["killed"].kill()
+        said = processes["sweep"].communicate(timeout=200)[1]
+        assert processes["sweep"].returncode == 1, said
+        reaches(folder / "runs/long", 4, processes["long"])
+        yield Project(folder, processes["long"])
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate(timeout=30)
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_looking_does_not_disturb_the_one_who_holds_the_lock(project):
 def test_stop_and_resume(runs, project):
     """The last test here that needs the long run at work."""
     code, out, _ = runs("stop", "long")
-    assert (code, project.long.wait(30)) == (0, 75)
+    assert (code, project.long.wait(60)) == (0, 75)
     files = read(project.path("long"))
     done = files.iteration
     assert files.kept_iter == done
