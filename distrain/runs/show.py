@@ -15,7 +15,7 @@ from distrain.checkpoint_retention import read_best
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
 from distrain.runs.files import Files, Start, all_rows, last_values
 from distrain.runs.summary import Summary, summarize_one
-from distrain.runs.table import COLUMNS, cells
+from distrain.runs.table import cells, titles
 
 _MAX_LOGS = 4
 _TAIL_BYTES = 1 << 16
@@ -39,12 +39,9 @@ def show(path: Path, *, lines: int, metric: str) -> int:
 def _sections(run: Summary, *, lines: int, metric: str) -> Iterator[tuple[str, str]]:
     files = run.files
     why = f": {run.why}" if run.why else ""
-    row = cells(run, metric, name=run.name)
-    facts = [f"{name:<10} {cell}" for name, cell in zip(COLUMNS, row, strict=True)][2:]
-    yield (
-        f"{files.path}: {run.state}{why}",
-        "\n".join(facts).replace("metric    ", f"{metric:<10}"),
-    )
+    facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
+    title = f"{files.path}: {run.state}{why}"
+    yield title, "\n".join(f"{name:<10} {cell}" for name, cell in facts)
     values = last_values(list(all_rows(files.path)))
     width = max(map(len, values), default=0)
     yield "last values", "\n".join(f"{name:<{width}}  {v:.6g}" for name, v in values.items())

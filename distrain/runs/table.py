@@ -158,13 +158,14 @@ def _rows(summaries: Sequence[Summary], metric: str) -> list[tuple[State | None,
     return rows
 
 
-def _header(metric: str) -> list[str]:
+def titles(metric: str) -> list[str]:
+    """Return the names of the columns, the scalar's for "metric"."""
     return [metric if column == "metric" else column for column in COLUMNS]
 
 
 def as_text(summaries: Sequence[Summary], metric: str) -> str:
     """Return the table as plain text."""
-    header, rows = _header(metric), _rows(summaries, metric)
+    header, rows = titles(metric), _rows(summaries, metric)
     full = [header, *(cells for state, cells in rows if state is not None)]
     widths = [max(len(row[i]) for row in full) for i in range(len(header))]
     lines = []
@@ -183,7 +184,7 @@ def _print_rich(summaries: Sequence[Summary], metric: str, stream: TextIO) -> No
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, title in zip(COLUMNS, _header(metric), strict=True):
+    for column, title in zip(COLUMNS, titles(metric), strict=True):
         justify: Any = "right" if column in _RIGHT else "left"
         table.add_column(title, justify=justify, overflow="fold", no_wrap=column != "name")
     for state, row in _rows(summaries, metric):
