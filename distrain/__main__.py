@@ -18,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distrain import config
+from distrain import completion, config
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
@@ -109,7 +109,12 @@ class Command:
         is_sweep = name and hasattr(launcher, "start_all")
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
-            folder.freeze(conf, self._argv, is_restart=getattr(launcher, "is_restart", False))
+            folder.freeze(
+                conf,
+                self._argv,
+                overrides=list(HydraConfig.get().overrides.task),
+                is_restart=getattr(launcher, "is_restart", False),
+            )
             if weights and folder.is_new and not os.path.exists(weights):
                 raise ConfigError(f"init.weights={weights}: there is no such file or folder")
             for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
@@ -122,7 +127,9 @@ class Command:
                 self._submissions.append((launcher, job))
                 self._open.push(opened.pop_all())
                 return ExitCode.FINISHED
-            return launcher.start(job)
+            if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
+                return launcher.start(job)
+            return folder.watch(lambda: launcher.start(job))
 
     def _submit(self) -> None:
         """Hand the runs of a sweep to a launcher that takes them all at once."""
@@ -149,6 +156,10 @@ def main() -> None:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
     sys.argv[1:] = from_here(sys.argv[1:])
+    script = completion.script(sys.argv[1:])
+    if script is not None:
+        print(script, end="")
+        return
     try:
         code = Command(sys.argv[1:]).run()
     except KeyboardInterrupt:

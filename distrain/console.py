@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TextIO
 
+from distrain.progressbar import REFRESH_S, display, is_terminal
 from distrain.writers import NewScalars, Row
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import TaskID
 
 MAX_VALUES = 12
-REFRESH_S = 0.2
 
 
 class ConsoleWriter:
@@ -37,12 +37,8 @@ class ConsoleWriter:
 
     def __init__(self, *, stream: TextIO | None = None, start_iteration: int = 0) -> None:
         self._stream = stream or sys.stdout
-        self._live = (
-            self._stream.isatty()
-            and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM") != "dumb"
-        )
-        self._bar: Progress | None = None
+        self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
+        self._bar: TaskID | None = None
         self._next_refresh_s = 0.0
         self._new = NewScalars(start_iteration)
 
@@ -52,24 +48,21 @@ class ConsoleWriter:
             new = {name: value for name, (value, _) in self._new(row).items()}
             if new:
                 text = f"iter {row.iteration}/{row.max_iter}  {describe(new)}".rstrip()
-                self._stream.write(text + "\n")
-                self._stream.flush()
+                display.print(self._stream, text)
             return
         if self._bar is None:
-            self._bar = _start_bar(self._stream, row.max_iter)
+            self._bar = display.add(self._stream, total=row.max_iter, text="")
         text = describe({name: value for name, (value, _) in row.scalars.items()})
-        task = self._bar.task_ids[0]
-        self._bar.update(task, completed=row.iteration + 1, total=row.max_iter, text=text)
+        display.update(self._bar, completed=row.iteration + 1, total=row.max_iter, text=text)
         now_s = time.monotonic()
         if now_s >= self._next_refresh_s:  # drawing costs milliseconds
             self._next_refresh_s = now_s + REFRESH_S
-            self._bar.refresh()
+            display.refresh()
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen, and the cursor visible."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
+            display.remove(self._bar, keep=True)
             self._bar = None
 
 
@@ -100,23 +93,3 @@ def describe(values: Mapping[str, float]) -> str:
     if 0 <= eta_s < timedelta.max.total_seconds():
         parts.append(f"eta {timedelta(seconds=int(eta_s))}")
     return "  ".join(parts)
-
-
-def _start_bar(stream: TextIO, max_iter: int) -> Progress:
-    from rich.console import Console  # only where there is a terminal
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
-
-    # the text gives way on a narrow terminal, so that the line stays one line
-    one_line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    bar = Progress(
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[text]}", markup=False, table_column=one_line),
-        console=Console(file=stream),
-        auto_refresh=False,  # no thread of its own
-        expand=True,
-    )
-    bar.add_task("", total=max_iter, text="")
-    bar.start()
-    return bar

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain import heartbeat
+from distrain import heartbeat, progressbar
 from distrain.data import EvalLoader, batch_length, to_device
 from distrain.distributed import gather_to_all
 from distrain.heartbeat import Phase
@@ -53,7 +53,7 @@ def _share(
     pulse = heartbeat.of_this_process()
     try:
         with torch.no_grad():
-            for batch in loader:
+            for batch in progressbar.counted(loader, "evaluation", total=len(loader)):
                 pulse.beat(Phase.EVALUATION)
                 length = batch_length(batch)
                 batch = to_device(batch, device)

@@ -56,6 +56,30 @@ def hold(path: Path) -> int:
     return fd
 
 
+def holder(path: Path) -> dict[str, Any] | None:
+    """Return who holds a folder's lock (pid, host, since), as far as it is known; None for nobody.
+
+    Args:
+        path: the run folder.
+    """
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        found = _holder(fd)
+        if found.get("host") == socket.gethostname() and not _is_alive(found):
+            return None  # not asked for the lock: that could disturb one who is just taking it
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return found
+    except OSError:
+        return found or None  # a file system without locks
+    finally:
+        os.close(fd)
+    return None
+
+
 def _holder(fd: int) -> dict[str, Any]:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))

@@ -3,7 +3,8 @@
 ::
 
     run.yaml       the resolved configuration; `_target_`s in it are code: do not run a stranger's
-    command.json   each start: the command, the versions, the commit, the keys that were changed
+    command.json   each start: the command, the versions, the commit, the keys that were changed,
+                   and how it ended
     git.diff       what differed from that commit
     lock           held by the process that runs the ranks, and by them
     logs/ checkpoints/ tensorboard/ metrics.jsonl      written by the ranks
@@ -11,11 +12,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +27,7 @@ import yaml
 
 from distrain import folderlock
 from distrain.checkpoint_found import find_all, newest_valid
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, ExitCode
 from distrain.provenance import git_state, start_record
 
 FREE_KEYS = ("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers")
@@ -76,13 +79,19 @@ class RunFolder:
         os.close(self._lock)
 
     def freeze(
-        self, conf: Mapping[str, Any], argv: Sequence[str], *, is_restart: bool = False
+        self,
+        conf: Mapping[str, Any],
+        argv: Sequence[str],
+        *,
+        overrides: Sequence[str] | None = None,
+        is_restart: bool = False,
     ) -> None:
         """Write down what this start is about to do, if the folder is right for it.
 
         Args:
             conf: the resolved configuration.
             argv: the command's arguments.
+            overrides: those of this very run, of a sweep; None: the arguments.
             is_restart: another program has started the run again by itself.
 
         Raises:
@@ -104,12 +113,34 @@ class RunFolder:
             self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(argv, git) | {"changed": changed}
+        record["overrides"] = list(argv if overrides is None else overrides)
         starts = _read_starts(self.path / "command.json")
         if git is not None and git.diff:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
             self._write(name, git.diff)
             record["git"]["diff"] = name
         self._write("command.json", json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
+
+    def watch(self, start: Callable[[], ExitCode]) -> ExitCode:
+        """Return what `start` returns, which runs the ranks; note in command.json how it ended."""
+        try:
+            code = start()
+        except BaseException as error:
+            is_mistake = isinstance(error, ConfigError)
+            lines = str(error).splitlines() or [type(error).__name__]
+            self._note_end(ExitCode.BAD_CONFIG if is_mistake else ExitCode.FAILED, lines[0])
+            raise
+        self._note_end(code)
+        return code
+
+    def _note_end(self, code: ExitCode, why: str = "") -> None:
+        starts = _read_starts(self.path / "command.json")
+        if not starts:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
+        with contextlib.suppress(ConfigError):  # a full disk must not hide how the run ended
+            self._write("command.json", json.dumps({"starts": starts}, indent=1) + "\n")
 
     def _check_new(self, conf: Mapping[str, Any]) -> None:
         """Check that a folder without a run is empty, and may be new."""

@@ -32,6 +32,7 @@ from distrain.finetune import start_from
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.optim import build_optimizer
+from distrain.progressbar import waiting
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
@@ -218,7 +219,8 @@ def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf 
         return 0, None
     found = None
     if int(os.environ.get("RANK", "0")) == 0:
-        newest = checkpoints.newest_valid()
+        with waiting("checking the checkpoints"):
+            newest = checkpoints.newest_valid()
         found = None if newest is None else newest.iteration
     found = broadcast_from_main(found)
     if found is None:
@@ -228,7 +230,8 @@ def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf 
                 "with resume=auto"
             )
         return 0, None
-    return found, checkpoints.load(found)
+    with waiting(f"reading checkpoint {found}"):
+        return found, checkpoints.load(found)
 
 
 def _attempt() -> int:

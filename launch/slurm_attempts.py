@@ -20,6 +20,10 @@ from distrain.launch.failure import Failure, cause
 
 SLURM_FOLDER = "slurm"
 SUBMITTED_FILE = "submitted.json"
+RUNNING_FILE = "running.json"
+"""The attempt that has begun, as long as it has noted no end."""
+
+_STOP_FILE = "stop.json"
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,26 @@ def refuse_other_job(run_dir: Path, *, job_id: str | None = None) -> None:
             f"run.dir={run_dir}: job {other} ({status.state}) works on this run; wait for it, "
             f"`scancel {other}`, or give another run.name"
         )
+
+
+def ask_to_stop(run_dir: Path, job_id: str) -> None:
+    """Leave word that a job is to end with its state saved, and not to be requeued.
+
+    Its nodes look when they start, its batch script at the end; `scancel --signal` wakes ranks that
+    are at work. A plain `scancel` would give them no more than SLURM's KillWait, 30 s.
+    """
+    write_json(run_dir / SLURM_FOLDER / _STOP_FILE, {"job_id": job_id})
+
+
+def is_asked_to_stop(run_dir: Path, job_id: str | None) -> bool:
+    """Say whether somebody left word for a job; see `ask_to_stop`."""
+    asked = read_json(run_dir / SLURM_FOLDER / _STOP_FILE)
+    return bool(asked) and asked.get("job_id") == job_id
+
+
+def forget_to_stop(run_dir: Path) -> None:
+    """Remove the word: the job has ended, and who requeues it by hand wants it to run."""
+    (run_dir / SLURM_FOLDER / _STOP_FILE).unlink(missing_ok=True)
 
 
 def attempt_folder(run_dir: Path) -> Path:

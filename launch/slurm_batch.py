@@ -28,9 +28,12 @@ from distrain.checkpoint_found import find_all
 from distrain.errors import ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import (
+    RUNNING_FILE,
     SLURM_FOLDER,
     SUBMITTED_FILE,
     Attempt,
+    forget_to_stop,
+    is_asked_to_stop,
     judge,
     read_attempts,
     read_json,
@@ -39,7 +42,6 @@ from distrain.launch.slurm_attempts import (
     write_json,
 )
 
-_RUNNING_FILE = "running.json"
 _METRICS_FILE = "metrics.jsonl"
 
 
@@ -48,7 +50,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
 
     Returns:
         FINISHED to go on; BAD_CONFIG if this node does not see the run folder; FAILED if the job
-        was requeued `max_requeues` times in a row without progress.
+        was requeued `max_requeues` times in a row without progress; STOPPED if it was asked to.
     """
     if not (run_dir / SLURM_FOLDER / SUBMITTED_FILE).exists():
         node = os.environ.get("SLURMD_NODENAME", "this node")
@@ -57,7 +59,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
             "the run folder must be on a file system that all nodes share"
         )
         return ExitCode.BAD_CONFIG
-    running = run_dir / SLURM_FOLDER / _RUNNING_FILE
+    running = run_dir / SLURM_FOLDER / RUNNING_FILE
     cut_off = read_json(running)
     if cut_off:
         lost = dataclasses.replace(Attempt(**cut_off), end=_last_sign(run_dir), outcome="lost")
@@ -65,6 +67,10 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
     attempts = read_attempts(run_dir)
     job_id = slurm_queue.own_job_id()
     assert job_id is not None
+    if is_asked_to_stop(run_dir, job_id):
+        forget_to_stop(run_dir)
+        _say(f"job {job_id} was asked to stop before this attempt")
+        return ExitCode.STOPPED
     attempt = Attempt(
         attempt=len(attempts) + 1,
         job_id=job_id,
@@ -94,7 +100,7 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     Returns:
         What the batch script returns.
     """
-    running = read_json(run_dir / SLURM_FOLDER / _RUNNING_FILE)
+    running = read_json(run_dir / SLURM_FOLDER / RUNNING_FILE)
     if not running:
         _say(f"{run_dir}: `end` without `begin`")
         return ExitCode.FAILED
@@ -107,6 +113,9 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     nodes = read_nodes(run_dir)
     code, outcome, why = judge(nodes, attempt.nodes, step_exit, status)
     again = outcome in ("stopped", "lost") and _may_requeue(status)
+    if is_asked_to_stop(run_dir, attempt.job_id):
+        forget_to_stop(run_dir)
+        again = False
     if again:
         # this attempt counts too; the newest checkpoint tells whether it got anywhere
         barren = without_progress(read_attempts(run_dir), attempt.job_id) + 1
@@ -165,7 +174,7 @@ def _close(run_dir: Path, attempt: Attempt) -> None:
         file.write(json.dumps(dataclasses.asdict(closed)) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    (run_dir / SLURM_FOLDER / _RUNNING_FILE).unlink(missing_ok=True)
+    (run_dir / SLURM_FOLDER / RUNNING_FILE).unlink(missing_ok=True)
 
 
 def _kept_iter(run_dir: Path) -> int:

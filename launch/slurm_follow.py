@@ -10,6 +10,7 @@ from pathlib import Path
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import SLURM_FOLDER, Attempt, read_attempts, summary
+from distrain.progressbar import waiting
 
 POLL_S = 2.0
 _PATIENCE_S = 60.0  # with a controller that does not answer, or a file system that is late
@@ -78,6 +79,14 @@ class JobWatch:
         again = f", requeued {new.restarts} times" if new.restarts else ""
         return f"job {self.job_id}: {new.state}{why}{where}{again}"
 
+    def waits(self) -> str:
+        """Return what the job waits for in the queue, "" once it is out of it."""
+        status = self._status
+        if status is None or status.state != "PENDING":
+            return ""
+        why = f" ({status.reason})" if status.reason not in ("None", "(null)") else ""
+        return f"job {self.job_id} waits in the queue{why}"
+
     @property
     def ended(self) -> bool:
         """Whether the job is over, as of the last `change`."""
@@ -136,13 +145,14 @@ def follow(job_id: str, run_dir: Path) -> ExitCode:
     # what task 0 and the batch script print; rank 0 keeps its agent's console
     log = LogTail(run_dir / SLURM_FOLDER / f"{job_id}_0_log.out")
     try:
-        while not watch.ended:
-            change = watch.change()
-            print(log.new_lines(), end="", flush=True)
-            if change:
-                _say(change)
-            if not watch.ended:
-                time.sleep(POLL_S)
+        with waiting(watch.waits):
+            while not watch.ended:
+                change = watch.change()
+                print(log.new_lines(), end="", flush=True)
+                if change:
+                    _say(change)
+                if not watch.ended:
+                    time.sleep(POLL_S)
     except KeyboardInterrupt:
         _say(f"job {job_id} goes on; `scancel {job_id}` stops it with its state saved")
         return ExitCode.STOPPED
@@ -162,12 +172,18 @@ def follow_all(runs: Mapping[str, Path]) -> ExitCode:
         FINISHED if all finished, else the code of the first that did not.
     """
     watches = [JobWatch(job_id, run_dir) for job_id, run_dir in runs.items()]
+
+    def waits() -> str:
+        waiting_jobs = [watch for watch in watches if watch.waits()]
+        return f"{len(waiting_jobs)} of {len(watches)} jobs wait in the queue" * bool(waiting_jobs)
+
     try:
-        while not all(watch.ended for watch in watches):
-            for watch in watches:
-                if not watch.ended and (change := watch.change()):
-                    _say(change)
-            time.sleep(POLL_S)
+        with waiting(waits):
+            while not all(watch.ended for watch in watches):
+                for watch in watches:
+                    if not watch.ended and (change := watch.change()):
+                        _say(change)
+                time.sleep(POLL_S)
     except KeyboardInterrupt:
         _say("the jobs go on; `scancel` stops them with their state saved")
         return ExitCode.STOPPED

@@ -15,7 +15,12 @@ from pathlib import Path
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.failure import Failure, of_exception
-from distrain.launch.slurm_attempts import NodeRecord, attempt_folder, read_nodes
+from distrain.launch.slurm_attempts import (
+    NodeRecord,
+    attempt_folder,
+    is_asked_to_stop,
+    read_nodes,
+)
 from distrain.launch.stop import StopRequest
 
 _ENDPOINT_FILE = "endpoint"
@@ -63,6 +68,8 @@ class NodeTask:
             record = NodeRecord(os.environ["SLURMD_NODENAME"])
             try:
                 record.write(self.run_dir)
+                if is_asked_to_stop(self.run_dir, slurm_queue.own_job_id()):
+                    signal.raise_signal(signal.SIGUSR2)  # its own may have come too early
                 record.code = self._run(stop, record)
             except (ConfigError, NonFiniteLoss, RankFailed) as error:
                 record.error = str(error)

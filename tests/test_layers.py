@@ -28,6 +28,7 @@ FORBIDDEN = {
     "writers": ("hooks", "events", "config", "launch", "loop", "trainer", "checkpoint"),
     "checkpoint": ("hooks", "events", "config", "launch", "loop", "trainer"),
     "training": ("launch",),
+    "runs": ("hooks", "events", "loop", "trainer", "training", "optim", "data", "config"),
     "hooks": ("config", "launch", "run", "training"),
     "launch": ("hooks", "events", "loop", "trainer", "training", "optim", "data"),
 }

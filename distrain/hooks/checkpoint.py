@@ -11,6 +11,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.early_stopping import Improvement
 from distrain.loop import TrainerBase
+from distrain.progressbar import waiting
 
 
 class PeriodicCheckpointer(HookBase):
@@ -39,10 +40,11 @@ class PeriodicCheckpointer(HookBase):
 
     def after_train(self) -> None:
         """Save where training ended, and wait until it is on the disk."""
-        if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
-            save(self.trainer, self._checkpoints)
-        if self.trainer.where.is_main:
-            self._checkpoints.close()
+        with waiting("saving the last checkpoint"):
+            if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
+                save(self.trainer, self._checkpoints)
+            if self.trainer.where.is_main:
+                self._checkpoints.close()
 
 
 class BestCheckpointer(HookBase):

@@ -1,0 +1,173 @@
+"""python -m distrain.runs: a table of runs; show, diff, plot, stop and resume them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from distrain.errors import ConfigError, ExitCode
+from distrain.runs.find import name_of, the_run
+from distrain.runs.states import State
+from distrain.runs.table import COLUMNS, show_table
+
+_METRIC = "loss"
+_COMMANDS = """commands:
+  show RUN                         configuration, last values, attempts, checkpoints, logs
+  diff RUN RUN2                    what differs: configuration, code, last values
+  plot RUN... --scalar NAME -o PNG curves of several runs in one picture
+  stop RUN                         have it save its state and stop
+  resume RUN [KEY=VALUE...]        start it again where it was, by the command it was started with
+
+A RUN is a folder, or a run's name below --folder (runs). Exit status: 0, 1 if a run that was asked
+to stop failed instead, 2 for a mistake."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help says more")
+
+
+def _table(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m distrain.runs",
+        description="The runs below a folder: what they do, how far they are.",
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
+    parser.add_argument("--metric", default=_METRIC, help="the scalar that is shown (loss)")
+    parser.add_argument("--sort", default="name", help=f"by {', '.join(COLUMNS)}")
+    parser.add_argument("--reverse", action="store_true", help="the largest first")
+    parser.add_argument("--state", action="append", default=[], help=f"only {', '.join(State)}")
+    parser.add_argument("--json", action="store_true", help="all that is known, for programs")
+    options = parser.parse_args(argv)
+    sort = "metric" if options.sort == options.metric else options.sort
+    if sort not in COLUMNS:
+        parser.error(f"--sort {sort}: no such column; there is: {', '.join(COLUMNS)}")
+    return show_table(
+        options.folder,
+        metric=options.metric,
+        sort=sort,
+        is_reversed=options.reverse,
+        states=_states(parser, options.state),
+        as_data=options.json,
+    )
+
+
+def _states(parser: _Parser, given: Sequence[str]) -> list[State]:
+    """Return states that may be given several times, or with commas between them."""
+    names = [name for each in given for name in each.split(",")]
+    unknown = [name for name in names if name not in list(State)]
+    if unknown:
+        parser.error(f"--state {unknown[0]}: no such state; there is: {', '.join(State)}")
+    return [State(name) for name in names]
+
+
+def _show(argv: Sequence[str]) -> int:
+    parser = _of_run("show", "Configuration, last values, attempts, checkpoints and logs of a run.")
+    parser.add_argument("--lines", type=int, default=10, help="of each log (10)")
+    parser.add_argument("--metric", default=_METRIC, help="the scalar in the heading (loss)")
+    options = parser.parse_args(argv)
+    from distrain.runs.show import show
+
+    return show(the_run(options.run, options.folder), lines=options.lines, metric=options.metric)
+
+
+def _diff(argv: Sequence[str]) -> int:
+    parser = _of_run("diff", "What differs between two runs: configuration, code, last values.")
+    parser.add_argument("other", metavar="RUN2")
+    options = parser.parse_args(argv)
+    from distrain.runs.compare import compare
+
+    return compare(*(the_run(name, options.folder) for name in (options.run, options.other)))
+
+
+def _plot(argv: Sequence[str]) -> int:
+    parser = _of_run("plot", "Curves of scalars over the iterations, a line a run.", nargs="+")
+    parser.add_argument(
+        "--scalar", action="append", metavar="NAME", help="may be given again; eval/* is several"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG")
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="ROWS", help="draw the mean over so many rows"
+    )
+    options = parser.parse_args(argv)
+    if options.smooth < 1:
+        parser.error(f"--smooth {options.smooth}: at least 1 row is needed")
+    paths = [the_run(name, options.folder) for name in options.run]
+    from distrain.runs.plot import plot
+
+    return plot(
+        [(name_of(path, options.folder), path) for path in paths],
+        patterns=options.scalar or [_METRIC],
+        out=options.out,
+        smooth=options.smooth,
+    )
+
+
+def _stop(argv: Sequence[str]) -> int:
+    parser = _of_run("stop", "Have a run save its state and stop; wait until it has.")
+    parser.add_argument("--no-wait", action="store_true", help="return when it was asked")
+    options = parser.parse_args(argv)
+    from distrain.runs.control import stop
+
+    return stop(the_run(options.run, options.folder), wait=not options.no_wait)
+
+
+def _resume(argv: Sequence[str]) -> int:
+    parser = _of_run(
+        "resume", "Start a run again where it was, by the command that it was started with."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args(argv)
+    from distrain.runs.control import resume
+
+    return resume(the_run(options.run, options.folder), options.overrides)
+
+
+def _of_run(command: str, what: str, *, nargs: str | None = None) -> _Parser:
+    """Return the parser of a command about runs."""
+    parser = _Parser(prog=f"python -m distrain.runs {command}", description=what)
+    parser.add_argument(
+        "run", metavar="RUN", nargs=nargs, help="a run's folder, or its name below --folder"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="of the runs (runs)")
+    return parser
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "show": _show,
+    "diff": _diff,
+    "plot": _plot,
+    "stop": _stop,
+    "resume": _resume,
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the arguments say; return the exit code. A mistake is one line."""
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return _table(argv)
+    except ConfigError as error:
+        print(f"distrain.runs: {error}", file=sys.stderr)
+        return int(ExitCode.BAD_CONFIG)
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Stopping a run with its state saved, and starting it again where it was."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distrain import folderlock
+from distrain.errors import ConfigError, ExitCode
+from distrain.launch import slurm_queue
+from distrain.launch.slurm_attempts import ask_to_stop
+from distrain.progressbar import waiting
+from distrain.runs.files import Start
+from distrain.runs.states import ACTIVE, State
+from distrain.runs.summary import Summary, summarize_one
+
+_POLL_S = 0.2
+_SLURM_POLL_S = 2.0
+
+_VALUED = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+_OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher")
+
+
+def stop(path: Path, *, wait: bool) -> int:
+    """Ask a run to save its state and stop; return 0, or 1 if it ended in another way.
+
+    Args:
+        path: the run folder.
+        wait: until it has.
+
+    Raises:
+        ConfigError: it cannot be asked from here.
+    """
+    run = summarize_one(path)
+    if run.state not in ACTIVE:
+        print(f"{path}: nothing is running: it is {run.state} at {_where(run)}")
+        return 0
+    if run.files.is_on_slurm and run.files.submitted_id:
+        _ask_slurm(run)
+    else:
+        _ask_process(path)
+    if not wait:
+        print(f"{path}: asked to save and stop")
+        return 0
+    pause_s = _SLURM_POLL_S if run.job_id else _POLL_S
+    try:
+        with waiting(lambda: f"{path} saves and stops: {_where(run)}", stream=sys.stderr):
+            while (run := summarize_one(path)).state in ACTIVE:
+                time.sleep(pause_s)
+    except KeyboardInterrupt:
+        print(f"\n{path}: was asked, and stops without being waited for", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"{path}: {run.state} at {_where(run)}" + (f": {run.why}" if run.why else ""))
+    return 0 if run.state in (State.STOPPED, State.FINISHED) else int(ExitCode.FAILED)
+
+
+def _where(run: Summary) -> str:
+    files = run.files
+    return f"iteration {files.iteration} of {files.max_iter or '?'} ({files.kept_iter} saved)"
+
+
+def _ask_process(path: Path) -> None:
+    """Signal the process that holds a run's lock: the agent of the ranks, or the only rank."""
+    holder = folderlock.holder(path)
+    if holder is None:
+        return  # it has just ended
+    host, pid = holder.get("host"), holder.get("pid")
+    if host != socket.gethostname() or not isinstance(pid, int):
+        raise ConfigError(f"{path}: it runs on {host}; stop it there: kill -TERM {pid}")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    except PermissionError as error:
+        raise ConfigError(f"{path}: process {pid} is another user's: {error.strerror}") from error
+
+
+def _ask_slurm(run: Summary) -> None:
+    """Take a waiting job out of the queue; have one that runs save, stop and stay stopped."""
+    job_id = run.files.submitted_id
+    try:
+        if run.state != State.RUNNING:
+            slurm_queue.run(["scancel", job_id])
+            return
+        ask_to_stop(run.files.path, job_id)  # first: who misses the signal finds this
+        slurm_queue.run(["scancel", "--signal=USR2", job_id])
+    except slurm_queue.QueueError as error:
+        raise ConfigError(f"{run.files.path}: job {job_id} cannot be stopped: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{run.files.path}: cannot be written: {error.strerror}") from error
+
+
+def resume(path: Path, overrides: Sequence[str]) -> int:
+    """Become the command that a run was started with last, in its folder.
+
+    Args:
+        path: the run folder.
+        overrides: of keys, in place of those that it was started with.
+
+    Raises:
+        ConfigError: it is running, or nobody knows how it was started.
+    """
+    run = summarize_one(path)
+    if run.state in ACTIVE:
+        raise ConfigError(f"{path}: it is {run.state} ({run.why}); nothing to resume")
+    if not run.files.starts:
+        raise ConfigError(f"{path}: command.json does not say how it was started")
+    start = run.files.starts[-1]
+    argv = command(start, overrides, run_dir=path.absolute())
+    try:
+        os.chdir(start.folder)
+    except OSError as error:
+        why = error.strerror
+        raise ConfigError(
+            f"{path}: it was started in {start.folder}, which is gone: {why}"
+        ) from error
+    print(f"distrain.runs: python -m distrain {shlex.join(argv)}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "distrain", *argv])
+
+
+def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[str]:
+    """Return the arguments that continue one run of what was started, of a sweep too.
+
+    Args:
+        start: of the run.
+        overrides: take the place of those for the same keys.
+        run_dir: of the run, wherever it lies now.
+
+    Raises:
+        ConfigError: nobody noted the overrides of this run.
+    """
+    if start.overrides is None:
+        raise ConfigError(
+            f"{run_dir}: command.json does not say its overrides; give the command again yourself, "
+            f"with run.dir={run_dir}"
+        )
+    new = {_key(each) for each in overrides}
+    dropped = {_key(each): each for each in start.overrides if _key(each) in new}
+    kept = [
+        each for each in start.overrides if _key(each) not in {*new, "run.dir", "resume", "plan"}
+    ]
+    added = [_signs(dropped.get(_key(each), "")) * _is_bare(each) + each for each in overrides]
+    return [*_flags(start.argv), *kept, *added, f"run.dir={_quoted(str(run_dir))}"]
+
+
+def _flags(argv: Sequence[str]) -> list[str]:
+    """Return Hydra's flags and keys among arguments, without those that make a sweep."""
+    flags: list[str] = []
+    keys: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        key = _key(argument)
+        if before in _VALUED or key in _VALUED:
+            flags.append(argument)
+        elif key.startswith("hydra.") and not key.startswith(_OF_SWEEPS):
+            keys.append(argument)
+    return [*flags, *keys]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _signs(override: str) -> str:
+    """Return the + or ++ that an override begins with."""
+    return override[: len(override) - len(override.lstrip("+"))]
+
+
+def _is_bare(override: str) -> bool:
+    return not override.startswith(("+", "~"))
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a string of Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

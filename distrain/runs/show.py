@@ -1,0 +1,133 @@
+"""All that there is to know of one run, on one page of text."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
+from distrain.checkpoint_found import find_all
+from distrain.checkpoint_retention import read_best
+from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
+from distrain.runs.files import Files, Start, all_rows, last_values
+from distrain.runs.summary import Summary, summarize_one
+from distrain.runs.table import cells, titles
+
+_MAX_LOGS = 4
+_TAIL_BYTES = 1 << 16
+
+
+def show(path: Path, *, lines: int, metric: str) -> int:
+    """Print what there is to know of a run; return 0.
+
+    Args:
+        path: the run folder.
+        lines: how many of the last ones of each log.
+        metric: the scalar in the heading.
+    """
+    run = summarize_one(path)
+    for title, body in _sections(run, lines=lines, metric=metric):
+        print(f"{title}\n{_indented(body)}\n" if body else f"{title}\n")
+    sys.stdout.flush()
+    return 0
+
+
+def _sections(run: Summary, *, lines: int, metric: str) -> Iterator[tuple[str, str]]:
+    files = run.files
+    why = f": {run.why}" if run.why else ""
+    facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
+    title = f"{files.path}: {run.state}{why}"
+    yield title, "\n".join(f"{name:<10} {cell}" for name, cell in facts)
+    values = last_values(list(all_rows(files.path)))
+    width = max(map(len, values), default=0)
+    yield "last values", "\n".join(f"{name:<{width}}  {v:.6g}" for name, v in values.items())
+    yield "starts", "\n".join(map(_start, files.starts))
+    if files.attempts:
+        yield "attempts on SLURM", summary(files.attempts)
+    yield "checkpoints", _checkpoints(files)
+    yield "configuration", _text(files.path / "run.yaml")
+    for log in logs(files, run.why)[:_MAX_LOGS]:
+        yield f"the end of {log}", tail(log, lines)
+
+
+def _start(start: Start) -> str:
+    """Return a line about a start: when, where, of which commit, how it ended, the command."""
+    if start.end is None:
+        end = "no end noted"
+    else:
+        why = f" ({start.why})" if start.why else ""
+        end = f"exit code {start.code}{why} after {start.end - start.time:.0f} s"
+    commit = str(start.git.get("commit", ""))[:10] or "no git"
+    changed = " + changes" if start.git.get("changed") else ""
+    when = f"{datetime.fromtimestamp(start.time):%Y-%m-%d %H:%M:%S}"
+    command = " ".join(start.argv)
+    return f"{when} on {start.host}, {commit}{changed}, {end}: {command}"
+
+
+def _checkpoints(files: Files) -> str:
+    folder = files.path / "checkpoints"
+    best = read_best(str(folder))
+    lines = []
+    for path in find_all(folder):
+        iteration = iteration_of(path.name)
+        try:
+            manifest = read_manifest(os.fspath(path))
+            size = sum(entry["bytes"] for entry in manifest["files"].values())
+            text = f"{manifest['world_size']} ranks, {size / 1e6:.1f} MB, {manifest['created']}"
+        except (CheckpointDamaged, KeyError, TypeError) as error:
+            text = f"damaged: {error}"
+        mark = " (best)" if best is not None and best["iteration"] == iteration else ""
+        lines.append(f"{iteration}: {text}{mark}")
+    return "\n".join(lines) or "none"
+
+
+def logs(files: Files, why: str) -> list[Path]:
+    """Return a run's logs, the most telling first: of the rank that failed, of the job, of rank 0.
+
+    Args:
+        files: of the run.
+        why: it failed, with the rank's number in it; "" if it did not.
+    """
+    folder = files.path / "logs"
+    failed = re.search(r"\branks? (\d+)", why)
+    first = [folder / f"rank_{failed[1]}.log"] if failed else []
+    if files.submitted_id and files.is_on_slurm:
+        first.append(files.path / SLURM_FOLDER / f"{files.submitted_id}_0_log.out")
+    first.append(folder / "rank_0.log")
+    others = sorted(folder.glob("rank_*.log"), key=_mtime, reverse=True)
+    return [log for log in dict.fromkeys([*first, *others]) if _size(log)]
+
+
+def tail(path: Path, lines: int) -> str:
+    """Return the last lines of a text file."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").rstrip()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _mtime(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,197 @@
+"""The table of the runs in a folder: for a terminal, as plain text, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+from distrain.runs.states import State
+from distrain.runs.summary import Summary, as_json, summarize
+
+COLUMNS = (
+    *("name", "state", "iteration", "metric", "eta", "ranks", "goodput", "job", "started"),
+    "seen",
+)
+"""What there is of a run, and what `--sort` takes; "metric" goes by the name of the scalar."""
+
+_COLORS = {
+    State.QUEUED: "cyan",
+    State.RUNNING: "green",
+    State.PREEMPTED: "magenta",
+    State.STOPPED: "yellow",
+    State.FINISHED: "blue",
+    State.FAILED: "red",
+    State.DEAD: "red",
+}
+_RIGHT = ("iteration", "metric", "eta", "ranks", "goodput")
+
+
+def show_table(
+    folder: Path,
+    *,
+    metric: str,
+    sort: str,
+    is_reversed: bool,
+    states: Sequence[State],
+    as_data: bool,
+) -> int:
+    """Print the runs below a folder; return 0.
+
+    Args:
+        folder: where the runs are.
+        metric: the scalar to be shown.
+        sort: one of `COLUMNS`; the members of a sweep stay together.
+        is_reversed: the largest first.
+        states: which to show; all if there are none.
+        as_data: print JSON.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    summaries, notice = summarize(folder)
+    if notice:
+        print(f"distrain.runs: {notice}", file=sys.stderr)
+    chosen = [each for each in summaries if not states or each.state in states]
+    chosen = in_order(chosen, sort, metric=metric, is_reversed=is_reversed)
+    if as_data:
+        print(json.dumps([as_json(each) for each in chosen], indent=1, allow_nan=False))
+    elif not chosen:
+        which = " or ".join(states) + " " if states else ""
+        print(f"distrain.runs: no {which}runs in {folder}", file=sys.stderr)
+    elif sys.stdout.isatty():
+        _print_rich(chosen, metric, sys.stdout)
+    else:
+        print(as_text(chosen, metric))
+    return 0
+
+
+def in_order(
+    summaries: Sequence[Summary], sort: str, *, metric: str, is_reversed: bool = False
+) -> list[Summary]:
+    """Return runs in an order; a sweep stands where its first member would, unknown values last."""
+    key = _key(sort, metric)
+
+    def ordered(some: Sequence[Summary]) -> list[Summary]:
+        known = [each for each in some if key(each) is not None]
+        unknown = [each for each in some if key(each) is None]
+        return sorted(known, key=key, reverse=is_reversed) + unknown
+
+    rank = {id(each): index for index, each in enumerate(ordered(summaries))}
+    first: dict[str, int] = {}
+    for each in summaries:
+        place = rank[id(each)]
+        first[_unit(each)] = min(place, first.get(_unit(each), place))
+    return sorted(summaries, key=lambda each: (first[_unit(each)], rank[id(each)]))
+
+
+def _unit(summary: Summary) -> str:
+    """Return what stays together: a sweep's name with a slash, else the run's own."""
+    return f"{summary.group}/" if summary.group else summary.name
+
+
+def _key(sort: str, metric: str) -> Callable[[Summary], Any]:
+    """Return what runs are compared by; it gives None where the value is not known."""
+    keys: dict[str, Callable[[Summary], Any]] = {
+        "name": lambda each: each.name,
+        "state": lambda each: list(State).index(each.state),
+        "iteration": lambda each: each.files.iteration,
+        "metric": lambda each: _finite(each.values.get(metric)),
+        "eta": lambda each: each.eta_s,
+        "ranks": lambda each: each.ranks,
+        "goodput": lambda each: each.goodput,
+        "job": lambda each: [int(n) for n in each.job_id.split("_") if n.isdigit()] or None,
+        "started": lambda each: each.started,
+        "seen": lambda each: each.age_s,
+    }
+    return keys[sort]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or value != value else value
+
+
+def cells(summary: Summary, metric: str, *, name: str) -> list[str]:
+    """Return a row of the table as text."""
+    files = summary.files
+    value, started = summary.values.get(metric), summary.started
+    total = f"/{files.max_iter}" if files.max_iter else ""
+    return [
+        name,
+        str(summary.state),
+        f"{files.iteration}{total}",
+        "-" if value is None else f"{value:.4g}",
+        "-" if summary.eta_s is None else str(timedelta(seconds=int(summary.eta_s))),
+        "-" if summary.ranks is None else str(summary.ranks),
+        "-" if summary.goodput is None else f"{summary.goodput:.0%}",
+        summary.job_id or "-",
+        "-" if started is None else f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M}",
+        f"{ago(summary.age_s)} ago",
+    ]
+
+
+def ago(age_s: float) -> str:
+    """Return a time span in one unit. Example: 59 s, 60 min, 47 h, 2 d."""
+    for unit_s, unit in ((86400 * 2, "d"), (7200, "h"), (120, "min")):
+        if age_s >= unit_s:
+            return f"{age_s / (unit_s / 2):.0f} {unit}"
+    return f"{age_s:.0f} s"
+
+
+def _rows(summaries: Sequence[Summary], metric: str) -> list[tuple[State | None, list[str]]]:
+    """Return the table: a row a run, and before the members of a sweep one that counts them."""
+    rows: list[tuple[State | None, list[str]]] = []
+    for group, members in groupby(summaries, key=lambda each: each.group):
+        some = list(members)
+        if group:
+            counts = Counter(each.state for each in some)
+            states = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
+            rows.append((None, [f"{group}/  {states}"]))
+        for each in some:
+            name = "  " + each.name.rpartition("/")[2] if group else each.name
+            rows.append((each.state, cells(each, metric, name=name)))
+    return rows
+
+
+def titles(metric: str) -> list[str]:
+    """Return the names of the columns, the scalar's for "metric"."""
+    return [metric if column == "metric" else column for column in COLUMNS]
+
+
+def as_text(summaries: Sequence[Summary], metric: str) -> str:
+    """Return the table as plain text."""
+    header, rows = titles(metric), _rows(summaries, metric)
+    full = [header, *(cells for state, cells in rows if state is not None)]
+    widths = [max(len(row[i]) for row in full) for i in range(len(header))]
+    lines = []
+    for row in [header, *(cells for _, cells in rows)]:
+        padded = [
+            cell.rjust(width) if column in _RIGHT else cell.ljust(width)
+            for cell, width, column in zip(row, widths, COLUMNS, strict=False)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _print_rich(summaries: Sequence[Summary], metric: str, stream: TextIO) -> None:
+    from rich.console import Console  # only where there is a terminal
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, title in zip(COLUMNS, titles(metric), strict=True):
+        justify: Any = "right" if column in _RIGHT else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=column != "name")
+    for state, row in _rows(summaries, metric):
+        if state is None:
+            table.add_row(Text(row[0], style="bold"))
+        else:
+            texts = [Text(cell) for cell in row]
+            texts[1].stylize(_COLORS[state])
+            table.add_row(*texts)
+    Console(file=stream, highlight=False).print(table)
