@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TextIO
 
+from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.progressbar import REFRESH_S, display, is_terminal
 from distrain.writers import NewScalars, Row
 
@@ -78,9 +79,7 @@ def describe(values: Mapping[str, float]) -> str:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
         gives "loss 0.03123  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07".
     """
-    shown = [
-        n for n in values if n != "lr" and not n.startswith(("lr/", "perf/", "gpu/", "memory/"))
-    ]
+    shown = [n for n in values if n != "lr" and not n.startswith(("lr/", *CLOCK_PREFIXES))]
     losses = [name for name in shown if "loss" in name.lower()]
     losses.sort(key=lambda name: "total" not in name.lower())
     names = losses + [name for name in shown if name not in losses]

@@ -44,11 +44,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 
 from distrain.appendfile import AppendFile
+from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.tfrecord import record
 from distrain.writers import NewScalars, Row
 
 if TYPE_CHECKING:
     from distrain.histogram import Histogram
+
+_NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/"])
 
 
 class TensorBoardWriter:
@@ -220,14 +223,14 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         top = name.partition("/")[0]
         if top == "perf" and base.endswith("_s") and not base.endswith("_per_s"):
             layout["performance"]["seconds"] = [r"perf/(?!eta_s$)(?!.*_per_s$).*_s$"]
-        elif top in ("perf", "gpu"):
+        elif f"{top}/" in CLOCK_PREFIXES:
             layout["performance"][f"{top} {base}"] = [rf"{top}/(.*/)?{re.escape(base)}$"]
         elif top == "lr":
             layout["learning rate"]["lr"] = ["lr(/.*)?$"]
         elif "loss" in name.lower():
-            layout["losses"]["losses"] = ["(?!perf/|gpu/|lr/)(?i:.*loss)"]
+            layout["losses"]["losses"] = [rf"(?!{_NO_METRIC})(?i:.*loss)"]
         elif scope != "final":
-            layout["metrics"][base] = [rf"(?!perf/|gpu/|lr/|final/)(.*/)?{re.escape(base)}$"]
+            layout["metrics"][base] = [rf"(?!{_NO_METRIC}|final/)(.*/)?{re.escape(base)}$"]
     return {heading: charts for heading, charts in layout.items() if charts}
 
 

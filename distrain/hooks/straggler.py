@@ -36,7 +36,8 @@ class StragglerWatch(HookBase):
         every: iterations from one measurement to the next.
         share: of the step that the slowest rank's own time is over that of the fastest, from which
             on it counts as slow.
-        patience: how often in a row one rank has to be found slow before a warning names it.
+        patience: in how many windows in a row one rank has to be found slow before a warning
+            names it.
     """
 
     order = 11
@@ -50,7 +51,7 @@ class StragglerWatch(HookBase):
             raise ConfigError(f"share={share}; it is above 0")
         self._every, self._share, self._patience = every, share, patience
         self._places: list[str] = []
-        self._measured = -1  # the iteration whose times are on their way
+        self._measured = -1  # the first iteration whose times are on their way
         self._in_a_row: tuple[int, int] = (-1, 0)  # rank, how often
         self._warned = -1
 
@@ -82,10 +83,14 @@ class StragglerWatch(HookBase):
             with trainer.storage.name_scope("straggler"):
                 for name, value in {**seconds, "own": own_s}.items():
                     trainer.storage.put_scalar(f"{name}_s", value, False)
-            self._measured = trainer.iter
-        if 0 <= self._measured <= trainer.reduction.combined_iter:
+            if self._measured < 0:
+                self._measured = trainer.iter
+        if 0 <= self._measured <= trainer.reduction.combined_iter and self._has_returned():
             self._measured = -1
             self._judge()
+
+    def _has_returned(self) -> bool:  # new names travel a window later
+        return self.trainer.storage.latest_iteration("straggler/own_s") >= self._measured
 
     def _judge(self) -> None:
         storage = self.trainer.storage
@@ -116,7 +121,7 @@ class StragglerWatch(HookBase):
         return (
             f"the other ranks wait for rank {rank} ({self._places[rank]}): in a step of "
             f"{step_s:.3g} s it takes {own.max - own.min:.3g} s more than rank {own.min_rank}, "
-            f"{_CAUSES[worst]}; found {self._in_a_row[1]} times in a row"
+            f"{_CAUSES[worst]}; found in {self._in_a_row[1]} windows in a row"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
@@ -125,7 +126,7 @@ class PeriodicWriter(HookBase):
         metrics = {
             name: value
             for name, (value, _) in scalars.items()
-            if not name.startswith(("perf/", "gpu/", "memory/", "lr", "straggler/"))
+            if not name.startswith(("lr", *CLOCK_PREFIXES))
         }
         for writer in self._given or ():
             if isinstance(writer, TensorBoardWriter):
