@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from distrain.hook import HookBase
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
+
+logger = logging.getLogger(__name__)
 
 
 class PeriodicWriter(HookBase):
@@ -23,6 +26,7 @@ class PeriodicWriter(HookBase):
     """
 
     order = 90
+    order_at_end = 75  # after the final evaluation, before the final checkpoint
 
     def __init__(
         self,
@@ -37,7 +41,7 @@ class PeriodicWriter(HookBase):
         self._run_dir = run_dir
         self._conf = conf
         self._writer: BackgroundWriter | None = None
-        self._written = 0  # number of iterations up to and with the last row
+        self._written = 0  # number of iterations up to and with the last row of a whole window
 
     def before_train(self) -> None:
         """Open the writers; write the row that the resumed checkpoint was made just before."""
@@ -60,23 +64,35 @@ class PeriodicWriter(HookBase):
             self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
-        """Write what is left and close the writers."""
-        if self.trainer.error is None:
-            self.trainer.reduction.drain(self.trainer.storage.iter)
+        """Write what is left and close the writers.
+
+        The final checkpoint is saved after that, or a run killed in between would take itself for
+        finished and never write its last row; so a failure here is told, and no more.
+        """
+        try:
+            if self.trainer.error is None:
+                self.trainer.reduction.drain(self.trainer.storage.iter)
+                self._write_end()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _write_end(self) -> None:
+        """Write the last row, of a window that may have just begun, and the run's end."""
         if self._writer is None:
             return
         try:
-            if self.trainer.error is None:
-                self._write(self.trainer.iter_done)
-                self._finish_run()
-        finally:
-            self._writer.close()
+            self._write(self.trainer.iter_done)
+            self._finish_run()
+        except Exception:  # the other ranks are on their way into the collectives of the save
+            logger.warning("the last row could not be written", exc_info=True)
 
     def _write_due(self) -> None:
         done = self.trainer.reduction.combined_iter + 1
         due = done - done % self.trainer.window
         if due > self._written:
             self._write(due)
+            self._written = due
 
     def _write(self, done: int) -> None:
         assert self._writer is not None
@@ -91,7 +107,6 @@ class PeriodicWriter(HookBase):
         storage.clear_images()
         storage.clear_histograms()
         self._writer.write(row)
-        self._written = done
 
     def _describe_run(self) -> None:
         from distrain.tensorboard import TensorBoardWriter
