@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 _PREFIX = "distrain"
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _LOCK_FILE = ".distrain-lock"
 # a socket's path has 107 bytes at most (linux/un.h); two names of ours and multiprocessing's follow
 _MAX_PARENT_BYTES = 107 - len("/distrain-01234567/listener-01234567")
@@ -70,23 +71,39 @@ class TemporaryFolder:
 
 @contextlib.contextmanager
 def folder_of_processes() -> Iterator[str]:
-    """Give the path of a temporary folder, which also takes the sockets of multiprocessing.
+    """Have what `tempfile` and multiprocessing make lie in a temporary folder; yield its path.
 
-    That holds for this process and all that it starts by multiprocessing, loader workers of ranks
-    included: each would otherwise make a folder of its own, and leave it when it is killed. It lies
-    in /tmp where TMPDIR is too long for the path of a socket.
+    That holds for this process and the ranks and loader workers that come of it: a killed one would
+    leave its files and its folder of sockets behind. The cache of torch.compile stays where it is,
+    for the next run. The folder lies in /tmp where TMPDIR is too long for the path of a socket.
     """
-    config: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
+    config = _config_of_process()
     parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES and os.access("/tmp", os.W_OK):
-        parent = "/tmp"
-    with TemporaryFolder(parent=parent) as path:
-        before = config.get("tempdir")
-        config["tempdir"] = path
-        try:
+    cache = os.environ.get(_CACHE)
+    os.environ.setdefault(_CACHE, os.path.join(parent, f"torchinductor_{os.getuid()}"))
+    is_long = len(os.fsencode(parent)) > _MAX_PARENT_BYTES and os.access("/tmp", os.W_OK)
+    before = tempfile.tempdir, config.get("tempdir")
+    try:
+        with TemporaryFolder(parent="/tmp" if is_long else parent) as path:
+            tempfile.tempdir = config["tempdir"] = path
             yield path
-        finally:
-            config["tempdir"] = before
+    finally:
+        tempfile.tempdir, config["tempdir"] = before
+        if cache is None:
+            del os.environ[_CACHE]
+
+
+def use_inherited() -> None:
+    """Use the folder of the process that has started this one; a spawned one knows it only so."""
+    path = _config_of_process().get("tempdir")
+    if path is not None:
+        tempfile.tempdir = path
+
+
+def _config_of_process() -> dict[str, Any]:
+    """Return what multiprocessing hands on to every process that it starts."""
+    config: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
+    return config
 
 
 def _remove_abandoned(parent: str) -> None:

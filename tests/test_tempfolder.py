@@ -92,42 +92,47 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
 
 
 SOCKETS = """
-import multiprocessing, sys
+import multiprocessing, os, sys, tempfile
 from multiprocessing.util import get_temp_dir
-from distrain.tempfolder import folder_of_processes
+from distrain.tempfolder import folder_of_processes, use_inherited
 
 def grandchild():
     print(get_temp_dir(), flush=True)
+    print(os.path.dirname(tempfile.mkstemp()[1]), flush=True)
+    print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 def child(method):
+    use_inherited()
     process = multiprocessing.get_context("fork").Process(target=grandchild)
     process.start()
     process.join()
 
 if __name__ == "__main__":
     with folder_of_processes() as path:
-        print(path, flush=True)
         process = multiprocessing.get_context(sys.argv[1]).Process(target=child, args=sys.argv[1:])
         process.start()
         process.join()
-    assert get_temp_dir() != path
+        assert tempfile.gettempdir() == path
+    assert path not in (get_temp_dir(), tempfile.gettempdir())
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 """
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_keep_their_sockets_there(tmp_path, method):
     (tmp_path / "sockets.py").write_text(SOCKETS)
+    env = {name: text for name, text in os.environ.items() if name != tempfolder._CACHE}
     with tempfile.TemporaryDirectory() as temporary:  # a short path
         done = subprocess.run(
             [sys.executable, str(tmp_path / "sockets.py"), method],
-            env=os.environ | {"TMPDIR": temporary},
+            env=env | {"TMPDIR": temporary},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        ours, of_grandchild = done.stdout.splitlines()
-        assert ours == of_grandchild
-        assert os.path.dirname(ours) == temporary
+        sockets, files, cache = done.stdout.splitlines()
+        assert sockets == files
+        assert os.path.dirname(files) == os.path.dirname(cache) == temporary
         assert os.listdir(temporary) == []
 
 
