@@ -18,7 +18,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Half an hour or more: 160 runs that are killed or signalled, and what became of each.
+# An hour or more: some 200 runs that are killed, stopped, signalled or damaged, and a table at
+# the end of what became of them.
 faults: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/campaign.py
 

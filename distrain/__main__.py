@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from distrain import completion, config
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
+from distrain.tempfolder import folder_of_processes
 
 if TYPE_CHECKING:
     from distrain.launch import Launcher
@@ -51,7 +51,7 @@ class Command:
         before = os.environ.get(_FULL_ERROR)
         os.environ[_FULL_ERROR] = "1"  # Hydra hands exceptions on to us, and does not exit
         try:
-            with tempfile.TemporaryDirectory(prefix="distrain-") as scratch:
+            with folder_of_processes() as scratch:
                 OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
                 start = hydra.main(
                     config_path="pkg://distrain.conf", config_name="main", version_base="1.3"

@@ -18,6 +18,7 @@ from typing import Any
 
 from distrain.errors import ConfigError
 
+_BEGIN = b'{"pid": '  # of the lock's text
 _ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
 
 
@@ -28,7 +29,7 @@ def hold(path: Path) -> int:
         path: the run folder.
 
     Raises:
-        ConfigError: somebody has it.
+        ConfigError: somebody has it, or a file of that name is somebody's own.
     """
     file = path / "lock"
     deadline = time.monotonic() + _ENDING_S
@@ -50,6 +51,12 @@ def hold(path: Path) -> int:
         if os.path.exists(file) and os.path.samestat(os.fstat(fd), os.stat(file)):
             break
         os.close(fd)  # its owner has just removed it
+    if not _is_ours(fd):
+        os.close(fd)
+        raise ConfigError(
+            f"run.dir={path}: its file lock is not that of a run; move it away, or give another "
+            "run.dir"
+        )
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(mine).encode(), 0)
@@ -78,6 +85,12 @@ def holder(path: Path) -> dict[str, Any] | None:
     finally:
         os.close(fd)
     return None
+
+
+def _is_ours(fd: int) -> bool:
+    """Say whether a lock's text is one that a command wrote, or the machine's end cut short."""
+    text = os.pread(fd, 4096, 0).strip(b"\0")
+    return _BEGIN.startswith(text[: len(_BEGIN)])
 
 
 def _holder(fd: int) -> dict[str, Any]:

@@ -38,11 +38,15 @@ class HookBase:
             70 what decides on its result, 80 checkpoints, 90 writers. A hook above 80 must not put
             scalars or change state: the checkpoint of the iteration is made already.
         ranks: "all", or "main" for a hook that runs on rank 0 only (it must not communicate).
+        order_at_end: its place among the calls of `after_train`, if that is another than `order`.
+            75 for writers: what they write last is on the disk before the final checkpoint says
+            that all is done.
         part: the part of a checkpoint that its state lies in.
     """
 
     trainer: TrainerBase
     order: ClassVar[int] = 50
+    order_at_end: ClassVar[int | None] = None
     ranks: ClassVar[Literal["all", "main"]] = "all"
     part: ClassVar[str] = "hooks"
 

@@ -86,9 +86,12 @@ class TrainerBase:
             self.hooks[name] = hook
         self.hooks = dict(sorted(self.hooks.items(), key=lambda item: item[1].order))
         for moment in MOMENTS:
+            ordered = list(self.hooks.values())
+            if moment == "after_train":
+                ordered.sort(key=lambda h: h.order if h.order_at_end is None else h.order_at_end)
             self._calls[moment] = [
                 getattr(hook, moment)
-                for hook in self.hooks.values()
+                for hook in ordered
                 if getattr(type(hook), moment) is not getattr(HookBase, moment)
                 and (hook.ranks == "all" or self.where.is_main)
             ]

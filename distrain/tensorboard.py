@@ -136,7 +136,8 @@ class TensorBoardWriter:
                 info.hparams[name].number_value = value
             else:
                 info.hparams[name].string_value = str(value)
-        self._add_hparams("session_start_info", HParamsPluginData(session_start_info=info))
+        data = HParamsPluginData(session_start_info=info)
+        self._add_hparams("session_start_info", data, step=self._start)
 
     def finish(self, metrics: Mapping[str, float], *, iteration: int) -> None:
         """Queue the final metrics and mark the run as finished in the HParams tab.
@@ -153,7 +154,8 @@ class TensorBoardWriter:
         ]
         self._add_values(scalars, step=iteration)
         info = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
-        self._add_hparams("session_end_info", HParamsPluginData(session_end_info=info))
+        data = HParamsPluginData(session_end_info=info)
+        self._add_hparams("session_end_info", data, step=iteration)
 
     def layout(self, categories: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Queue the charts of the Custom Scalars tab, in place of `default_layout`.
@@ -189,7 +191,7 @@ class TensorBoardWriter:
         )
         self._add_values([value], step=step)
 
-    def _add_hparams(self, kind: str, data: HParamsPluginData) -> None:
+    def _add_hparams(self, kind: str, data: HParamsPluginData, *, step: int) -> None:
         # all is in the metadata; the tensor only has to be there
         empty = TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)])
         value = Summary.Value(
@@ -197,7 +199,7 @@ class TensorBoardWriter:
             metadata=_metadata("hparams", data.SerializeToString()),
             tensor=TensorProto(dtype=DT_FLOAT, tensor_shape=empty),
         )
-        self._add_values([value], step=self._start)
+        self._add_values([value], step=step)
 
     def _add_values(self, values: list[Summary.Value], *, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from distrain.checkpoint_table import differing, print_comparison, the_checkpoint
 from distrain.errors import ExitCode
 from distrain.hook import HookBase
+from distrain.tempfolder import TemporaryFolder
 
 _HOOK = "+hooks.verify_resume"
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 < stop_at < options.iterations:
         parser.error(f"--stop-at {stop_at}: between 1 and {options.iterations - 1}, please")
     plan = _Plan(overrides, options.iterations, stop_at)
-    with tempfile.TemporaryDirectory(prefix="distrain-verify-") as folder:
+    with TemporaryFolder("verify-") as folder:
         return _verify(plan, Path(folder))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_ROWS = 10_000
+HANG_S = 60.0  # writers that write no row for so long, at the end, are waited for no longer
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,16 @@ class BackgroundWriter:
             logger.warning("the writers hang: rows from iteration %d on are lost", row.iteration)
 
     def close(self) -> None:
-        """Wait until every queued row is written and all writers are closed."""
+        """Wait until every queued row is written and all writers are closed, unless they hang."""
+        if not self._thread.is_alive():
+            return
+        self._rows.put(None)
+        waiting = self._rows.qsize() + 1
+        while self._thread.is_alive() and waiting > self._rows.qsize():
+            waiting = self._rows.qsize()
+            self._thread.join(HANG_S)
         if self._thread.is_alive():
-            self._rows.put(None)
-            self._thread.join()
+            logger.warning("the writers hang: what they have not written in %g s is lost", HANG_S)
 
     def _run(self) -> None:
         while (row := self._rows.get()) is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distrain import heartbeat
+from distrain import heartbeat, tempfolder
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 
@@ -54,6 +54,7 @@ def rank_main(task: RankTask) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a log
+    tempfolder.use_inherited()
     pulse = heartbeat.of_this_process()
     os.setsid()
     die_with_parent()

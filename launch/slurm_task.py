@@ -22,6 +22,7 @@ from distrain.launch.slurm_attempts import (
     read_nodes,
 )
 from distrain.launch.stop import StopRequest
+from distrain.tempfolder import folder_of_processes
 
 _ENDPOINT_FILE = "endpoint"
 _POLL_S = 0.1
@@ -64,7 +65,7 @@ class NodeTask:
                 which: among several tasks that leave by other codes, srun picks one to report.
         """
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with each SIGTERM; submitit warns
-        with StopRequest() as stop:
+        with StopRequest() as stop, folder_of_processes():
             record = NodeRecord(os.environ["SLURMD_NODENAME"])
             try:
                 record.write(self.run_dir)

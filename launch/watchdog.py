@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from distrain.launch.failure import Failure
 from distrain.launch.meeting import Meeting
 from distrain.launch.progress import Place, Progress, ended_early, hindmost, report
 from distrain.launch.rank import append, log_path
+from distrain.tempfolder import TemporaryFolder
 
 _LOOK_S = 0.5  # from one look at the beats to the next
 _TELL_S = 2.0  # from one word to the other nodes to the next
@@ -38,7 +37,7 @@ class Watchdog:
         self._watchdog_s = watchdog_s
         self._log_dir = log_dir
         self._meeting = meeting
-        self._folder: str | None = None
+        self._folder: TemporaryFolder | None = None
         self._files: dict[int, int] = {}  # descriptors by rank
         self._progress = Progress((), watchdog_s=watchdog_s)
         self._gone: set[int] = set()  # ranks that seemed to have left early at the last look
@@ -52,9 +51,9 @@ class Watchdog:
             return
         # in memory where there is such a folder: a rank must not wait for a disk to beat
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._folder = tempfile.mkdtemp(prefix=f"distrain_beats_{os.getpid()}_", dir=memory)
+        self._folder = TemporaryFolder(f"beats-{os.getpid()}-", parent=memory)
         for env in envs:
-            path = os.path.join(self._folder, f"rank_{env['RANK']}")
+            path = os.path.join(self._folder.path, f"rank_{env['RANK']}")
             self._files[int(env["RANK"])] = file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.truncate(file, heartbeat.NUM_BYTES)
             env[heartbeat.VARIABLE] = path
@@ -66,7 +65,7 @@ class Watchdog:
             os.close(file)
         self._files, self._words, self._gone = {}, {}, set()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
             self._folder = None
 
     def look(self, pids: Mapping[int, int]) -> Failure | None:

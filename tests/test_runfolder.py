@@ -281,9 +281,20 @@ def test_ranks_that_outlive_their_killed_command_are_waited_for_and_named(tmp_pa
         pass
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "[1]", '{"pid": 1}'])
-def test_a_lock_with_any_text_that_nobody_holds_is_free(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "\0" * 64, '{"p', '{"pid": 1', '{"pid": 1}'])
+def test_a_lock_that_nobody_holds_is_free_whatever_was_left_of_its_text(tmp_path, text):
     (tmp_path / "lock").write_text(text)
+    assert freeze(tmp_path).is_new
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[1]", '{"packages": []}', "{\n", "\n"])
+def test_a_users_own_file_called_lock_is_left_alone(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(ConfigError, match="run.dir=.* its file lock is not that of a run; move it"):
+        freeze(tmp_path)
+    assert os.listdir(tmp_path) == ["lock"]
+    assert (tmp_path / "lock").read_text() == text
+    (tmp_path / "lock").unlink()
     assert freeze(tmp_path).is_new
 
 

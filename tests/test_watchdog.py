@@ -169,7 +169,7 @@ def start(tmp_path, monkeypatch):
     time.sleep(0.2)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     for run in runs:
-        assert not glob.glob(f"/dev/shm/distrain_beats_{run.process.pid}_*")
+        assert not glob.glob(f"/dev/shm/distrain-beats-{run.process.pid}-*")
     assert not list((tmp_path / "logs").glob(".*"))
 
 

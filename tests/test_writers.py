@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,48 @@ def test_caller_does_not_wait_and_rows_are_bounded(
     assert [r.getMessage() for r in caplog.records] == [
         "the writers hang: rows from iteration 6 on are lost"
     ]
+
+
+def test_writers_that_hang_are_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writers, "HANG_S", 0.05)
+    gate = threading.Event()
+
+    class Hanging(Recorder):
+        def write(self, row: Row) -> None:
+            gate.wait()
+            super().write(row)
+
+    hanging = Hanging()
+    writer = BackgroundWriter([hanging])
+    writer.write(Row(0, 99, {}))
+    writer.close()
+    assert (hanging.iterations, hanging.closed) == ([], 0)
+    assert [r.getMessage() for r in caplog.records] == [
+        "the writers hang: what they have not written in 0.05 s is lost"
+    ]
+    gate.set()
+    writer._thread.join()
+
+
+def test_writers_that_are_slow_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writers, "HANG_S", 0.5)
+
+    class Slow(Recorder):
+        def write(self, row: Row) -> None:
+            time.sleep(0.05)
+            super().write(row)
+
+    slow = Slow()
+    writer = BackgroundWriter([slow])
+    for iteration in range(20):  # 1 s of work
+        writer.write(Row(iteration, 20, {}))
+    writer.close()
+    assert (slow.iterations, slow.closed) == (list(range(20)), 1)
+    assert caplog.records == []
 
 
 def test_failing_writer_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:

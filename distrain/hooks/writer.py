@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
+
+logger = logging.getLogger(__name__)
 
 _BURST_S = 0.1  # the first of several rows costs the writers most: caches, a switch of threads
 
@@ -26,6 +29,7 @@ class PeriodicWriter(HookBase):
     """
 
     order = 90
+    order_at_end = 75  # after the final evaluation, before the final checkpoint
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class PeriodicWriter(HookBase):
         self._run_dir = run_dir
         self._conf = conf
         self._writer: BackgroundWriter | None = None
-        self._written = 0  # number of iterations up to and with the last row
+        self._written = 0  # number of iterations up to and with the last row of a whole window
 
     def before_train(self) -> None:
         """Open the writers; write the row that the resumed checkpoint was made just before."""
@@ -63,9 +67,21 @@ class PeriodicWriter(HookBase):
             self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
-        """Write what is left and close the writers."""
-        if self.trainer.error is None:
-            self.trainer.reduction.drain(self.trainer.storage.iter)
+        """Write what is left and close the writers.
+
+        The final checkpoint is saved after that, or a run killed in between would take itself for
+        finished and never write its last row; so a failure here is told, and no more.
+        """
+        try:
+            if self.trainer.error is None:
+                self.trainer.reduction.drain(self.trainer.storage.iter)
+            self._write_end()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _write_end(self) -> None:
+        """Write what is complete; then, unless training failed, the last row and the run's end."""
         if self._writer is None:
             return
         try:
@@ -73,8 +89,8 @@ class PeriodicWriter(HookBase):
             if self.trainer.error is None:
                 self._write(self.trainer.iter_done)
                 self._finish_run()
-        finally:
-            self._writer.close()
+        except Exception:  # the other ranks are on their way into the collectives of the save
+            logger.warning("the last row could not be written", exc_info=True)
 
     def _write_due(self) -> None:
         """Write the rows that are complete; those of fast steps wait for each other."""
@@ -87,6 +103,7 @@ class PeriodicWriter(HookBase):
         window, done = self.trainer.window, self.trainer.reduction.combined_iter + 1
         for due in range(self._written - self._written % window + window, done + 1, window):
             self._write(due)
+            self._written = due
 
     def _write(self, done: int) -> None:
         assert self._writer is not None
@@ -101,7 +118,6 @@ class PeriodicWriter(HookBase):
         storage.clear_images()
         storage.clear_histograms()
         self._writer.write(row)
-        self._written = done
 
     def _describe_run(self) -> None:
         from distrain.tensorboard import TensorBoardWriter
