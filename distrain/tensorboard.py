@@ -216,7 +216,7 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     for heading in ("losses", "metrics", "learning rate", "performance"):
         layout[heading] = {}
     for name in sorted(names):
-        scope, _, base = name.rpartition("/")
+        base = name.rpartition("/")[2]
         top = name.partition("/")[0]
         if top == "perf" and base.endswith("_s") and not base.endswith("_per_s"):
             layout["performance"]["seconds"] = [r"perf/(?!eta_s$)(?!.*_per_s$).*_s$"]
@@ -224,9 +224,9 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
             layout["performance"][f"{top} {base}"] = [rf"{top}/(.*/)?{re.escape(base)}$"]
         elif top == "lr":
             layout["learning rate"]["lr"] = ["lr(/.*)?$"]
-        elif "loss" in name.lower():
-            layout["losses"]["losses"] = ["(?!perf/|gpu/|lr/)(?i:.*loss)"]
-        elif scope != "final":
+        elif "loss" in name.lower() and top != "final":
+            layout["losses"]["losses"] = ["(?!perf/|gpu/|lr/|final/)(?i:.*loss)"]
+        elif top != "final":
             layout["metrics"][base] = [rf"(?!perf/|gpu/|lr/|final/)(.*/)?{re.escape(base)}$"]
     return {heading: charts for heading, charts in layout.items() if charts}
 

@@ -8,6 +8,9 @@ from typing import Any
 from distrain.hook import HookBase
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
+# keys of the configuration that change nothing about what is learned
+_NO_HPARAMS = ("run", "resume", "plan", "checkpoint", "launch", "hooks")
+
 
 class PeriodicWriter(HookBase):
     """Writes a row every `trainer.window` iterations, on rank 0, in a thread beside training.
@@ -102,9 +105,7 @@ class PeriodicWriter(HookBase):
 
                 text = yaml.safe_dump(self._conf, sort_keys=False)
                 writer.text("config", f"```yaml\n{text}\n```")
-                writer.hparams(
-                    {k: v for k, v in self._conf.items() if k not in ("run", "launch", "hooks")}
-                )
+                writer.hparams({k: v for k, v in self._conf.items() if k not in _NO_HPARAMS})
 
     def _finish_run(self) -> None:
         """Mark the run as finished, with its latest metrics, if it is."""
