@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check faults bench bench-quick
+.PHONY: demo test check image faults bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -17,6 +17,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# A container image, built and tried without a container engine; as root on Debian.
+image:
+	.ci/build-image
 
 # Half an hour or more: 160 runs that are killed or signalled, and what became of each.
 faults: $(VENV)/installed-dev
