@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check faults flatness bench bench-quick
+.PHONY: demo test check image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -17,6 +17,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# A container image, built and tried without a container engine; as root on Debian.
+image:
+	.ci/build-image
 
 # An hour or more: some 200 runs that are killed, stopped, signalled or damaged, and a table at
 # the end of what became of them.

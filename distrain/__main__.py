@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _CONFIG_PATH = ("--config-path", "-cp")
+_MULTIRUN = ("--multirun", "-m")
 
 
 class Command:
@@ -168,9 +169,10 @@ def main() -> None:
 
 
 def from_here(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with `--config-path` relative to the current folder.
+    """Return the arguments with `--config-path` relative to the current folder, and `-m` first.
 
-    Hydra takes it relative to this file, where no user has a folder.
+    Hydra takes the path relative to this file, where no user has a folder; between overrides, `-m`
+    makes it refuse those that follow.
     """
     result: list[str] = []
     for argument in argv:
@@ -180,7 +182,7 @@ def from_here(argv: Sequence[str]) -> list[str]:
         elif result and result[-1] in _CONFIG_PATH:
             argument = _absolute(argument)
         result.append(argument)
-    return result
+    return sorted(result, key=lambda argument: argument not in _MULTIRUN)
 
 
 def _absolute(path: str) -> str:

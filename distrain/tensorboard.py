@@ -51,7 +51,7 @@ from distrain.writers import NewScalars, Row
 if TYPE_CHECKING:
     from distrain.histogram import Histogram
 
-_NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/"])
+_NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/", "final/"])
 
 
 class TensorBoardWriter:
@@ -221,7 +221,7 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     for heading in ("losses", "metrics", "learning rate", "performance"):
         layout[heading] = {}
     for name in sorted(names):
-        scope, _, base = name.rpartition("/")
+        base = name.rpartition("/")[2]
         top = name.partition("/")[0]
         if top == "perf" and base.endswith("_s") and not base.endswith("_per_s"):
             layout["performance"]["seconds"] = [r"perf/(?!eta_s$)(?!.*_per_s$).*_s$"]
@@ -229,10 +229,10 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
             layout["performance"][f"{top} {base}"] = [rf"{top}/(.*/)?{re.escape(base)}$"]
         elif top == "lr":
             layout["learning rate"]["lr"] = ["lr(/.*)?$"]
-        elif "loss" in name.lower():
+        elif "loss" in name.lower() and top != "final":
             layout["losses"]["losses"] = [rf"(?!{_NO_METRIC})(?i:.*loss)"]
-        elif scope != "final":
-            layout["metrics"][base] = [rf"(?!{_NO_METRIC}|final/)(.*/)?{re.escape(base)}$"]
+        elif top != "final":
+            layout["metrics"][base] = [rf"(?!{_NO_METRIC})(.*/)?{re.escape(base)}$"]
     return {heading: charts for heading, charts in layout.items() if charts}
 
 

@@ -228,6 +228,10 @@ def test_a_config_path_is_relative_to_here(tmp_path, monkeypatch):
     assert from_here(["-cp", "pkg://x"]) == ["-cp", "pkg://x"]
 
 
+def test_multirun_may_stand_anywhere():
+    assert from_here(["a=1", "-m", "b=1,2"]) == ["-m", "a=1", "b=1,2"]
+
+
 # sweeps
 
 

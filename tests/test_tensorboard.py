@@ -216,7 +216,7 @@ def test_default_layout_shows_each_curve_where_it_belongs() -> None:
     names = [
         "total_loss", "loss_box", "eval/loss", "accuracy", "eval/accuracy", "iou", "c++", "lr",
         "lr/head", "perf/step_s", "perf/data_s", "perf/eta_s", "perf/samples_per_s",
-        "gpu/0/memory_bytes", "final/accuracy",
+        "gpu/0/memory_bytes", "final/accuracy", "final/eval/accuracy", "final/loss",
     ]  # fmt: skip
     shown = {
         (heading, title): [

@@ -13,6 +13,8 @@ from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 logger = logging.getLogger(__name__)
 
 _BURST_S = 0.1  # the first of several rows costs the writers most: caches, a switch of threads
+# keys of the configuration that change nothing about what is learned
+_NO_HPARAMS = ("run", "resume", "plan", "checkpoint", "launch", "hooks")
 
 
 class PeriodicWriter(HookBase):
@@ -128,9 +130,7 @@ class PeriodicWriter(HookBase):
 
                 text = yaml.safe_dump(self._conf, sort_keys=False)
                 writer.text("config", f"```yaml\n{text}\n```")
-                writer.hparams(
-                    {k: v for k, v in self._conf.items() if k not in ("run", "launch", "hooks")}
-                )
+                writer.hparams({k: v for k, v in self._conf.items() if k not in _NO_HPARAMS})
 
     def _finish_run(self) -> None:
         """Mark the run as finished, with its latest metrics, if it is."""
