@@ -53,6 +53,14 @@ class DataKeys:
 
 
 @dataclass
+class FsdpKeys:
+    """`trainer.fsdp.*`: how the model is sharded."""
+
+    blocks: list[Any] | None = None
+    reshard_after_forward: bool = True
+
+
+@dataclass
 class TrainerKeys:
     """`trainer.*`: the loop and its step."""
 
@@ -67,6 +75,8 @@ class TrainerKeys:
     sync_batchnorm: bool = True
     nonfinite: Literal["stop", "skip"] = "stop"
     ddp: dict[str, Any] = field(default_factory=dict)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    fsdp: FsdpKeys = field(default_factory=FsdpKeys)
 
 
 @dataclass

@@ -21,6 +21,17 @@ from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import caller, takes_whole_batch, total_loss
 from distrain.optim import clip_gradients
+from distrain.strategy import (
+    clip_sharded,
+    find_blocks,
+    gather_state,
+    gathered_parameters,
+    load_model,
+    load_optimizer,
+    shard,
+    total_norm,
+    without_sync,
+)
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 
@@ -60,6 +71,8 @@ class Trainer(TrainerBase):
         nonfinite: "stop" ends training when a loss is not finite; "skip" leaves the update out,
             which costs one read-back a step.
         ddp: further keywords of DistributedDataParallel.
+        strategy: "ddp" copies the model to each rank, "fsdp" shards it over them.
+        fsdp: further keywords of `strategy.shard`.
 
     Attributes:
         model: what is called in a step. module: the model itself, unwrapped.
@@ -87,6 +100,8 @@ class Trainer(TrainerBase):
         compile: bool = False,
         nonfinite: Literal["stop", "skip"] = "stop",
         ddp: Mapping[str, Any] | None = None,
+        strategy: Literal["ddp", "fsdp"] = "ddp",
+        fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
         if precision not in ("fp32", "bf16", "fp16"):
@@ -97,13 +112,27 @@ class Trainer(TrainerBase):
             raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
         if clip_norm is not None and clip_value is not None:
             raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
+        if strategy not in ("ddp", "fsdp"):
+            raise ConfigError(f"trainer.strategy={strategy!r}; choose ddp or fsdp")
+        if strategy == "fsdp" and (compile or channels_last or precision == "fp16"):
+            raise ConfigError(
+                "trainer.strategy=fsdp does not go with trainer.compile, trainer.channels_last or "
+                "trainer.precision=fp16; leave them at their defaults (bf16 works)"
+            )
         self.device = device or local_device()
-        self.module = model.to(self.device)
+        self.is_sharded = strategy == "fsdp" and self.where.world_size > 1
+        self._reshards = (fsdp or {}).get("reshard_after_forward", True)
+        if strategy == "fsdp":
+            find_blocks(model, (fsdp or {}).get("blocks"))
+        if self.is_sharded:
+            shard(model, optimizer, self.device, **(fsdp or {}))
+        self.module = model if self.is_sharded else model.to(self.device)
         if channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
             self.module.compile()
-        self.model = _wrap(self.module, self.device, self.where.world_size, ddp or {})
+        world_size = 1 if self.is_sharded else self.where.world_size
+        self.model = _wrap(self.module, self.device, world_size, ddp or {})
         self.optimizer = optimizer
         self.data = data
         self.accumulation = accumulation
@@ -129,7 +158,7 @@ class Trainer(TrainerBase):
             self._batches = self.data.batches(self.start_iter)
         else:
             self._batches = endless(self.data)
-        if self.where.world_size > 2 and self.start_iter < self.max_iter:
+        if self.where.world_size > 2 and not self.is_sharded and self.start_iter < self.max_iter:
             batch = next(self._batches)
             self._settle_buckets(batch)
             self._batches = itertools.chain([batch], self._batches)
@@ -144,7 +173,8 @@ class Trainer(TrainerBase):
         if self._is_clipping or self._skip_nonfinite:
             self.scaler.unscale_(self.optimizer)
         if self._is_clipping:
-            self.grad_norm = clip_gradients(self._parameters, **self._clip)
+            clip = clip_sharded if self.is_sharded else clip_gradients
+            self.grad_norm = clip(self._parameters, **self._clip)
         if not self._skip_nonfinite or self._gradients_are_finite():
             if self._scales:
                 self.scaler.step(self.optimizer)
@@ -154,8 +184,7 @@ class Trainer(TrainerBase):
         self.optimizer.zero_grad()
 
     def _accumulate(self) -> dict[str, Tensor]:
-        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
-        with no_sync():
+        with without_sync(self.model):
             parts: list[dict[str, Tensor]] = []
             for _ in range(self.accumulation - 1):
                 parts.append(self._forward_backward())
@@ -203,9 +232,12 @@ class Trainer(TrainerBase):
 
     def _gradients_are_finite(self) -> bool:
         """Whether the update may be applied: the same on all ranks, as the gradients are."""
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self._parameters if p.grad is not None]
-        )
+        if self.is_sharded:
+            norm = total_norm(self._parameters)
+        else:
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self._parameters if p.grad is not None]
+            )
         is_finite = bool(torch.isfinite(norm))
         self.storage.put_scalar("skipped_update", float(not is_finite), smoothing_hint=False)
         return is_finite
@@ -226,11 +258,19 @@ class Trainer(TrainerBase):
                 buffer.copy_(old)
         restore_random_states(random)
 
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which ranks may call the module unequally often. A collective."""
+        return gathered_parameters(self.module, reshard_after_forward=self._reshards)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of model, optimizer, scaler, stream, hooks and histories."""
+        """Return the state of model, optimizer, scaler, stream, hooks and histories.
+
+        Where the model is sharded this is a collective, and whole on rank 0 only.
+        """
+        gather = gather_state if self.is_sharded else _same
         return {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gather(self.module.state_dict()),
+            "optimizer": gather(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "stream": {
                 "iteration": self.iter_done,
@@ -248,11 +288,19 @@ class Trainer(TrainerBase):
         Raises:
             RuntimeError: names or shapes of the model's tensors differ; all are listed.
         """
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.is_sharded:
+            load_model(self.module, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+        else:
+            self.module.load_state_dict(state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         super().load_state_dict(state)
+
+
+def _same(state: Any) -> Any:
+    return state
 
 
 def endless(data: Iterable[Any]) -> Iterator[Any]:

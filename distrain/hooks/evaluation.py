@@ -64,7 +64,8 @@ class EvalHook(HookBase):
         if self._function is not None:
             results = self._function()
         elif self._eval_loader is not None:
-            results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
+            with trainer.gathered():
+                results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
         else:
             return
         self._last_done = trainer.iter_done
