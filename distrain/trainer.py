@@ -112,13 +112,7 @@ class Trainer(TrainerBase):
             raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
         if clip_norm is not None and clip_value is not None:
             raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
-        if strategy not in ("ddp", "fsdp"):
-            raise ConfigError(f"trainer.strategy={strategy!r}; choose ddp or fsdp")
-        if strategy == "fsdp" and (compile or channels_last or precision == "fp16"):
-            raise ConfigError(
-                "trainer.strategy=fsdp does not go with trainer.compile, trainer.channels_last or "
-                "trainer.precision=fp16; leave them at their defaults (bf16 works)"
-            )
+        _check_strategy(strategy, plain=not (compile or channels_last or precision == "fp16"))
         self.device = device or local_device()
         self.is_sharded = strategy == "fsdp" and self.where.world_size > 1
         self._reshards = (fsdp or {}).get("reshard_after_forward", True)
@@ -297,6 +291,16 @@ class Trainer(TrainerBase):
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         super().load_state_dict(state)
+
+
+def _check_strategy(strategy: str, *, plain: bool) -> None:
+    if strategy not in ("ddp", "fsdp"):
+        raise ConfigError(f"trainer.strategy={strategy!r}; choose ddp or fsdp")
+    if strategy == "fsdp" and not plain:
+        raise ConfigError(
+            "trainer.strategy=fsdp does not go with trainer.compile, trainer.channels_last or "
+            "trainer.precision=fp16; leave them at their defaults (bf16 works)"
+        )
 
 
 def _same(state: Any) -> Any:
