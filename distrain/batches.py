@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from distrain.errors import ConfigError
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -59,3 +62,32 @@ def _first_dimension(batch: Any) -> int | None:
             if length is not None:
                 return length
     return None
+
+
+def to_channels_last(batch: Any) -> Any:
+    """Return a batch with its images, the tensors of four dimensions, in that memory format."""
+    if isinstance(batch, Tensor) and batch.dim() == 4:
+        return batch.contiguous(memory_format=torch.channels_last)
+    if isinstance(batch, Mapping):
+        return {name: to_channels_last(part) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_channels_last(part) for part in batch)
+    return batch
+
+
+def endless(data: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of an iterable over and over; a DistributedSampler learns of each epoch.
+
+    Raises:
+        ConfigError: there is no batch in it.
+    """
+    for epoch in itertools.count():
+        set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        is_empty = True
+        for batch in data:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ConfigError("the data has no batch; training needs at least one")

@@ -38,6 +38,7 @@ class TrainerBase:
 
     storage: EventStorage
     reduction: ScalarReduction
+    is_sharded = False  # then `state_dict` is a collective
 
     def __init__(
         self,

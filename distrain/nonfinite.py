@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.log import logger
+from distrain.strategy import gradient_norm
 
 
 class _Bad(NamedTuple):
@@ -76,9 +77,7 @@ class SkippedUpdates:
         Raises:
             NonFiniteLoss: too many in a row; on all ranks at this iteration.
         """
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self._parameters if p.grad is not None]
-        )
+        norm = gradient_norm(self._parameters)
         if bool(torch.isfinite(norm)):
             self._in_a_row = self._counted = 0
             return True

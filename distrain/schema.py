@@ -53,6 +53,14 @@ class DataKeys:
 
 
 @dataclass
+class FsdpKeys:
+    """`trainer.fsdp.*`: how the model is sharded."""
+
+    blocks: list[Any] | None = None
+    reshard_after_forward: bool = True
+
+
+@dataclass
 class TrainerKeys:
     """`trainer.*`: the loop and its step."""
 
@@ -70,6 +78,8 @@ class TrainerKeys:
     ddp: dict[str, Any] = field(default_factory=dict)
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     comm_options: dict[str, Any] = field(default_factory=dict)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    fsdp: FsdpKeys = field(default_factory=FsdpKeys)
 
 
 @dataclass

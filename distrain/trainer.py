@@ -10,10 +10,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from distrain.batches import endless, to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
-from distrain.data import to_device
 from distrain.distributed import local_device, random_states, restore_random_states
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
@@ -23,6 +22,17 @@ from distrain.loop import TrainerBase
 from distrain.losses import caller, takes_whole_batch, total_loss
 from distrain.nonfinite import SkippedUpdates
 from distrain.optim import clip_gradients
+from distrain.replicas import replicate
+from distrain.strategy import (
+    clip_sharded,
+    find_blocks,
+    gather_state,
+    gathered_parameters,
+    load_model,
+    load_optimizer,
+    shard,
+    without_sync,
+)
 from distrain.update import clear_gradients, update
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
@@ -66,6 +76,8 @@ class Trainer(TrainerBase):
         ddp: further keywords of DistributedDataParallel.
         comm_hook: how gradients travel between ranks, see `compress_gradients`.
         comm_options: of it.
+        strategy: "ddp" copies the model to each rank, "fsdp" shards it over them.
+        fsdp: further keywords of `strategy.shard`.
 
     Attributes:
         model: what is called in a step. module: the model itself, unwrapped.
@@ -96,6 +108,8 @@ class Trainer(TrainerBase):
         ddp: Mapping[str, Any] | None = None,
         comm_hook: CommHook = "none",
         comm_options: Mapping[str, Any] | None = None,
+        strategy: Literal["ddp", "fsdp"] = "ddp",
+        fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
         if precision not in ("fp32", "bf16", "fp16"):
@@ -106,13 +120,22 @@ class Trainer(TrainerBase):
             raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
         if clip_norm is not None and clip_value is not None:
             raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
+        plain = not (compile or channels_last or precision == "fp16" or comm_hook != "none")
+        _check_strategy(strategy, plain=plain)
         self.device = device or local_device()
-        self.module = model.to(self.device)
+        self.is_sharded = strategy == "fsdp" and self.where.world_size > 1
+        self._reshards = (fsdp or {}).get("reshard_after_forward", True)
+        if strategy == "fsdp":
+            find_blocks(model, (fsdp or {}).get("blocks"))
+        if self.is_sharded:
+            shard(model, optimizer, self.device, **(fsdp or {}))
+        self.module = model if self.is_sharded else model.to(self.device)
         if channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
             self.module.compile()
-        self.model = _wrap(self.module, self.device, self.where.world_size, ddp or {})
+        world_size = 1 if self.is_sharded else self.where.world_size
+        self.model = replicate(self.module, self.device, world_size, ddp or {})
         compress_gradients(self.model, comm_hook, comm_options or {})
         self.optimizer = optimizer
         self.data = data
@@ -143,7 +166,7 @@ class Trainer(TrainerBase):
             self._batches = self.data.batches(self.start_iter)
         else:
             self._batches = endless(self.data)
-        if self.where.world_size > 2 and self.start_iter < self.max_iter:
+        if self.where.world_size > 2 and not self.is_sharded and self.start_iter < self.max_iter:
             batch = next(self._batches)
             self._settle_buckets(batch)
             self._batches = itertools.chain([batch], self._batches)
@@ -171,7 +194,8 @@ class Trainer(TrainerBase):
         clear_gradients(self.optimizer)
 
     def _clip_gradients(self) -> None:
-        self.grad_norm = clip_gradients(self._parameters, **self._clip)
+        clip = clip_sharded if self.is_sharded else clip_gradients
+        self.grad_norm = clip(self._parameters, **self._clip)
         if self.grad_norm is None:
             return
         if self._scales:  # an overflow is no failure: the scaler leaves the update out by itself
@@ -188,8 +212,7 @@ class Trainer(TrainerBase):
         return may
 
     def _accumulate(self) -> dict[str, Tensor]:
-        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
-        with no_sync():
+        with without_sync(self.model):
             parts: list[dict[str, Tensor]] = []
             for _ in range(self.accumulation - 1):
                 parts.append(self._forward_backward())
@@ -228,7 +251,7 @@ class Trainer(TrainerBase):
         if self._moves:
             batch = to_device(batch, self.device)
         if self._channels_last:
-            batch = _to_channels_last(batch)
+            batch = to_channels_last(batch)
         if batch.__class__ is not self._batch_type:
             self._batch_type = batch.__class__
             self._call_model = caller(self.model, self._batch_type, whole=self._takes_whole)
@@ -253,11 +276,19 @@ class Trainer(TrainerBase):
                 buffer.copy_(old)
         restore_random_states(random)
 
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which ranks may call the module unequally often. A collective."""
+        return gathered_parameters(self.module, reshard_after_forward=self._reshards)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of model, optimizer, scaler, stream, hooks and histories."""
+        """Return the state of model, optimizer, scaler, stream, hooks and histories.
+
+        Where the model is sharded this is a collective, and whole on rank 0 only.
+        """
+        gather = gather_state if self.is_sharded else _same
         return {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gather(self.module.state_dict()),
+            "optimizer": gather(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "stream": {
                 "iteration": self.iter_done,
@@ -275,58 +306,26 @@ class Trainer(TrainerBase):
         Raises:
             RuntimeError: names or shapes of the model's tensors differ; all are listed.
         """
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.is_sharded:
+            load_model(self.module, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+        else:
+            self.module.load_state_dict(state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         super().load_state_dict(state)
 
 
-def endless(data: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of an iterable over and over; a DistributedSampler learns of each epoch.
-
-    Raises:
-        ConfigError: there is no batch in it.
-    """
-    for epoch in itertools.count():
-        set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        is_empty = True
-        for batch in data:
-            is_empty = False
-            yield batch
-        if is_empty:
-            raise ConfigError("the data has no batch; training needs at least one")
+def _check_strategy(strategy: str, *, plain: bool) -> None:
+    if strategy not in ("ddp", "fsdp"):
+        raise ConfigError(f"trainer.strategy={strategy!r}; choose ddp or fsdp")
+    if strategy == "fsdp" and not plain:
+        raise ConfigError(
+            "trainer.strategy=fsdp does not go with trainer.compile, trainer.channels_last, "
+            "trainer.comm_hook or trainer.precision=fp16; leave them at their defaults (bf16 works)"
+        )
 
 
-def _wrap(
-    module: nn.Module, device: torch.device, world_size: int, options: Mapping[str, Any]
-) -> nn.Module:
-    if world_size == 1:
-        return module
-    options = {
-        "gradient_as_bucket_view": True,
-        "forward_sync_buffers": has_own_buffers(module),
-    } | dict(options)
-    device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, **options)
-
-
-def has_own_buffers(module: nn.Module) -> bool:
-    """Whether ranks may come to hold different buffers: those of SyncBatchNorm stay equal."""
-    return any(
-        "SyncBatchNorm" not in type(part).__name__
-        for part in module.modules()
-        for _ in part.buffers(recurse=False)
-    )
-
-
-def _to_channels_last(batch: Any) -> Any:
-    if isinstance(batch, Tensor) and batch.dim() == 4:
-        return batch.contiguous(memory_format=torch.channels_last)
-    if isinstance(batch, Mapping):
-        return {name: _to_channels_last(part) for name, part in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to_channels_last(part) for part in batch)
-    return batch
+def _same(state: Any) -> Any:
+    return state

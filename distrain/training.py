@@ -180,6 +180,8 @@ def build_model(conf: Conf, *, where: Topology, sync_batchnorm: bool) -> nn.Modu
         )
     if sync_batchnorm and where.world_size > 1:
         model = convert_sync_batchnorm(model)
+    if conf["trainer"].get("strategy") == "fsdp" and where.world_size > 1:
+        return model  # it goes to the device in shards
     return model.to(local_device())
 
 

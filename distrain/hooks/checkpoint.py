@@ -35,8 +35,10 @@ class PeriodicCheckpointer(HookBase):
         done, is_main = self.trainer.iter_done, self.trainer.where.is_main
         if self._period and done % self._period == 0 and done != self.trainer.max_iter:
             save(self.trainer, self._checkpoints)
-        elif done == self.trainer.start_iter + 1 and is_main:
-            self._checkpoints.reserve(self.trainer.state_dict())
+        elif done == self.trainer.start_iter + 1 and (is_main or self.trainer.is_sharded):
+            state = self.trainer.state_dict()
+            if is_main:
+                self._checkpoints.reserve(state)
 
     def after_train(self) -> None:
         """Save where training ended, and wait until it is on the disk."""
@@ -102,7 +104,10 @@ def save(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
         random = gather_to_main(random_states())
+        if random is None and not trainer.is_sharded:
+            return
+        state = trainer.state_dict()
         if random is None:
             return
-        state = trainer.state_dict() | {"rng": {"ranks": random}}
+        state["rng"] = {"ranks": random}
         checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size)

@@ -86,7 +86,8 @@ class EvalHook(HookBase):
             results = self._function()
         else:
             assert self._eval_loader is not None
-            results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
+            with trainer.gathered():
+                results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
         for name, value in results.items():
             trainer.storage.put_scalar(
                 f"{prefix}/{name}", value, smoothing_hint=False, reduce="local"

@@ -8,7 +8,10 @@ from torch import Tensor
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError, ReplicaDrift
 from distrain.hook import HookBase
-from distrain.trainer import Trainer, has_own_buffers
+from distrain.log import logger
+from distrain.replicas import has_own_buffers
+from distrain.strategy import is_sharded
+from distrain.trainer import Trainer
 
 _BYTES_TO_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS = 24  # what a float32 holds exactly, for the spread over ranks is one
@@ -19,7 +22,8 @@ class ReplicaGuard(HookBase):
 
     Each rank puts a checksum of the bits of all tensors as the scalar `guard/checksum`; it travels
     with the window's collective, so nothing is waited for. Two ranks that differ go unnoticed with
-    a chance of one in 16 million. Buffers are left out where ranks may differ in them.
+    a chance of one in 16 million. Buffers are left out where ranks may differ in them, and shards,
+    of which there is no copy: of a sharded model buffers and counters are compared, if any.
 
     Args:
         period: in iterations.
@@ -48,9 +52,17 @@ class ReplicaGuard(HookBase):
             if spread.min != spread.max:
                 raise ReplicaDrift(self._describe())
         if trainer.iter_done % self._period == 0:
+            tensors = list(self._tensors().values())
+            if not tensors:
+                return
             self._checked = trainer.iter
-            value = checksum(list(self._tensors().values()))
+            value = checksum(tensors)
             trainer.storage.put_scalar("guard/checksum", value, smoothing_hint=False)
+
+    def before_train(self) -> None:
+        """Say so where there is little to compare."""
+        if self.trainer.is_sharded and self.trainer.where.is_main:
+            logger.info("replica guard: a sharded model has no replicas; shards are not compared")
 
     def _has_returned(self) -> bool:
         newest = self.trainer.storage.latest_iteration
@@ -58,12 +70,13 @@ class ReplicaGuard(HookBase):
 
     def _tensors(self) -> dict[str, Tensor]:
         module = self.trainer.module
-        tensors = {f"model.{name}": p.detach() for name, p in module.named_parameters()}
+        parameters = {n: p for n, p in module.named_parameters() if not is_sharded(p)}
+        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
         if not has_own_buffers(module):
             tensors |= {f"model.{name}": buffer for name, buffer in module.named_buffers()}
         for name, parameter in module.named_parameters():
             for key, value in self.trainer.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and not is_sharded(value):
                     tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
