@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check faults bench bench-quick
+.PHONY: demo test check docs faults bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -17,6 +17,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in site/; a warning is an error. The variable quiets an advertisement.
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 # Half an hour or more: 160 runs that are killed or signalled, and what became of each.
 faults: $(VENV)/installed-dev
