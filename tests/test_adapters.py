@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 
@@ -218,6 +219,38 @@ def test_the_module_learns_of_its_device():
     assert line.noted == torch.device("meta")
 
 
+# over ranks
+
+SHARES = (points(1), points(2, 3, 4))
+
+
+def over_ranks(rank, *, kind):
+    """Take a step with this rank's share; return the weight and what was put."""
+    x, y = SHARES[rank]
+    if kind == "lightning":
+        model, batch = LightningModel(Line()), [x, y]
+    else:
+        model, batch = HuggingFaceModel(LineForHF()), {"inputs": x, "labels": y}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Trainer(model, optimizer, [batch], window=1)
+    trainer.train(0, 1)
+    put = {name: history.latest() for name, history in trainer.storage.histories().items()}
+    return next(model.parameters()).item(), put
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["lightning", "hugging face"])
+def test_two_ranks_take_the_mean_of_their_gradients(kind):
+    # at w = 0 the gradient is -4 mean(x**2): -4 and -4 * 29 / 3; the losses are as large
+    gradient = -4 * (1 + 29 / 3) / 2
+    for weight, put in run_ranks(over_ranks, 2, kind=kind):
+        assert weight == pytest.approx(-0.01 * gradient)
+        assert put["loss"] == pytest.approx(-gradient)
+        if kind == "lightning":
+            assert put["largest"] == 4.0  # of both ranks, by reduce_fx
+            assert put["w"] == 0.0
+
+
 # Hugging Face
 
 
@@ -399,7 +432,8 @@ def real_module():
     return Module()
 
 
-def test_a_real_lightning_module(tmp_path, one_rank):
+def test_a_real_lightning_module(tmp_path, one_rank, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # lightning sets it at its import
     pytest.importorskip("lightning")
     conf = conf_of(lightning_node("real_module"))
     assert train(conf, str(tmp_path)) == ExitCode.FINISHED
