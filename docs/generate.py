@@ -36,6 +36,7 @@ REST = "Further modules"
 MEANINGS = {  # of keys behind which no file in conf/ says anything
     "run.name": "name of the run; the experiment's if you say nothing",
     "launch": "how ranks are started: `launch=local`, `slurm`, `external`, `allocation`",
+    "seed": "of the weights, of the order of the samples and of what is drawn while training",
     "schedule": "the learning rate over iterations, such as `schedule=cosine`; null: it stays",
     "hooks": "hooks by name; `hooks.NAME=null` leaves one out",
     "trainer.compile": "through `torch.compile`",

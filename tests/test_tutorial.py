@@ -49,13 +49,13 @@ def run(command, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=250,
+        timeout=600,
     )
     return done.stdout
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # some twenty starts of python, on a busy machine
 def test_the_first_hour(tmp_path):
     num = 0
     for language, title, body in blocks(PAGE.read_text()):
