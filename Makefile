@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check image faults flatness bench bench-quick
+.PHONY: demo test check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -17,6 +17,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in site/; a warning is an error. The variable quiets an advertisement.
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 
 # A container image, built and tried without a container engine; as root on Debian.
 image:

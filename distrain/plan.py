@@ -12,6 +12,7 @@ from distrain.distributed import Topology
 from distrain.hook import MOMENTS, HookBase
 from distrain.optim import explain_groups, format_groups, representative_group
 from distrain.schedule import schedule_values
+from distrain.trainer import Trainer
 from distrain.training import build_parts
 
 
@@ -27,9 +28,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     """
     checkpoints = CheckpointStore(Path(run_dir, "checkpoints"), **conf["checkpoint"])
     parts = build_parts(conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints)
-    trainer, optim = parts.trainer, conf["optim"]
-    own = inspect.signature(explain_groups).parameters
-    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in own})
+    trainer = parts.trainer
     num = sum(p.numel() for p in trainer.module.parameters())
     stream = parts.train_loader.stream
     max_iter = conf["trainer"]["max_iter"]
@@ -42,7 +41,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         f"optimizer   {type(trainer.optimizer).__name__}, {len(trainer.optimizer.param_groups)} "
         "groups",
         "",
-        format_groups(rows),
+        _groups(conf["optim"], trainer),
         "",
         "learning rate",
         *_schedule_lines(conf, trainer.optimizer, max_iter),
@@ -58,9 +57,20 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     return "\n".join(lines)
 
 
+def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
+    """Return the table of parameters, or where it comes from if the model has its own groups."""
+    if optim is None:
+        return "the model's own groups, by its configure_optimizers"
+    own = inspect.signature(explain_groups).parameters
+    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in own})
+    return format_groups(rows)
+
+
 def _schedule_lines(conf: dict[str, Any], optimizer: Any, max_iter: int) -> list[str]:
     group = representative_group(optimizer)
     at = sorted({0, max_iter // 100, max_iter // 10, max_iter // 4, max_iter // 2, max_iter - 1})
+    if conf["optim"] is None and conf["schedule"] is None:
+        return ["  the model's own, by its configure_optimizers"]
     if conf["schedule"] is None:
         values = [float(optimizer.param_groups[group]["lr"])] * len(at)
     else:

@@ -130,8 +130,8 @@ class Keys:
     data: DataKeys
     trainer: TrainerKeys
     model: Target
-    optim: OptimKeys
     launch: Target
+    optim: OptimKeys | None = None
     schedule: Target | None = None
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)

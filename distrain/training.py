@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from distrain import heartbeat, log
 from distrain.batchnorm import convert_sync_batchnorm
@@ -34,6 +35,7 @@ from distrain.hook import HookBase
 from distrain.optim import build_optimizer
 from distrain.progressbar import waiting
 from distrain.reduction import STOP_REQUESTED
+from distrain.schedule import WarmupConstantLR
 from distrain.trainer import Trainer
 
 Conf = dict[str, Any]
@@ -127,10 +129,7 @@ def build_parts(
     model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
     if state is None and conf.get("init", {}).get("weights"):
         start_from(model, **conf["init"])
-    optimizer = build_optimizer(model, **conf["optim"])
-    schedule = None
-    if conf["schedule"] is not None:
-        schedule = build(conf["schedule"], "schedule", optimizer=optimizer)
+    optimizer, schedule = _optimization(conf, model)
     data = conf["data"]
     settings["accumulation"] = micro_batches(
         data["batch_size"],
@@ -183,6 +182,28 @@ def build_model(conf: Conf, *, where: Topology, sync_batchnorm: bool) -> nn.Modu
     if conf["trainer"].get("strategy") == "fsdp" and where.world_size > 1:
         return model  # it goes to the device in shards
     return model.to(local_device())
+
+
+def _optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
+    """Return the optimizer and the schedule that are configured, or without optim the model's."""
+    own = None
+    if conf["optim"] is not None:
+        optimizer = build_optimizer(model, **conf["optim"])
+    elif callable(configure := getattr(model, "configure_optimizers", None)):
+        optimizer, own = configure()
+    else:
+        raise ConfigError(
+            f"optim=null: {type(model).__name__} has no configure_optimizers; choose an "
+            "optimizer, as optim=adamw"
+        )
+    if conf["schedule"] is None:
+        return optimizer, own or WarmupConstantLR(optimizer, warmup_iters=0)
+    if own is not None:
+        raise ConfigError(
+            "optim=null: the model brings a schedule of its own; add {override /schedule: null} to "
+            "the defaults of the experiment"
+        )
+    return optimizer, build(conf["schedule"], "schedule", optimizer=optimizer)
 
 
 def _eval_loader(conf: Conf, where: Topology) -> EvalLoader | None:

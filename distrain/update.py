@@ -36,7 +36,8 @@ def update(optimizer: Optimizer) -> None:
 
 def clear_gradients(optimizer: Optimizer) -> None:
     """Set all gradients to None, as `zero_grad` does, without the record."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:  # it has a way of its own
+    is_plain = type(optimizer).zero_grad is Optimizer.zero_grad
+    if not is_plain or "zero_grad" in vars(optimizer):  # it has a way of its own
         optimizer.zero_grad()
         return
     for group in optimizer.param_groups:

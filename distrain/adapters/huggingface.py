@@ -1,0 +1,47 @@
+"""A model of Hugging Face's transformers, or of that shape, as a model of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from distrain.errors import ConfigError
+
+
+class HuggingFaceModel(nn.Module):
+    """Trains a model whose `forward(**batch)` returns an output with a `loss`.
+
+    A sample of the data set is a dict with the arguments of the model's forward, its labels among
+    them. Evaluation shows the loss as `eval/loss`: the mean over batches, weighted by their size.
+
+    Args:
+        model: called as `model(**batch)`; kept as the attribute `model`, so that
+            `trainer.module.model.save_pretrained(folder)` writes it in its library's format.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss () of a batch.
+
+        Raises:
+            ConfigError: the batch is no dict, or the model returned no loss for it.
+        """
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"data.train: a batch is a {type(batch).__name__}; a Hugging Face model takes a "
+                "dict: let __getitem__ return {'input_ids': ..., 'labels': ...}"
+            )
+        output = self.model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise ConfigError(
+                f"data.train: {type(self.model).__name__} returned no loss for the keys "
+                f"{', '.join(map(str, batch))}; add labels to the samples"
+            )
+        assert isinstance(loss, Tensor)
+        return loss

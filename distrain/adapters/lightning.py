@@ -1,0 +1,223 @@
+"""A LightningModule, or what has its shape, as a model of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from distrain.batches import batch_length
+from distrain.errors import ConfigError
+from distrain.events import OPERATIONS, Operation, get_event_storage
+
+
+class LightningModel(nn.Module):
+    """Trains a module that has `training_step(batch, batch_idx)` and returns its loss there.
+
+    `self.log` and `self.log_dict` of the module put scalars: `reduce_fx` is the operation over
+    ranks and `batch_size` the weight in the mean. What is logged as "loss" is left to the trainer,
+    which puts the loss itself. `batch_idx` is the current iteration. In the evaluation, what
+    `validation_step` logs, or else its loss, is shown as `eval/<name>`: the mean over batches,
+    weighted by their size.
+
+    Not called are the module's other methods (`on_train_start`, `train_dataloader`, ...), and its
+    `self.trainer` does not exist.
+
+    Args:
+        module: kept as the attribute `module`.
+        epoch_iters: iterations of one epoch, for a schedule with `interval: epoch`.
+
+    Raises:
+        ConfigError: the module has no `training_step`, or optimizes by itself.
+    """
+
+    def __init__(self, module: nn.Module, *, epoch_iters: int | None = None) -> None:
+        super().__init__()
+        if not callable(getattr(module, "training_step", None)):
+            raise ConfigError(f"module: {type(module).__name__} has no training_step(batch, i)")
+        if getattr(module, "automatic_optimization", True) is False:
+            raise ConfigError(
+                f"module: {type(module).__name__} has automatic_optimization=False; write its "
+                "steps as a distrain.TrainerBase with a run_step of its own"
+            )
+        if epoch_iters is not None and epoch_iters < 1:
+            raise ConfigError(f"epoch_iters={epoch_iters}; it is at least 1 iteration")
+        self.module = module
+        self._epoch_iters = epoch_iters
+        self._evaluated: dict[str, Any] | None = None  # what an evaluation step logs
+        self._eval_batches = 0
+        vars(module).update(log=self._log, log_dict=self._log_dict)
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return the loss () of a training step.
+
+        Args:
+            batch: whole, as the data set and its collation made it.
+
+        Raises:
+            ConfigError: the step returned no loss.
+        """
+        step = cast("Callable[[Any, int], Any]", self.module.training_step)
+        loss = _loss(step(batch, get_event_storage().iter))
+        if loss is None:
+            raise ConfigError(
+                f"module: training_step of {type(self.module).__name__} returned no loss; return a "
+                "tensor with one element, or a dict with 'loss'"
+            )
+        return loss
+
+    def metrics(self, batch: Any) -> dict[str, Tensor]:
+        """Return what a validation step logs, each value once for every sample: (B,) by name."""
+        self._evaluated = {}
+        try:
+            step = cast("Callable[[Any, int], Any]", self.module.validation_step)
+            loss = _loss(step(batch, self._eval_batches))
+            values = self._evaluated
+            if not values and loss is not None:
+                values = {"loss": loss}
+            if not values:
+                values = {"loss": self.forward(batch)}
+        finally:
+            self._evaluated = None
+            self._eval_batches += 1
+        length = batch_length(batch)
+        return {
+            name: torch.as_tensor(value).detach().reshape(()).expand(length)
+            for name, value in values.items()
+        }
+
+    def train(self, mode: bool = True) -> LightningModel:
+        """Count the batches of an evaluation from 0; otherwise as `Module.train`."""
+        self._eval_batches = 0
+        return super().train(mode)
+
+    def configure_optimizers(self) -> tuple[Optimizer, LRScheduler | EveryNth | None]:
+        """Return the module's own optimizer and its schedule, one that steps once an iteration.
+
+        Raises:
+            ConfigError: there is not exactly one optimizer, or a schedule that cannot be followed.
+        """
+        configure = cast("Callable[[], Any]", self.module.configure_optimizers)
+        optimizer, schedules = _parts(configure())
+        if len(schedules) > 1:
+            raise ConfigError(f"configure_optimizers gives {len(schedules)} schedules; give one")
+        if not schedules:
+            return optimizer, None
+        return optimizer, self._per_iteration(schedules[0])
+
+    def _per_iteration(self, given: Any) -> LRScheduler | EveryNth:
+        entry = given if isinstance(given, Mapping) else {"scheduler": given}
+        schedule, frequency = entry["scheduler"], int(entry.get("frequency", 1))
+        if isinstance(schedule, ReduceLROnPlateau) or not isinstance(schedule, LRScheduler):
+            raise ConfigError(
+                f"configure_optimizers: {type(schedule).__name__} waits for a metric; give a "
+                "schedule of iterations or epochs"
+            )
+        if entry.get("interval", "epoch") == "epoch":
+            if self._epoch_iters is None:
+                raise ConfigError(
+                    "epoch_iters: a value is needed, as configure_optimizers counts epochs: the "
+                    "size of the data set over data.batch_size; or give interval: step"
+                )
+            frequency *= self._epoch_iters
+        return schedule if frequency == 1 else EveryNth(schedule, frequency)
+
+    def _log(
+        self,
+        name: str,
+        value: Any,
+        *flags: Any,
+        reduce_fx: Any = "mean",
+        batch_size: int | None = None,
+        **ignored: Any,
+    ) -> None:
+        """Stand for the module's `log`; flags of a progress bar or a logger mean nothing here."""
+        if self._evaluated is not None:
+            self._evaluated[name] = value
+        elif name != "loss":
+            get_event_storage().put_scalar(
+                name, value, reduce=_operation(name, reduce_fx), count=batch_size
+            )
+
+    def _log_dict(self, dictionary: Mapping[str, Any], *flags: Any, **keywords: Any) -> None:
+        for name, value in dictionary.items():
+            self._log(name, value, *flags, **keywords)
+
+    def _apply(self, *args: Any, **keywords: Any) -> LightningModel:
+        """Tell the module of a new device or dtype by its own `to`, which notes it."""
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]
+        first = next(self.module.parameters(), None)
+        if first is not None:
+            self.module.to(first.device)
+        return self
+
+
+def _loss(output: Any) -> Tensor | None:
+    """Return the loss that a step returned: alone, or under its name beside other things."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _parts(configured: Any) -> tuple[Optimizer, list[Any]]:
+    """Return the optimizer and the schedules in any of the forms that Lightning takes."""
+    schedules: Any = []
+    if isinstance(configured, Mapping):
+        schedules = configured.get("lr_scheduler", [])
+        configured = configured.get("optimizer")
+    elif isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
+        configured, schedules = configured
+    optimizers = [*configured] if isinstance(configured, list | tuple) else [configured]
+    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
+        raise ConfigError(
+            f"configure_optimizers gives {', '.join(type(o).__name__ for o in optimizers)}; one "
+            "optimizer is needed"
+        )
+    return optimizers[0], schedules if isinstance(schedules, list) else [schedules]
+
+
+class EveryNth:
+    """A schedule that takes one step of its own in `num` steps: epochs, counted in iterations.
+
+    Args:
+        schedule: any of torch's.
+        num: how many, at least 1.
+    """
+
+    def __init__(self, schedule: LRScheduler, num: int) -> None:
+        self.optimizer = schedule.optimizer
+        self._schedule = schedule
+        self._num = num
+        self._done = 0
+
+    def step(self) -> None:
+        """Count one step, and take one when they are enough."""
+        self._done += 1
+        if self._done % self._num == 0:
+            self._schedule.step()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group."""
+        return self._schedule.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's state and the steps counted."""
+        return {"schedule": self._schedule.state_dict(), "done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._done = state["done"]
+        self._schedule.load_state_dict(state["schedule"])
+
+
+def _operation(name: str, reduce_fx: Any) -> Operation:
+    """Return the operation over ranks for Lightning's `reduce_fx`, a name or torch's function."""
+    word = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "")
+    if word not in OPERATIONS:
+        raise ConfigError(
+            f"self.log({name!r}): reduce_fx={reduce_fx!r}; there is: {', '.join(OPERATIONS)}"
+        )
+    return cast("Operation", word)

@@ -1,0 +1,443 @@
+"""Models of the shape of Lightning's and Hugging Face's, trained unchanged; the real ones too."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn import functional
+
+from distrain import EventStorage, Trainer, schema
+from distrain.adapters import HuggingFaceModel, LightningModel
+from distrain.errors import ConfigError, ExitCode
+from distrain.evaluation import evaluate
+from distrain.hooks import LRScheduler
+from distrain.plan import plan
+from distrain.training import train
+
+CPU = torch.device("cpu")
+
+
+class Points(torch.utils.data.Dataset):
+    """x (1,) = 0 ... 7 and y (1,) = 2 x."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        x = torch.tensor([float(index)])
+        return x, 2 * x
+
+
+class Line(nn.Module):
+    """Of a LightningModule's shape: y = w x, from w = 0."""
+
+    def __init__(self, *, scheduler=None, automatic=True):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+        self.seen = []
+        self.scheduler = scheduler
+        self.automatic_optimization = automatic
+
+    def log(self, name, value, **flags):
+        raise AssertionError("the adapter takes its place")
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(batch_idx)
+        loss = functional.mse_loss(self.w * x, y)
+        self.log("loss", loss, prog_bar=True)
+        self.log("largest", x.max(), reduce_fx="max", on_step=True)
+        self.log_dict({"w": self.w.detach()}, batch_size=len(x))
+        return {"loss": loss, "x": x}
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("error", (self.w * x - y).abs().mean(), on_epoch=True)
+        self.log("batch", float(batch_idx))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([self.w], lr=0.01)
+        if self.scheduler is None:
+            return optimizer
+        halves = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halves, **self.scheduler}}
+
+
+class Batches(list):
+    """An evaluation loader: batches of all sizes."""
+
+
+def points(*indices):
+    x = torch.tensor(indices, dtype=torch.float32)[:, None]
+    return [x, 2 * x]
+
+
+def test_a_lightning_module_takes_the_same_steps_as_by_hand():
+    line = Line()
+    model = LightningModel(line)
+    optimizer, schedule = model.configure_optimizers()
+    assert schedule is None
+    trainer = Trainer(model, optimizer, [points(1), points(2)], window=1)
+    trainer.train(0, 2)
+    # w = 0: the gradient of (w - 2)**2 is -4, so w = 0.04; of (2 w - 4)**2 then 4 (2 w - 4)
+    assert line.w.item() == pytest.approx(0.04 - 0.01 * 4 * (0.08 - 4))
+    assert line.seen == [0, 1]
+    assert trainer.storage.history("loss").values() == [
+        (4.0, 0),
+        (pytest.approx((0.08 - 4) ** 2), 1),
+    ]
+    assert [value for value, _ in trainer.storage.history("largest").values()] == [1.0, 2.0]
+    assert trainer.storage.kinds["largest"].reduce == "max"
+    assert trainer.storage.history("w").values() == [(0.0, 0), (pytest.approx(0.04), 1)]
+
+
+def test_what_a_validation_step_logs_is_averaged_over_samples():
+    model = LightningModel(Line())
+    loader = Batches([points(1, 2, 3), points(6)])
+    with EventStorage() as storage:
+        found = evaluate(model, loader, device=CPU)
+    assert found == {"batch": 0.25, "error": 6.0}  # |2 x|: the means of the batches are 4 and 12
+    assert storage.latest() == {}  # nothing of it is a scalar of training
+    assert evaluate(model, loader, device=CPU)["batch"] == 0.25  # counted from 0 again
+
+
+@pytest.mark.parametrize("returns_loss", [True, False])
+def test_a_module_that_logs_nothing_when_validating_shows_its_loss(returns_loss):
+    line = Line()
+
+    def step(batch, batch_idx):
+        return functional.mse_loss(line.w * batch[0], batch[1])
+
+    line.training_step = step
+    line.validation_step = step if returns_loss else lambda batch, batch_idx: None
+    with EventStorage():
+        found = evaluate(LightningModel(line), Batches([points(1), points(2)]), device=CPU)
+    assert found == {"loss": 10.0}  # of 4 and 16
+
+
+def rates(scheduler, num, **keywords):
+    """Return the learning rate of each of the first steps."""
+    model = LightningModel(Line(scheduler=scheduler), **keywords)
+    optimizer, schedule = model.configure_optimizers()
+    trainer = Trainer(model, optimizer, [points(0)], hooks=[LRScheduler(schedule)], window=1)
+    trainer.train(0, num)
+    return [value for value, _ in trainer.storage.history("lr").values()]
+
+
+def test_schedules_count_steps_or_epochs():
+    assert rates({"interval": "step"}, 3) == [0.01, 0.005, 0.0025]
+    assert rates({"interval": "step", "frequency": 2}, 4) == [0.01, 0.01, 0.005, 0.005]
+    assert rates({}, 5, epoch_iters=2) == [0.01, 0.01, 0.005, 0.005, 0.0025]
+
+
+def test_a_schedule_of_epochs_resumes_where_it_was():
+    parts = []
+    for _ in range(2):
+        model = LightningModel(Line(scheduler={}), epoch_iters=3)
+        parts.append(model.configure_optimizers())
+    (optimizer, first), (other, second) = parts
+    for num in range(6):
+        if num == 4:  # in the second epoch
+            other.load_state_dict(optimizer.state_dict())
+            second.load_state_dict(first.state_dict())
+        for schedule in (first, second)[: 2 if num >= 4 else 1]:
+            schedule.optimizer.step()
+            schedule.step()
+    assert second.state_dict() == first.state_dict()
+    assert first.get_last_lr() == second.get_last_lr() == [0.0025]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: LightningModel(nn.Linear(1, 1)), "Linear has no training_step"),
+        (lambda: LightningModel(Line(automatic=False)), "automatic_optimization=False"),
+        (lambda: LightningModel(Line(), epoch_iters=0), "epoch_iters=0; it is at least 1"),
+        (
+            lambda: LightningModel(Line(scheduler={})).configure_optimizers(),
+            "epoch_iters: a value is needed",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_said(make, text):
+    with pytest.raises(ConfigError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (lambda a, b: [a, b], "SGD, SGD; one optimizer is needed"),
+        (lambda a, b: None, "NoneType; one optimizer"),
+        (
+            lambda a, b: {
+                "optimizer": a,
+                "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(a),
+            },
+            "ReduceLROnPlateau waits for a metric",
+        ),
+    ],
+)
+def test_optimizers_that_cannot_be_followed(given, text):
+    line = Line()
+    two = [torch.optim.SGD([line.w], lr=0.1) for _ in range(2)]
+    line.configure_optimizers = lambda: given(*two)
+    with pytest.raises(ConfigError, match=text):
+        LightningModel(line).configure_optimizers()
+
+
+@pytest.mark.parametrize("form", ["alone", "list", "lists"])
+def test_all_forms_of_an_optimizer(form):
+    line = Line()
+    optimizer = torch.optim.SGD([line.w], lr=0.1)
+    steps = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    forms = {"alone": optimizer, "list": [optimizer], "lists": ([optimizer], [steps])}
+    line.configure_optimizers = lambda: forms[form]
+    found, schedule = LightningModel(line, epoch_iters=1).configure_optimizers()
+    assert found is optimizer
+    assert (schedule is steps) == (form == "lists")
+
+
+def test_a_step_without_loss_and_a_strange_operation_are_said():
+    line = Line()
+    model = LightningModel(line)
+    line.training_step = lambda batch, i: None
+    with EventStorage(), pytest.raises(ConfigError, match="training_step of Line returned no loss"):
+        model(points(1))
+    line.training_step = lambda batch, i: line.log("x", 1.0, reduce_fx="median")
+    with EventStorage(), pytest.raises(ConfigError, match="reduce_fx='median'; there is: mean"):
+        model(points(1))
+
+
+def test_the_module_learns_of_its_device():
+    line = Line()
+    line.to = lambda device: setattr(line, "noted", device)
+    LightningModel(line).to("meta")
+    assert line.noted == torch.device("meta")
+
+
+# over ranks
+
+SHARES = (points(1), points(2, 3, 4))
+
+
+def over_ranks(rank, *, kind):
+    """Take a step with this rank's share; return the weight and what was put."""
+    x, y = SHARES[rank]
+    if kind == "lightning":
+        model, batch = LightningModel(Line()), [x, y]
+    else:
+        model, batch = HuggingFaceModel(LineForHF()), {"inputs": x, "labels": y}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Trainer(model, optimizer, [batch], window=1)
+    trainer.train(0, 1)
+    put = {name: history.latest() for name, history in trainer.storage.histories().items()}
+    return next(model.parameters()).item(), put
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["lightning", "hugging face"])
+def test_two_ranks_take_the_mean_of_their_gradients(kind):
+    # at w = 0 the gradient is -4 mean(x**2): -4 and -4 * 29 / 3; the losses are as large
+    gradient = -4 * (1 + 29 / 3) / 2
+    for weight, put in run_ranks(over_ranks, 2, kind=kind):
+        assert weight == pytest.approx(-0.01 * gradient)
+        assert put["loss"] == pytest.approx(-gradient)
+        if kind == "lightning":
+            assert put["largest"] == 4.0  # of both ranks, by reduce_fx
+            assert put["w"] == 0.0
+
+
+# Hugging Face
+
+
+@dataclass
+class Output:
+    """Of a ModelOutput's shape."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class LineForHF(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs=None, labels=None):
+        logits = self.w * inputs
+        loss = None if labels is None else functional.mse_loss(logits, labels)
+        return Output(loss, logits)
+
+
+def test_a_hugging_face_model_takes_the_same_steps_as_by_hand():
+    line = LineForHF()
+    model = HuggingFaceModel(line)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = points(1)
+    trainer = Trainer(model, optimizer, [{"inputs": x, "labels": y}], window=1)
+    trainer.train(0, 1)
+    assert line.w.item() == pytest.approx(0.04)
+    assert trainer.storage.history("loss").values() == [(4.0, 0)]
+    x, y = points(3, 4)
+    with torch.no_grad():
+        line.w.zero_()
+    loader = Batches([{"inputs": x, "labels": y}])
+    assert evaluate(model, loader, device=CPU) == {"loss": (36 + 64) / 2}
+
+
+def test_a_batch_without_labels_or_names_is_said():
+    model = HuggingFaceModel(LineForHF())
+    with pytest.raises(ConfigError, match="LineForHF returned no loss for the keys inputs; add"):
+        model({"inputs": torch.ones(1)})
+    with pytest.raises(ConfigError, match="a batch is a list; a Hugging Face model takes a dict"):
+        model([torch.ones(1)])
+
+
+# by configuration: the model brings optimizer and schedule
+
+
+def conf_of(model, **keys):
+    """Return a resolved configuration for a model, with keys of its own."""
+    data = {"_target_": f"{__name__}.Points"}
+    conf = {
+        "run": {"name": "x", "dir": "x"},
+        "data": {"batch_size": 4, "train": data, "eval": data},
+        "trainer": {"max_iter": 4, "window": 1},
+        "model": model,
+        "optim": None,
+        "schedule": None,
+        "launch": {"_target_": "x.Y"},
+        "checkpoint": {},
+        "hooks": {
+            "schedule": {"_target_": "distrain.hooks.LRScheduler"},
+            "eval": {"_target_": "distrain.hooks.EvalHook"},
+            "checkpoint": {"_target_": "distrain.hooks.PeriodicCheckpointer", "period": 3},
+            "writer": {"_target_": "distrain.hooks.PeriodicWriter"},
+        },
+    }
+    return schema.check(conf | keys)
+
+
+def lightning_node(module="Line", **keywords):
+    target = module if "." in module else f"{__name__}.{module}"
+    return {
+        "_target_": "distrain.adapters.LightningModel",
+        "epoch_iters": 2,
+        "module": {"_target_": target, **keywords},
+    }
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_configuration_without_optim_takes_the_models_own(tmp_path, one_rank):
+    conf = conf_of(lightning_node(scheduler={}))
+    assert train(conf, str(tmp_path)) == ExitCode.FINISHED
+    found = rows(tmp_path)
+    assert (found[0]["lr"], found[-1]["lr"]) == (0.01, 0.005)
+    assert set(found[-1]) >= {"loss", "largest", "w", "eval/error"}
+    longer = conf | {"trainer": conf["trainer"] | {"max_iter": 6}}
+    assert train(longer, str(tmp_path)) == ExitCode.FINISHED  # from the checkpoint
+    assert rows(tmp_path)[-1]["lr"] == 0.0025
+
+
+def test_the_plan_names_who_made_the_groups(tmp_path):
+    text = plan(conf_of(lightning_node(scheduler={})), str(tmp_path))
+    assert "SGD, 1 groups" in text
+    assert text.count("by its configure_optimizers") == 2
+
+
+def test_mistakes_with_own_optimizers(tmp_path, one_rank):
+    constant = {"_target_": "distrain.schedule.WarmupConstantLR"}
+    both = conf_of(lightning_node(scheduler={}), schedule=constant)
+    with pytest.raises(ConfigError, match="add {override /schedule: null}"):
+        train(both, str(tmp_path))
+    none = conf_of({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1})
+    with pytest.raises(ConfigError, match="optim=null: Linear has no configure_optimizers"):
+        train(none, str(tmp_path))
+
+
+# the real ones, where they are installed
+
+
+class Tokens(torch.utils.data.Dataset):
+    """One sentence of 6 tokens, again and again."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        tokens = torch.tensor([1, 2, 3, 4, 5, 6])
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    return GPT2LMHeadModel(config)
+
+
+def test_a_real_transformer(tmp_path, one_rank):
+    pytest.importorskip("transformers")
+    node = {"_target_": "distrain.adapters.HuggingFaceModel"}
+    data = {"_target_": f"{__name__}.Tokens"}
+    conf = conf_of(
+        node | {"model": {"_target_": f"{__name__}.tiny_gpt2"}},
+        optim={"target": "torch.optim.AdamW", "lr": 0.01},
+        data={"batch_size": 4, "train": data, "eval": data},
+        trainer={"max_iter": 40, "window": 1},
+    )
+    assert train(conf, str(tmp_path)) == ExitCode.FINISHED
+    found = rows(tmp_path)
+    assert found[0]["loss"] > 1.5 > 0.3 > found[-1]["eval/loss"]
+
+
+def real_module():
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = nn.Linear(1, 1, bias=False)
+            nn.init.zeros_(self.layer.weight)
+
+        def training_step(self, batch, batch_idx):
+            loss = functional.mse_loss(self.layer(batch[0]), batch[1].to(self.device))
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+            self.log_dict({"weight": self.layer.weight.mean()})
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", functional.mse_loss(self.layer(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    return Module()
+
+
+def test_a_real_lightning_module(tmp_path, one_rank, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # lightning sets it at its import
+    pytest.importorskip("lightning")
+    conf = conf_of(lightning_node("real_module"))
+    assert train(conf, str(tmp_path)) == ExitCode.FINISHED
+    found = rows(tmp_path)
+    assert (found[0]["lr"], found[-1]["lr"]) == (0.01, 0.005)
+    assert set(found[-1]) >= {"loss", "train_loss", "weight", "eval/val_loss"}
+    assert found[-1]["eval/val_loss"] < found[0]["train_loss"] / 4
