@@ -112,12 +112,7 @@ class Trainer(TrainerBase):
         fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
-        if precision not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"trainer.precision={precision!r}; choose fp32, bf16 or fp16")
-        if nonfinite not in ("stop", "skip"):
-            raise ConfigError(f"trainer.nonfinite={nonfinite!r}; choose stop or skip")
-        if accumulation < 1:
-            raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
+        _check(precision, nonfinite, accumulation)
         if clip_norm is not None and clip_value is not None:
             raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
         plain = not (compile or channels_last or precision == "fp16" or comm_hook != "none")
@@ -315,6 +310,15 @@ class Trainer(TrainerBase):
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         super().load_state_dict(state)
+
+
+def _check(precision: str, nonfinite: str, accumulation: int) -> None:
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"trainer.precision={precision!r}; choose fp32, bf16 or fp16")
+    if nonfinite not in ("stop", "skip"):
+        raise ConfigError(f"trainer.nonfinite={nonfinite!r}; choose stop or skip")
+    if accumulation < 1:
+        raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
 
 
 def _check_strategy(strategy: str, *, plain: bool) -> None:

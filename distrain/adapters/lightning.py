@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.batches import batch_length
 from distrain.errors import ConfigError
-from distrain.events import OPERATIONS, Operation, get_event_storage
+from distrain.events import get_event_storage
+from distrain.rows import OPERATIONS, Operation
 
 
 class LightningModel(nn.Module):
