@@ -112,18 +112,13 @@ class Trainer(TrainerBase):
         fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
-        _check(precision, nonfinite, accumulation)
-        if clip_norm is not None and clip_value is not None:
-            raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
+        clip = {"norm": clip_norm, "value": clip_value}
+        _check(precision, nonfinite, accumulation, clip)
         plain = not (compile or channels_last or precision == "fp16" or comm_hook != "none")
         _check_strategy(strategy, plain=plain)
         self.device = device or local_device()
-        self.is_sharded = strategy == "fsdp" and self.where.world_size > 1
-        self._reshards = (fsdp or {}).get("reshard_after_forward", True)
-        if strategy == "fsdp":
-            find_blocks(model, (fsdp or {}).get("blocks"))
-        if self.is_sharded:
-            shard(model, optimizer, self.device, **(fsdp or {}))
+        self.optimizer = optimizer
+        self._shard(model, strategy == "fsdp", fsdp or {})
         self.module = model if self.is_sharded else model.to(self.device)
         if channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,7 +127,6 @@ class Trainer(TrainerBase):
         world_size = 1 if self.is_sharded else self.where.world_size
         self.model = replicate(self.module, self.device, world_size, ddp or {})
         compress_gradients(self.model, comm_hook, comm_options or {})
-        self.optimizer = optimizer
         self.data = data
         self.accumulation = accumulation
         self.precision = precision
@@ -140,19 +134,26 @@ class Trainer(TrainerBase):
         self.grad_norm: Tensor | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self._clip = {"norm": clip_norm, "value": clip_value}
-        self._is_clipping = clip_norm is not None or clip_value is not None
+        self._clip = {key: limit for key, limit in clip.items() if limit is not None}
         self._channels_last = channels_last
         self._takes_whole = takes_whole_batch(self.module)
         self._batch_type: type = type(None)
         self._moves = self.device.type != "cpu"
         self._scales = self.scaler.is_enabled()
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._skipped: SkippedUpdates | None = None
+        self._skipped = None
         if nonfinite == "skip":
             self._skipped = SkippedUpdates(
                 self.module, self._parameters, max_in_a_row=max_skipped, scaler=self.scaler
             )
+
+    def _shard(self, model: nn.Module, shards: bool, options: Mapping[str, Any]) -> None:
+        self.is_sharded = shards and self.where.world_size > 1
+        self._reshards = options.get("reshard_after_forward", True)
+        if shards:
+            find_blocks(model, options.get("blocks"))  # one rank makes the same mistakes
+        if self.is_sharded:
+            shard(model, self.optimizer, self.device, **options)
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`; with three ranks or more settle DDP's buckets."""
@@ -175,10 +176,10 @@ class Trainer(TrainerBase):
         self.storage.put_losses(losses)
         self._call("after_backward")
         self.pulse.beat(Phase.OPTIMIZER)
-        if self._is_clipping or self._skipped is not None:
+        if self._clip or self._skipped is not None:
             self.scaler.unscale_(self.optimizer)
         if self._may_update(losses):
-            if self._is_clipping:
+            if self._clip:
                 self._clip_gradients()
             if self._scales:
                 self.scaler.step(self.optimizer)
@@ -312,13 +313,17 @@ class Trainer(TrainerBase):
         super().load_state_dict(state)
 
 
-def _check(precision: str, nonfinite: str, accumulation: int) -> None:
+def _check(
+    precision: str, nonfinite: str, accumulation: int, clip: Mapping[str, float | None]
+) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"trainer.precision={precision!r}; choose fp32, bf16 or fp16")
     if nonfinite not in ("stop", "skip"):
         raise ConfigError(f"trainer.nonfinite={nonfinite!r}; choose stop or skip")
     if accumulation < 1:
         raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
+    if None not in clip.values():
+        raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
 
 
 def _check_strategy(strategy: str, *, plain: bool) -> None:
