@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 MAX_VALUES = 12
+_HIDDEN = 3
 
 
 class ConsoleWriter:
@@ -72,17 +74,14 @@ def describe(values: Mapping[str, float]) -> str:
 
     Args:
         values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
-            have their places at the end; others under `lr/`, `perf/`, `gpu/` and `memory/` are
+            have their places at the end; others under `lr/` and `CLOCK_PREFIXES` are
             left out.
 
     Example:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
         gives "loss 0.03123  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07".
     """
-    shown = [n for n in values if n != "lr" and not n.startswith(("lr/", *CLOCK_PREFIXES))]
-    losses = [name for name in shown if "loss" in name.lower()]
-    losses.sort(key=lambda name: "total" not in name.lower())
-    names = losses + [name for name in shown if name not in losses]
+    names = sorted((name for name in values if _place(name) < _HIDDEN), key=_place)
     parts = [f"{name} {values[name]:.4g}" for name in names[:MAX_VALUES]]
     if "lr" in values:
         parts.append(f"lr {values['lr']:#.3g}")
@@ -92,3 +91,13 @@ def describe(values: Mapping[str, float]) -> str:
     if 0 <= eta_s < timedelta.max.total_seconds():
         parts.append(f"eta {timedelta(seconds=int(eta_s))}")
     return "  ".join(parts)
+
+
+@lru_cache(10_000)
+def _place(name: str) -> int:
+    """Return where in a line a scalar is listed: totals, other losses, metrics, not at all."""
+    if name == "lr" or name.startswith(("lr/", *CLOCK_PREFIXES)):
+        return _HIDDEN
+    if "loss" not in name.lower():
+        return 2
+    return 0 if "total" in name.lower() else 1

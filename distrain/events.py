@@ -142,7 +142,9 @@ class EventStorage:
         if not self.combined_by_trainer and any(name in self._row for name in scalars):
             self.histories()
         row = self._row
-        if not row.tensors and _FLOATS.issuperset(map(type, scalars.values())):
+        if row.tensors.keys().isdisjoint(scalars) and _FLOATS.issuperset(
+            map(type, scalars.values())
+        ):
             row.floats.update(scalars)  # type: ignore[arg-type]
         else:
             self._put_mixed(scalars)

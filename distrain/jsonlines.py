@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from distrain.appendfile import AppendFile
 from distrain.writers import NewScalars, Row
@@ -39,9 +40,13 @@ class JsonLinesWriter:
         """Append a line, by one system call; OSError if the disk refuses."""
         new = self._new(row)
         if new:
-            line: dict[str, float | str] = {"iteration": row.iteration}
-            line.update((name, _strict(value)) for name, (value, _) in new.items())
-            self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            values: dict[str, Any] = {name: value for name, (value, _) in new.items()}
+            try:
+                line = json.dumps({"iteration": row.iteration, **values}, allow_nan=False)
+            except ValueError:
+                values = {name: _strict(value) for name, value in values.items()}
+                line = json.dumps({"iteration": row.iteration, **values})
+            self._file.append(line.encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 512
+BLOCK = 64
 
 
 def record(data: bytes) -> bytes:
@@ -31,21 +31,38 @@ def _masked(data: bytes) -> bytes:
 def crc32c(data: bytes) -> int:
     """Return the CRC-32C of RFC 3720; of b"123456789" it is 0xE3069283.
 
-    A CRC is linear: the checksum of a block is the XOR of what each of its bytes gives alone, and
-    the checksum of all before it acts like a change of the block's first four bytes.
+    A CRC is linear: the checksum of a block is the XOR of what each of its bytes gives alone, all
+    blocks at once; and the checksum of what is before a block acts like its first four bytes.
     """
-    table = _contributions()
-    state = 0xFFFFFFFF
-    for start in range(0, len(data), BLOCK):
-        block = np.frombuffer(data[start : start + BLOCK], dtype=np.uint8).astype(np.intp)  # (n,)
-        head = state.to_bytes(4, "little")[: len(block)]
-        block[: len(head)] ^= np.frombuffer(head, dtype=np.uint8)
-        alone = table[_ROWS[-len(block) :], block]  # (n,)
-        state = int(np.bitwise_xor.reduce(alone)) ^ state >> 8 * len(block)
+    if len(data) < 16:
+        return _bytewise(data)
+    table, first = _contributions(), _first_bytes()
+    padded = np.zeros(-(-len(data) // BLOCK) * BLOCK, dtype=np.uint8)  # zeros before change nothing
+    padded[-len(data) :] = np.frombuffer(data, dtype=np.uint8)
+    start = len(padded) - len(data)
+    padded[start : start + 4] ^= 0xFF  # the checksum begins with all bits set
+    blocks = padded.reshape(-1, BLOCK)
+    alone = np.bitwise_xor.reduce(table[_ROWS, blocks], axis=1)  # (num_blocks,)
+    state = 0
+    for of_block in alone.tolist():
+        state = (
+            of_block
+            ^ first[0][state & 255]
+            ^ first[1][state >> 8 & 255]
+            ^ first[2][state >> 16 & 255]
+            ^ first[3][state >> 24]
+        )
     return state ^ 0xFFFFFFFF
 
 
 _ROWS = np.arange(BLOCK)
+
+
+def _bytewise(data: bytes) -> int:
+    last, state = _last_byte(), 0xFFFFFFFF
+    for byte in data:
+        state = last[(state ^ byte) & 255] ^ state >> 8
+    return state ^ 0xFFFFFFFF
 
 
 @cache
@@ -59,3 +76,14 @@ def _contributions() -> NDArray[np.uint32]:
     for k in range(BLOCK - 2, -1, -1):  # one more zero byte behind it
         table[k] = last[table[k + 1] & 255] ^ (table[k + 1] >> 8)
     return table
+
+
+@cache
+def _first_bytes() -> list[list[int]]:
+    return [row.tolist() for row in _contributions()[:4]]
+
+
+@cache
+def _last_byte() -> list[int]:
+    found: list[int] = _contributions()[-1].tolist()
+    return found

@@ -72,13 +72,11 @@ class NewScalars:
     def __call__(self, row: Row) -> dict[str, tuple[float, int]]:
         """Return name -> (value, iteration) of what is new, in the row's order."""
         known, oldest = self._next, self._oldest
-        new = {
-            name: scalar
-            for name, scalar in row.scalars.items()
-            if scalar[1] >= known.get(name, oldest)
-        }
-        for name, (_, iteration) in new.items():
-            known[name] = iteration + 1
+        new = {}
+        for name, scalar in row.scalars.items():
+            if scalar[1] >= known.get(name, oldest):
+                new[name] = scalar
+                known[name] = scalar[1] + 1
         return new
 
 
