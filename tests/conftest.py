@@ -9,6 +9,19 @@ import pytest
 import torch.distributed as dist
 from stand_in import libraries  # noqa: F401 - a fixture
 
+INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a time
+    "test_tensorboard_in_browser.py",
+    "test_nvml.py",
+    "test_gpu_stats.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Let two processes (`-n 2 --dist loadgroup`) share the files: each runs whole in one."""
+    for item in items:
+        is_system = item.path.parent.name == "slurm" or item.path.name in INSTALLING
+        item.add_marker(pytest.mark.xdist_group("system" if is_system else item.path.stem))
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
