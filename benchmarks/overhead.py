@@ -25,10 +25,13 @@ from distrain.checkpoint import CheckpointStore
 from distrain.console import ConsoleWriter
 from distrain.hooks import (
     EvalHook,
+    GpuStats,
     IterationTimer,
     LRScheduler,
     PeriodicCheckpointer,
     PeriodicWriter,
+    ReplicaGuard,
+    StragglerWatch,
 )
 from distrain.jsonlines import JsonLinesWriter
 from distrain.schedule import WarmupCosineLR
@@ -119,6 +122,9 @@ def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, H
     return {
         "timer": IterationTimer(),
         "schedule": LRScheduler(WarmupCosineLR(optimizer, 10**6, warmup_iters=100)),
+        "straggler": StragglerWatch(),
+        "guard": ReplicaGuard(),
+        "gpu": GpuStats(),
         "eval": EvalHook(),
         "checkpoint": NeverSaves(checkpoints=CheckpointStore(folder / "checkpoints")),
         "writer": PeriodicWriter(

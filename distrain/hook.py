@@ -15,6 +15,7 @@ MOMENTS: tuple[Moment, ...] = (
     "after_step",
     "after_train",
 )
+STEP_MOMENTS: tuple[Moment, ...] = ("before_step", "after_backward", "after_step")
 
 
 class HookBase:
@@ -42,6 +43,8 @@ class HookBase:
             75 for writers: what they write last is on the disk before the final checkpoint says
             that all is done.
         part: the part of a checkpoint that its state lies in.
+        is_idle: set in `before_train` by a hook that has nothing to do in this run: its
+            `before_step`, `after_backward` and `after_step` are not called then.
     """
 
     trainer: TrainerBase
@@ -49,6 +52,7 @@ class HookBase:
     order_at_end: ClassVar[int | None] = None
     ranks: ClassVar[Literal["all", "main"]] = "all"
     part: ClassVar[str] = "hooks"
+    is_idle: bool = False
 
     def before_train(self) -> None:
         """Run once, before the first iteration."""

@@ -11,7 +11,7 @@ from distrain.distributed import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
 from distrain.heartbeat import Phase
-from distrain.hook import MOMENTS, HookBase, Moment
+from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment
 from distrain.reduction import STOP_REQUESTED, ScalarReduction
 
 
@@ -86,7 +86,10 @@ class TrainerBase:
             hook.trainer = self
             self.hooks[name] = hook
         self.hooks = dict(sorted(self.hooks.items(), key=lambda item: item[1].order))
-        for moment in MOMENTS:
+        self._order_calls(*MOMENTS)
+
+    def _order_calls(self, *moments: Moment) -> None:
+        for moment in moments:
             ordered = list(self.hooks.values())
             if moment == "after_train":
                 ordered.sort(key=lambda h: h.order if h.order_at_end is None else h.order_at_end)
@@ -95,6 +98,7 @@ class TrainerBase:
                 for hook in ordered
                 if getattr(type(hook), moment) is not getattr(HookBase, moment)
                 and (hook.ranks == "all" or self.where.is_main)
+                and not (hook.is_idle and moment in STEP_MOMENTS)
             ]
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -129,6 +133,7 @@ class TrainerBase:
             try:
                 self.prepare()
                 self._call("before_train")
+                self._order_calls(*STEP_MOMENTS)  # now that hooks know whether they are idle
                 self._loop()
                 self._beat_end()
                 self.reduction.drain(self.storage.iter)

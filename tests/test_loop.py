@@ -170,3 +170,29 @@ def test_storage_is_left_at_the_end():
     Steps().train(0, 2)
     with EventStorage(0) as storage:
         assert get_event_storage() is storage
+
+
+def test_a_hook_that_finds_itself_idle_is_called_at_both_ends_only():
+    calls = []
+
+    class Idle(HookBase):
+        def before_train(self):
+            calls.append("before_train")
+            self.is_idle = self.trainer.max_iter == 2
+
+        def after_step(self):
+            calls.append("after_step")
+
+        def after_train(self):
+            calls.append("after_train")
+
+    class Loop(TrainerBase):
+        def run_step(self):
+            pass
+
+    loop = Loop([Idle()])
+    loop.train(0, 2)
+    assert calls == ["before_train", "after_train"]
+    calls.clear()
+    loop.train(0, 1)
+    assert calls == ["before_train", "after_step", "after_train"]

@@ -14,7 +14,7 @@ from distrain.heartbeat import Phase, of_this_process
 from distrain.hooks import StragglerWatch
 from distrain.hooks.straggler import _Clock
 
-SLOW_S = 0.02
+SLOW_S = 0.06
 
 
 class Model(nn.Module):
@@ -81,8 +81,8 @@ def test_a_slow_rank_is_named_with_its_cause(where, words):
     assert heard[0].startswith("the other ranks wait for rank 2 (")
     assert f", {words}; found in 3 windows in a row" in heard[0]
     assert latest["straggler/slowest_rank"] == 2
-    assert latest["straggler/lost_s"] > SLOW_S / 2  # three of four ranks lose it
-    assert latest["straggler/backward_s"] > SLOW_S / 2  # in which they wait
+    assert latest["straggler/lost_s"] > SLOW_S / 4  # three of four ranks lose it
+    assert latest["straggler/backward_s"] > SLOW_S / 4  # in which they wait
     assert measured == 11
 
 

@@ -50,6 +50,7 @@ class EvalHook(HookBase):
 
     def before_train(self) -> None:
         """Check that at most one average takes the place of the weights."""
+        self.is_idle = self._period is None
         hooks = self.trainer.hooks.items()
         instead = [n for n, h in hooks if isinstance(h, EMA) and h.evaluate == "instead"]
         if len(instead) > 1:

@@ -78,6 +78,7 @@ class GpuStats(HookBase):
     def before_train(self) -> None:
         """Find the GPUs of this node's ranks, and start to read; a collective."""
         trainer = self.trainer
+        self.is_idle = True  # until there is something to read
         host = os.uname().nodename
         everyone = gather_to_all((host, trainer.where.local_rank, _uuid(trainer.device)))
         if trainer.where.local_rank != 0:
@@ -110,11 +111,11 @@ class GpuStats(HookBase):
         logger.info("reading the GPUs of %s: %s", host, names)
         self._sampler = Sampler(nvml, gpus, host=host, period_s=self._period_s)
         self._sampler.start()
+        self.is_idle = False
 
     def after_step(self) -> None:
         """Put what was read, when a window ends; at the very end after a last reading."""
-        if self._sampler is None:
-            return
+        assert self._sampler is not None
         done = self.trainer.iter_done
         if done == self.trainer.max_iter:
             if self._sampler.stop():

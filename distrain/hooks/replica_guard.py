@@ -44,8 +44,6 @@ class ReplicaGuard(HookBase):
     def after_step(self) -> None:
         """Put a checksum if it is time; look at the one that came back."""
         trainer = self.trainer
-        if trainer.where.world_size == 1:
-            return
         if self._has_returned():
             self._checked = -1
             spread = trainer.storage.spread("guard/checksum")
@@ -61,6 +59,7 @@ class ReplicaGuard(HookBase):
 
     def before_train(self) -> None:
         """Say so where there is little to compare."""
+        self.is_idle = self.trainer.where.world_size == 1
         if self.trainer.is_sharded and self.trainer.where.is_main:
             logger.info("replica guard: a sharded model has no replicas; shards are not compared")
 

@@ -62,10 +62,11 @@ class StragglerWatch(HookBase):
         self._places = gather_to_all(f"{socket.gethostname()}{gpu}, process {os.getpid()}")
         self._clock = _Clock(self.trainer.pulse, on_gpu=device.type == "cuda")
         self._hooks_begin_s: float | None = None
+        self.is_idle = len(self._places) == 1
 
     def before_step(self) -> None:
         """Begin to measure, if it is this iteration's turn."""
-        if len(self._places) > 1 and self.trainer.iter % self._every == self._every // 2:
+        if self.trainer.iter % self._every == self._every // 2:
             self._clock.start()
             self.trainer.pulse = self._clock
         elif self._hooks_begin_s is not None:
