@@ -16,6 +16,7 @@ INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a t
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
 def pytest_collection_modifyitems(items):
     """Let two processes (`-n 2 --dist loadgroup`) share the files: each runs whole in one."""
     for item in items:
