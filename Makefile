@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

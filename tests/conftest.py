@@ -16,12 +16,18 @@ INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a t
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
-def pytest_collection_modifyitems(items):
-    """Let two processes (`-n 2 --dist loadgroup`) share the files: each runs whole in one."""
-    for item in items:
-        is_system = item.path.parent.name == "slurm" or item.path.name in INSTALLING
-        item.add_marker(pytest.mark.xdist_group("system" if is_system else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let the processes of `-n 2` share the files: each runs whole in one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            is_system = "/slurm/" in path or path.split("/")[-1] in INSTALLING
+            return "system" if is_system else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
