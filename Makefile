@@ -5,12 +5,17 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check docs image faults flatness bench bench-quick
+.PHONY: demo test test-all check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
 
 test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# With what installs a browser or takes a minute: the first hour of docs/ line by line, TensorBoard as
+# a person sees it.
+test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed-dev

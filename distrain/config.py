@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -244,14 +245,16 @@ def _check_numbers(
     except NameError:  # of a type that only the type checker imports
         return
     for name, value in keywords.items():
-        kinds = set(typing.get_args(hints.get(name))) or {hints.get(name)}
+        hint = hints.get(name)
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = set(typing.get_args(hint)) if is_union else {hint}
         is_optional = type(None) in kinds or name not in hints
         if not kinds - {type(None)} <= {int, float} or (value is None and is_optional):
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
             whole = "a whole number" if float not in kinds else "a number"
-            hint = f"{whole} is needed" + (", or null" if is_optional else "")
-            raise schema.wrong(f"{key}.{name}" if key else name, value, hint)
+            expected = f"{whole} is needed" + (", or null" if is_optional else "")
+            raise schema.wrong(f"{key}.{name}" if key else name, value, expected)
         if float not in kinds and isinstance(value, float) and not value.is_integer():
             raise schema.wrong(f"{key}.{name}" if key else name, value, "a whole number is needed")
 

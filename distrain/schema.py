@@ -188,7 +188,9 @@ def _node(value: Any, cls: type, key: str) -> Any:
         if entry.default is not dataclasses.MISSING:
             checked[entry.name] = entry.default
         elif entry.default_factory is not dataclasses.MISSING:
-            checked[entry.name] = entry.default_factory()
+            default = entry.default_factory()
+            is_node = dataclasses.is_dataclass(default) and not isinstance(default, type)
+            checked[entry.name] = dataclasses.asdict(default) if is_node else default
         else:
             raise ConfigError(f"{prefix}{entry.name}: a value is needed")
     return checked

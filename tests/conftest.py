@@ -4,10 +4,14 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
+from multiprocessing import resource_tracker
+
 import psutil
 import pytest
 import torch.distributed as dist
 from stand_in import libraries  # noqa: F401 - a fixture
+
+resource_tracker.ensure_running()  # or the first test that shares memory would leave it behind
 
 INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a time
     "test_tensorboard_in_browser.py",

@@ -38,6 +38,7 @@ class Model(torch.nn.Module):
             if storage.iter % 20 == 0:
                 storage.put_image("picture", torch.full((3, 16, 32), 0.5))
                 storage.put_histogram("error", error)
+            time.sleep(0.02)  # rows of faster steps are written together
             while storage.iter == self.wait_at and not os.path.exists("go"):
                 time.sleep(0.05)
         return error.square().mean()
@@ -109,6 +110,7 @@ def chromium() -> str:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_what_a_person_sees(chromium: str, tmp_path: Path) -> None:
     write_project(tmp_path, module="seen_project", code=CODE, experiment="seen", conf=CONF)
     live_run = ["+experiment=seen", "run.name=live", "+model.wait_at=49"]

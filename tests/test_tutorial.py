@@ -56,6 +56,7 @@ def run(command, folder):
 
 @pytest.mark.ranks
 @pytest.mark.timeout(1800)  # some twenty starts of python, on a busy machine
+@pytest.mark.slow
 def test_the_first_hour(tmp_path):
     num = 0
     for language, title, body in blocks(PAGE.read_text()):

@@ -31,7 +31,8 @@ def place():
 
 
 @pytest.mark.parametrize(
-    ("fault", "role"), [("kill", "parent"), ("kill", "rank"), ("usr2", "rank")]
+    ("fault", "role"),
+    [("kill", "parent"), ("kill", "rank"), pytest.param("usr2", "rank", marks=pytest.mark.slow)],
 )
 def test_a_disturbed_run_ends_as_a_quiet_one(place, quiet, fault, role):
     result = campaign.trial(
