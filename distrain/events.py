@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -270,6 +270,13 @@ class EventStorage:
         """
         self._fold()
         return self._histories.until(iteration, window_size=window_size)
+
+    def scalars_until_each(
+        self, iterations: Sequence[int], *, window_size: int
+    ) -> list[dict[str, tuple[float, int]]]:
+        """Return `scalars_until` of several iterations, `window_size` apart, for little more."""
+        self._fold()
+        return self._histories.until_each(iterations, window_size=window_size)
 
     def history(self, name: str) -> HistoryBuffer:
         """Return the history of one scalar; KeyError names those there are."""

@@ -108,6 +108,28 @@ class Histories:
             found.update(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
         return found
 
+    def until_each(
+        self, iterations: Sequence[int], *, window_size: int
+    ) -> list[dict[str, tuple[float, int]]]:
+        """Return `until` of several iterations that are `window_size` apart, at the cost of one.
+
+        Args:
+            iterations: rising.
+            window_size: as in `until`.
+        """
+        settled = self._until_in_buffers(iterations[-1], window_size)
+        windows = [_windows(b, iterations, window_size) for b in self._waiting.values()]
+        is_older = all(at <= iterations[0] for _, at in settled.values())
+        if not (is_older and self._is_settled_known and all(w is not None for w in windows)):
+            return [self.until(iteration, window_size=window_size) for iteration in iterations]
+        found = [dict(settled) for _ in iterations]
+        for names, window in zip(self._waiting, windows, strict=True):
+            assert window is not None
+            shown = np.where(self._hints(names), medians(window), window[-1])  # (num, K)
+            for row, values, iteration in zip(found, shown.tolist(), iterations, strict=True):
+                row.update(zip(names, zip(values, repeat(iteration)), strict=False))
+        return found
+
     def _continued(
         self, newest: Block, iteration: int, window_size: int
     ) -> dict[str, tuple[float, int]]:
@@ -200,6 +222,24 @@ def _newest(blocks: Sequence[Block], iteration: int, num: int) -> Block:
     )
 
 
+def _windows(blocks: Sequence[Block], iterations: Sequence[int], size: int) -> Floats | None:
+    """Return the (size, num, K) values of the windows that end with iterations `size` apart.
+
+    None where an iteration has no value, or two.
+    """
+    num = len(iterations) * size
+    newest = _newest(blocks, iterations[-1], num)
+    if (
+        len(newest.iterations) != num
+        or iterations[-1] - iterations[0] != num - size
+        or newest.iterations[0] != iterations[0] - size + 1
+        or newest.iterations[-1] != iterations[-1]
+        or (np.diff(newest.iterations) != 1).any()
+    ):
+        return None
+    return newest.values.reshape(len(iterations), size, -1).transpose(1, 0, 2)
+
+
 def _latest(
     name: str, values: Floats, iterations: Ints, iteration: int, num: int
 ) -> dict[str, tuple[float, int]]:
@@ -212,7 +252,7 @@ def _latest(
 
 
 def medians(values: Floats) -> Floats:
-    """Return the (K,) medians of (n, K) values; NaN where one is NaN.
+    """Return the (..., K) medians of (n, ..., K) values; NaN where one is NaN.
 
     numpy's own takes several times as long for windows of twenty values.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from distrain.history import Floats, Ints
@@ -40,7 +42,7 @@ def with_rank(values: Floats, rank: int) -> Ints:
     both = np.empty((2, len(values)))
     np.add(values, 0.0, out=both[0])  # one zero
     np.subtract(0.0, values, out=both[1])
-    if np.isnan(both[0]).any():
+    if math.isnan(both[0].sum()):
         both[np.isnan(both)] = np.nan  # one NaN
     keys: Ints = both.view(np.int64)
     keys ^= (keys >> 63) & _LARGEST

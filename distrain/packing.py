@@ -100,6 +100,7 @@ class _Layout(NamedTuple):
 
     known: Ints
     columns: Ints
+    at_column: Ints | None  # position of each column's scalar, if the row has all of them
     local: Ints
     local_names: tuple[str, ...]
     rest: list[int]  # of what all ranks have to learn first
@@ -173,7 +174,10 @@ class Columns:
             known, local = np.flatnonzero(columns >= 0), np.flatnonzero(is_local)
             rest = np.flatnonzero((columns < 0) & ~is_local).tolist()
             local_names = tuple(compress(names, is_local.tolist()))
-            layout = _Layout(known, columns[known], local, local_names, rest)
+            at_column = None
+            if len(known) == len(self._index):
+                at_column = known[np.argsort(columns[known])]
+            layout = _Layout(known, columns[known], at_column, local, local_names, rest)
             self._layouts[names] = layout
         return layout
 
@@ -202,8 +206,12 @@ class Columns:
             first = iterations[0]
             if iterations == list(range(first, first + len(iterations))):  # as a rule
                 at = slice(first - since, first - since + len(iterations))
-            values[at, layout.columns] = group.values[:, layout.known]
-            weights[at, layout.columns] = 1.0
+            if layout.at_column is not None and isinstance(at, slice):  # as a rule, too
+                values[at] = group.values[:, layout.at_column]
+                weights[at] = 1.0
+            else:
+                values[at, layout.columns] = group.values[:, layout.known]
+                weights[at, layout.columns] = 1.0
             if layout.local_names:
                 unrolled.local.append(
                     Block(layout.local_names, group.values[:, layout.local], np.array(iterations))

@@ -6,6 +6,11 @@ import torch
 
 from distrain import EventStorage, get_event_storage
 from distrain.histogram import count_values
+from distrain.histories import Block
+from distrain.reduction import ScalarReduction
+from distrain.rows import ScalarKind
+
+kind_c = ScalarKind("mean", True)
 
 
 def test_the_seed_example_prints_these_dictionaries():
@@ -155,3 +160,45 @@ def test_alone_it_stays_bounded():
         storage.put_scalar("a", 1.0)
         storage.step()
     assert len(storage._rows) <= 1_002
+
+
+def rows_of(storage, iterations):
+    """Return what both ways of asking say."""
+    return (
+        storage.scalars_until_each(iterations, window_size=4),
+        [storage.scalars_until(iteration, window_size=4) for iteration in iterations],
+    )
+
+
+def test_rows_of_several_windows_at_once_are_those_one_by_one():
+    storage = EventStorage(0)
+    ScalarReduction(storage, period=4, first_iter=0)  # somebody else folds
+    storage.fold_arrived = None
+    kinds = {"a": ScalarKind("mean", True), "b": ScalarKind("mean", False), "c": kind_c}
+    draw = np.random.default_rng(0)
+    for start in range(0, 24, 4):
+        at = np.arange(start, start + 4)
+        storage.fold(Block(("a", "b"), draw.random((4, 2)), at), kinds)
+        if start == 8:
+            storage.fold(Block(("c",), np.array([[7.0]]), np.array([9])), kinds)
+        if start == 12:
+            storage.histories()
+        at_once, one_by_one = rows_of(storage, [start + 3])
+        assert at_once == one_by_one
+    at_once, one_by_one = rows_of(storage, [19, 23])
+    assert at_once == one_by_one
+    assert at_once[0]["c"] == (7.0, 9)
+    assert at_once[1]["a"][0] == np.median([v for v, _ in storage.history("a").values()][-4:])
+    assert rows_of(storage, [7, 11])[0] == rows_of(storage, [7, 11])[1]  # long in the buffers
+    assert "c" not in rows_of(storage, [7, 11])[0][0]
+
+
+def test_a_row_with_nan_or_infinity_is_told_as_it_is():
+    storage = EventStorage(0)
+    ScalarReduction(storage, period=4, first_iter=0)
+    storage.fold_arrived = None
+    values = np.array([[1.0, math.nan], [math.inf, 2.0], [3.0, 2.0], [2.0, 2.0]] * 2)
+    storage.fold(Block(("a", "n"), values, np.arange(8)), dict.fromkeys(("a", "n"), kind_c))
+    for row, at in zip(rows_of(storage, [3, 7])[0], (3, 7), strict=True):
+        assert row["a"] == (2.5, at)
+        assert math.isnan(row["n"][0])

@@ -89,7 +89,9 @@ class PeriodicWriter(HookBase):
         try:
             self._write_complete()
             if self.trainer.error is None:
-                self._write(self.trainer.iter_done)
+                done, window = self.trainer.iter_done, self.trainer.window
+                scalars = self.trainer.storage.scalars_until(done - 1, window_size=window)
+                self._write(done, scalars)
                 self._finish_run()
         except Exception:  # the other ranks are on their way into the collectives of the save
             logger.warning("the last row could not be written", exc_info=True)
@@ -103,14 +105,19 @@ class PeriodicWriter(HookBase):
 
     def _write_complete(self) -> None:
         window, done = self.trainer.window, self.trainer.reduction.combined_iter + 1
-        for due in range(self._written - self._written % window + window, done + 1, window):
-            self._write(due)
+        dues = range(self._written - self._written % window + window, done + 1, window)
+        if not dues:
+            return
+        rows = self.trainer.storage.scalars_until_each(
+            [due - 1 for due in dues], window_size=window
+        )
+        for due, scalars in zip(dues, rows, strict=True):
+            self._write(due, scalars)
             self._written = due
 
-    def _write(self, done: int) -> None:
+    def _write(self, done: int, scalars: dict[str, tuple[float, int]]) -> None:
         assert self._writer is not None
-        storage, window = self.trainer.storage, self.trainer.window
-        scalars = storage.scalars_until(done - 1, window_size=window)
+        storage = self.trainer.storage
         if "perf/step_s" in scalars:
             step_s, at = scalars["perf/step_s"]
             scalars["perf/eta_s"] = (step_s * (self.trainer.max_iter - done), at)
