@@ -81,7 +81,10 @@ def describe(values: Mapping[str, float]) -> str:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
         gives "loss 0.03123  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07".
     """
-    names = sorted((name for name in values if _place(name) < _HIDDEN), key=_place)
+    places: list[list[str]] = [[] for _ in range(_HIDDEN + 1)]
+    for name in values:
+        places[_place(name)].append(name)
+    names = [name for place in places[:_HIDDEN] for name in place]
     parts = [f"{name} {values[name]:.4g}" for name in names[:MAX_VALUES]]
     if "lr" in values:
         parts.append(f"lr {values['lr']:#.3g}")

@@ -188,7 +188,7 @@ class EventStorage:
             name = prefix + name
             if self._kinds.get(name) is not LOSS:
                 self._declare(name, LOSS)
-            is_new = loss.grad_fn is not None and not loss._is_view()
+            is_new = not loss.is_leaf and not loss._is_view()
             block = loss.detach() if is_new else own_copy(name, loss)
             row.blocks.append(block)
             row.tensors[name] = (block, 0)
