@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,8 @@ from distrain.events import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
-from distrain.log import logger
+from distrain.progressbar import counted
 from distrain.trainer import Seekable, Trainer
-
-_QUIET_S, _EVERY_S = 2.0, 10.0  # progress is told after, and from then on each
 
 
 class PreciseBN(HookBase):
@@ -115,7 +112,7 @@ class PreciseBN(HookBase):
         ]
         num = self._num_iters * trainer.accumulation
         try:
-            for batch in self._told(self._batches(num), num):
+            for batch in counted(self._batches(num), "statistics of BatchNorm", total=num):
                 trainer.pulse.beat(Phase.EVALUATION)
                 trainer.forward(batch)
         finally:
@@ -142,15 +139,6 @@ class PreciseBN(HookBase):
         finally:
             if hasattr(batches, "close"):
                 batches.close()  # loader processes end
-
-    def _told(self, batches: Iterable[Any], num: int) -> Iterator[Any]:
-        """Yield the batches, and log on rank 0 how far it is where it takes long."""
-        next_s = time.monotonic() + _QUIET_S
-        for done, batch in enumerate(batches):
-            if self.trainer.where.is_main and time.monotonic() > next_s:
-                logger.info("statistics of BatchNorm: %d of %d batches", done, num)
-                next_s = time.monotonic() + _EVERY_S
-            yield batch
 
 
 def _note(rows: list[Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
