@@ -47,6 +47,7 @@ class Histories:
         self._waiting: dict[tuple[str, ...], list[Block]] = {}  # no name is in two of the keys
         self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
         self._is_settled_known = True
+        self._settled_until = -1  # the newest iteration in it
 
     def append(self, block: Block) -> None:
         """Append a block; O(1) where its names are those of the block before."""
@@ -147,7 +148,7 @@ class Histories:
 
     def _until_in_buffers(self, iteration: int, window_size: int) -> dict[str, tuple[float, int]]:
         """Return `until` for what does not wait; kept while it can not change."""
-        if self._is_settled_known:
+        if self._is_settled_known and iteration >= self._settled_until:
             return dict(self._settled)
         waiting = {name for names in self._waiting for name in names}
         found: dict[str, tuple[float, int]] = {}
@@ -160,6 +161,7 @@ class Histories:
                 found |= _latest(name, values, iterations, iteration, num)
         if not can_change:
             self._settled, self._is_settled_known = found, True
+            self._settled_until = max((at for _, at in found.values()), default=-1)
         return dict(found)
 
     def _hints(self, names: tuple[str, ...]) -> NDArray[np.bool_]:

@@ -85,5 +85,7 @@ def test_it_can_be_taken_away(said) -> None:
 
 
 def test_the_help_names_it() -> None:
-    text = (ROOT / "conf/config.yaml").read_text()
-    assert 'eval "$(python -m distrain -sc install=bash)"' in text
+    done = subprocess.run(
+        [sys.executable, "-m", "distrain", "--help"], capture_output=True, text=True, check=True
+    )
+    assert 'eval "$(python -m distrain -sc install=bash)"' in done.stdout

@@ -202,3 +202,14 @@ def test_a_row_with_nan_or_infinity_is_told_as_it_is():
     for row, at in zip(rows_of(storage, [3, 7])[0], (3, 7), strict=True):
         assert row["a"] == (2.5, at)
         assert math.isnan(row["n"][0])
+
+
+def test_rows_that_a_checkpoint_moved_into_the_buffers_are_told_as_they_were():
+    storage = EventStorage(0)
+    ScalarReduction(storage, period=4, first_iter=0)
+    storage.fold_arrived = None
+    values = np.arange(12.0)[:, None]
+    storage.fold(Block(("a",), values, np.arange(12)), {"a": ScalarKind("mean", False)})
+    storage.histories()
+    rows, one_by_one = rows_of(storage, [3, 7, 11])
+    assert rows == one_by_one == [{"a": (3.0, 3)}, {"a": (7.0, 7)}, {"a": (11.0, 11)}]
