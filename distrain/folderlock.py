@@ -1,7 +1,7 @@
 """The lock of a run's folder: one command at a time, and a clear word to the second.
 
-The ranks inherit the lock of the process that starts them: while one of them lives, nobody else
-can have it.
+Ranks that are forked inherit the lock of the process that starts them: while one of them lives,
+nobody else can have it.
 """
 
 from __future__ import annotations

@@ -11,88 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distrain.events import Spread
 from distrain.histories import Block
 from distrain.history import Floats, Ints
 from distrain.ordered import ordered, split_rank, unordered, with_rank
-from distrain.rows import ScalarKind, ScalarRow
+from distrain.rows import RowGroup, ScalarKind, ScalarRow
 
 _ABSENT = np.iinfo(np.int64).min
-
-
-class RowGroup(NamedTuple):
-    """Neighbouring rows of one rank that hold the same names.
-
-    Attributes:
-        names: of n scalars.
-        rows: there are R.
-        values: (R, n).
-    """
-
-    names: tuple[str, ...]
-    rows: Sequence[ScalarRow]
-    values: Floats
-
-
-def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
-    """Return all blocks that the rows point into, in order."""
-    return [block for row in rows for block in row.blocks]
-
-
-def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
-    """Bundle neighbouring rows of the same names: in most windows that is one group.
-
-    Args:
-        rows: of one rank.
-        host: the elements of all their blocks, one after the other.
-    """
-    groups: list[RowGroup] = []
-    start = offset = 0
-    while start < len(rows):
-        floats, tensors = list(rows[start].floats), list(rows[start].tensors)
-        end = start + 1
-        while (
-            end < len(rows)
-            and list(rows[end].floats) == floats
-            and list(rows[end].tensors) == tensors
-        ):
-            end += 1
-        members = rows[start:end]
-        values = np.empty((len(members), len(floats) + len(tensors)))
-        if floats:
-            flat = chain.from_iterable(row.floats.values() for row in members)
-            values[:, : len(floats)] = np.fromiter(
-                flat, np.float64, len(members) * len(floats)
-            ).reshape(len(members), -1)
-        if tensors:
-            num = sum(block.numel() for row in members for block in row.blocks)
-            values[:, len(floats) :] = _elements(members, host[offset : offset + num])
-            offset += num
-        groups.append(RowGroup((*floats, *tensors), members, values))
-        start = end
-    return groups
-
-
-def _elements(rows: Sequence[ScalarRow], host: Floats) -> Floats:
-    """Return the (R, n) values of tensors in rows of the same names."""
-    num = len(rows[0].tensors)
-    if len(host) == len(rows) * num:  # nothing was put twice, so the elements are in order
-        return host.reshape(len(rows), num)
-    start = dict[int, int]()
-    offset = 0
-    for block in read_blocks(rows):
-        start[id(block)] = offset
-        offset += block.numel()
-    return np.array(
-        [[host[start[id(block)] + at] for block, at in row.tensors.values()] for row in rows]
-    )
 
 
 class _Layout(NamedTuple):

@@ -13,13 +13,10 @@ key-value store and sets a bit in the maximum; when the bit comes back all ranks
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,29 +27,17 @@ from distrain.errors import NonFiniteLoss
 from distrain.events import EventStorage, Spread
 from distrain.exactsum import join, split
 from distrain.histories import Block
-from distrain.packing import Columns, RowGroup, group_rows, read_blocks
-from distrain.rows import ScalarKind, ScalarRow
+from distrain.history import Floats, Ints
+from distrain.packing import Columns
+from distrain.rows import RowGroup, ScalarKind, ScalarRow, group_rows, read_blocks
+from distrain.sharednames import SharedNames, Store
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
 
 _HEADER = 3  # stop request, has new names, nanoseconds of a step
 _STOP_WITHIN_S = 1.5  # of windows; with the two steps of the stages it makes about two seconds
+_MAX_ARRIVED = 50  # on a rank that nobody asks they would pile up
 _SLOW_STEP_S = 0.5  # from here on a blocking collective is no cost, and a stop should not wait
-
-_instances = itertools.count()
-
-
-class Store(Protocol):
-    """What is used of torch.distributed's key-value stores."""
-
-    def add(self, key: str, amount: int, /) -> int:
-        """Add to a counter and return it."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Set a key."""
-
-    def get(self, key: str, /) -> bytes:
-        """Get a key, waiting until it is set."""
 
 
 @dataclass
@@ -69,6 +54,22 @@ class _Window:
     sums: Tensor | None = None
     extremes: Tensor | None = None
     works: Sequence[dist.Work] = ()
+
+
+class _Arrived(NamedTuple):
+    """What is kept of a window that has come back until it is folded.
+
+    Attributes:
+        iterations: (T,).
+        sums: the vector that all ranks summed up.
+        extremes: that of maxima, without its header.
+        local: scalars that did not travel.
+    """
+
+    iterations: Ints
+    sums: Floats
+    extremes: Ints
+    local: Sequence[Block]
 
 
 class ScalarReduction:
@@ -112,13 +113,13 @@ class ScalarReduction:
         self._period = period
         self._rank, self._world_size = rank, world_size
         self._group = group
-        self._names = None if store is None else _SharedNames(store)
+        self._names = None if store is None else SharedNames(store)
         self._stop_on_nonfinite = stop_on_nonfinite
         self._columns = Columns()
         self._held: list[ScalarRow] = []  # rows of names that not all ranks know yet
         self._since = self._close_at = first_iter
         self._window: _Window | None = None
-        self._arrived: list[_Window] = []  # what nobody has asked for yet
+        self._arrived: list[_Arrived] = []  # what nobody has asked for yet
         self._sent_time, self._sent_iter = time.perf_counter(), first_iter - 1
         storage.combined_by_trainer = True
         storage.fold_arrived = self.fold_arrived
@@ -223,11 +224,13 @@ class ScalarReduction:
         assert window.extremes is not None
         self._window = None
         stop, has_new_names, step_ns = window.extremes[:_HEADER].tolist()
-        self._arrived.append(window)
-        bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
+        iterations = np.arange(window.since, window.last + 1)
+        sums, extremes = window.sums.numpy(), window.extremes.numpy()[_HEADER:]
+        self._arrived.append(_Arrived(iterations, sums, extremes, window.local))
         with np.errstate(invalid="ignore"):
-            is_finite = np.isfinite(window.sums.numpy().sum())
-        if not is_finite:
+            is_finite = np.isfinite(sums.sum())
+        bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
+        if not is_finite or len(self._arrived) >= _MAX_ARRIVED:
             bad = self.fold_arrived()
         self.stop = max(self.stop, stop)
         self.step_s = step_ns / 1e9
@@ -262,17 +265,13 @@ class ScalarReduction:
                 bad = _losses_not_finite(block, self._storage.kinds) | bad
         return bad
 
-    def _unpack(self, windows: Sequence[_Window]) -> Iterator[Block]:
-        sums, extremes = [], []
-        for window in windows:
-            assert window.sums is not None
-            assert window.extremes is not None
-            halves = window.sums.numpy()
-            sums.append(join(halves) if self._world_size > 2 else halves)
-            extremes.append(window.extremes.numpy()[_HEADER:])
-        iterations = [np.arange(window.since, window.last + 1) for window in windows]
+    def _unpack(self, windows: Sequence[_Arrived]) -> Iterator[Block]:
+        iterations = [window.iterations for window in windows]
+        sums = [window.sums for window in windows]
+        if self._world_size > 2:
+            sums = [join(halves) for halves in sums]
         yield from self._columns.unpack_sums(sums, iterations)
-        yield from self._columns.unpack_extremes(extremes, iterations)
+        yield from self._columns.unpack_extremes([w.extremes for w in windows], iterations)
         for window in windows:
             yield from window.local
 
@@ -322,41 +321,3 @@ def _losses_not_finite(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[st
         for name, values in zip(block.names, block.values.T, strict=True)
         if kinds[name].is_loss and not np.isfinite(values).all()
     }
-
-
-class _SharedNames:
-    """The names that ranks have and others may not, told through a key-value store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._prefix = f"distrain/names/{next(_instances)}"  # ranks build the same number of these
-        self._num_read = 0
-
-    def _key(self, *parts: object) -> str:
-        return "/".join([self._prefix, str(self._num_read), *map(str, parts)])
-
-    def publish(self, kinds: Mapping[str, ScalarKind]) -> None:
-        """Tell this rank's new names; equal lists of many ranks are stored once."""
-        text = json.dumps(kinds, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if self._store.add(self._key(digest), 1) == 1:
-            slot = self._store.add(self._key("num"), 1)
-            self._store.set(self._key("list", slot), text)
-
-    def read(self) -> dict[str, ScalarKind]:
-        """Return what any rank told since the last `read`.
-
-        Called by all ranks after a collective that each entered after its `publish`, so all is
-        there and all read the same.
-
-        Raises:
-            ValueError: two ranks put one name with different settings.
-        """
-        found: dict[str, ScalarKind] = {}
-        for slot in range(1, self._store.add(self._key("num"), 0) + 1):
-            for name, fields in json.loads(self._store.get(self._key("list", slot))).items():
-                kind = ScalarKind(*fields)
-                if found.setdefault(name, kind) != kind:
-                    raise ValueError(f"{name}: one rank put it as {kind}, another as {found[name]}")
-        self._num_read += 1
-        return found

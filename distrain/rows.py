@@ -1,13 +1,17 @@
-"""What one rank puts in one iteration, before it is combined over ranks."""
+"""What one rank puts, a row an iteration, before it is combined over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from distrain.history import Floats
 
 Operation = Literal["mean", "sum", "max", "min", "local"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
@@ -80,6 +84,74 @@ class ScalarRow:
             name: float(block.flatten()[position])
             for name, (block, position) in self.tensors.items()
         }
+
+
+class RowGroup(NamedTuple):
+    """Neighbouring rows of one rank that hold the same names.
+
+    Attributes:
+        names: of n scalars.
+        rows: there are R.
+        values: (R, n).
+    """
+
+    names: tuple[str, ...]
+    rows: Sequence[ScalarRow]
+    values: Floats
+
+
+def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
+    """Return all blocks that the rows point into, in order."""
+    return [block for row in rows for block in row.blocks]
+
+
+def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
+    """Bundle neighbouring rows of the same names: in most windows that is one group.
+
+    Args:
+        rows: of one rank.
+        host: the elements of all their blocks, one after the other.
+    """
+    groups: list[RowGroup] = []
+    start = offset = 0
+    while start < len(rows):
+        floats, tensors = list(rows[start].floats), list(rows[start].tensors)
+        end = start + 1
+        while (
+            end < len(rows)
+            and list(rows[end].floats) == floats
+            and list(rows[end].tensors) == tensors
+        ):
+            end += 1
+        members = rows[start:end]
+        values = np.empty((len(members), len(floats) + len(tensors)))
+        if floats:
+            flat = chain.from_iterable(row.floats.values() for row in members)
+            values[:, : len(floats)] = np.fromiter(
+                flat, np.float64, len(members) * len(floats)
+            ).reshape(len(members), -1)
+        if tensors:
+            num = sum(block.numel() for row in members for block in row.blocks)
+            values[:, len(floats) :] = _elements(members, host[offset : offset + num])
+            offset += num
+        groups.append(RowGroup((*floats, *tensors), members, values))
+        start = end
+    return groups
+
+
+def _elements(rows: Sequence[ScalarRow], host: Floats) -> Floats:
+    """Return the (R, n) values of tensors in rows of the same names."""
+    num = len(rows[0].tensors)
+    if len(host) == len(rows) * num:  # nothing was put twice, so the elements are in order
+        return host.reshape(len(rows), num)
+    start = dict[int, int]()
+    offset = 0
+    for block in read_blocks(rows):
+        start[id(block)] = offset
+        offset += block.numel()
+    return np.array(
+        [[host[start[id(block)] + at] for block, at in row.tensors.values()] for row in rows]
+    )
 
 
 def own_copy(name: str, value: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from distrain.losses import caller, takes_whole_batch, total_loss
 from distrain.nonfinite import SkippedUpdates
 from distrain.optim import clip_gradients
 from distrain.replicas import replicate
+from distrain.shardable import find_blocks
 from distrain.strategy import (
     clip_sharded,
-    find_blocks,
     gather_state,
     gathered_parameters,
     load_model,
@@ -195,9 +195,9 @@ class Trainer(TrainerBase):
         if self.grad_norm is None:
             return
         if self._scales:  # an overflow is no failure: the scaler leaves the update out by itself
-            self.storage.put_scalar("gradient_norm", self.grad_norm)
+            self.storage.put_scalar("grad_norm", self.grad_norm)
         else:
-            self.storage.put_losses({"gradient_norm": self.grad_norm})
+            self.storage.put_losses({"grad_norm": self.grad_norm})
 
     def _may_update(self, losses: Mapping[str, Tensor]) -> bool:
         """Whether the update may be applied: the same on all ranks, as the gradients are."""

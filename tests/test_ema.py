@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from kernels import Kernels
 from ranks import run_ranks
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain import Trainer
 from distrain.errors import ConfigError
@@ -166,16 +166,6 @@ def test_16_bit_weights_have_an_average_of_32():
     assert value.item() == pytest.approx(1 + 0.001 * 1 + 0.001 * (3 - 1.001))
     with ema.applied():
         assert model.w.dtype is torch.bfloat16
-
-
-class Kernels(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_an_update_is_one_operation_and_reads_nothing_back():

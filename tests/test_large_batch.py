@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kernels import Kernels
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.errors import ConfigError
 from distrain.large_batch import LAMB, LARS
@@ -144,18 +144,6 @@ def test_a_resumed_optimizer_goes_on_with_the_same_bits(name):
     updates(second, resumed, 3, 6)
     for a, b in zip(second.parameters(), straight.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-class Kernels(TorchDispatchMode):
-    """Lists what is called; a number made of a tensor would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])

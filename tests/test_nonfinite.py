@@ -164,7 +164,7 @@ def norm_not_finite(rank):
 def test_stop_knows_the_norm_that_clipping_has_computed():
     errors = run_ranks(norm_not_finite, 2)
     assert errors[0] == errors[1]
-    assert "gradient_norm" in errors[0]
+    assert "grad_norm" in errors[0]
     assert "not finite from iteration 0 on" in errors[0]
 
 
@@ -177,7 +177,7 @@ def test_stop_with_a_scaler_leaves_overflows_to_it():
         precision="fp16",
     )
     assert error is None
-    norms = [value for value, _ in trainer.storage.history("gradient_norm").values()]
+    norms = [value for value, _ in trainer.storage.history("grad_norm").values()]
     assert not any(map(math.isfinite, norms[:2]))
     assert norms[2:] == pytest.approx([math.sqrt(2)] * 10)
 

@@ -285,3 +285,18 @@ def test_an_ordinary_step_has_no_collective_and_no_read_back(num_scalars, world_
         else:
             # the first window is the first iteration; each later one is sent a step after its end
             assert counts == {0: 2, 20: 2, 40: 2, 60: 2, 80: 2}
+
+
+def test_windows_that_nobody_asks_for_do_not_pile_up():
+    storage = EventStorage(0)
+    reduction = ScalarReduction(storage, period=3, first_iter=0)
+    most = 0
+    for i in range(1200):
+        storage.iter = i
+        storage.put_scalar("a", float(i))
+        reduction.advance(i)
+        reduction.close_if_due(i)
+        most = max(most, len(reduction._arrived))
+    assert 10 < most <= 50  # a rank that writes nothing, as all but the first
+    reduction.drain(1199)
+    assert storage.history("a").values() == [(float(i), i) for i in range(1200)]

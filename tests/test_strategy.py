@@ -11,7 +11,8 @@ from distrain.checkpoint import CheckpointStore
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.optim import build_optimizer
-from distrain.strategy import find_blocks, is_sharded
+from distrain.shardable import find_blocks
+from distrain.strategy import is_sharded
 
 
 class Block(nn.Module):

@@ -23,8 +23,9 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 
+from distrain.chartlayout import default_layout
 from distrain.histogram import Histogram
-from distrain.tensorboard import TensorBoardWriter, default_layout
+from distrain.tensorboard import TensorBoardWriter
 from distrain.tfrecord import crc32c, record
 from distrain.writers import Row
 

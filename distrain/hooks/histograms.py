@@ -92,9 +92,8 @@ class Histograms(HookBase):
 
     def after_step(self) -> None:
         """Put the norm, and the histograms of the new weights if it is time."""
-        norm = self._norm if self.trainer.grad_norm is None else self.trainer.grad_norm
-        if norm is not None:
-            self.trainer.storage.put_scalar("grad_norm", norm)
+        if self.trainer.grad_norm is None and self._norm is not None:  # or the trainer puts it
+            self.trainer.storage.put_scalar("grad_norm", self._norm)
         if self._weights and self._is_due():
             for name, parameter in self.trainer.module.named_parameters():
                 if name in self._names:

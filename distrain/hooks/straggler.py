@@ -29,8 +29,8 @@ class StragglerWatch(HookBase):
     for data, forward, hooks. One iteration in `every` is measured and put as
     `straggler/{data,forward,backward,hooks,own}_s`, seconds, the mean over ranks; their spread over
     ranks travels in the window's collective. Rank 0 puts `straggler/lost_s`, by which the slowest
-    rank's own time is over the mean, and `straggler/slowest_rank`. Forward and backward on a GPU
-    are timed there. With one rank nothing is measured.
+    rank's own time is over that of the fastest, and `straggler/slowest_rank`. Forward and backward
+    on a GPU are timed there. With one rank nothing is measured.
 
     Args:
         every: iterations from one measurement to the next.
@@ -94,21 +94,13 @@ class StragglerWatch(HookBase):
         return self.trainer.storage.latest_iteration("straggler/own_s") >= self._measured
 
     def _judge(self) -> None:
-        storage = self.trainer.storage
+        storage, step_s = self.trainer.storage, self.trainer.reduction.step_s
         own = storage.spread("straggler/own_s")
         if not self.trainer.where.is_main:
             return
-        means = {
-            name: value
-            for name, (value, _) in storage.scalars_until(self.trainer.iter, window_size=1).items()
-        }
-        storage.put_scalar(
-            "straggler/lost_s", own.max - means["straggler/own_s"], False, reduce="local"
-        )
+        storage.put_scalar("straggler/lost_s", own.max - own.min, False, reduce="local")
         storage.put_scalar("straggler/slowest_rank", float(own.max_rank), False, reduce="local")
-        step_s = means["straggler/own_s"] + means["straggler/backward_s"]
-        is_slow = own.max - own.min > self._share * step_s
-        rank = own.max_rank if is_slow else -1
+        rank = own.max_rank if own.max - own.min > self._share * step_s else -1
         self._in_a_row = (rank, self._in_a_row[1] + 1 if rank == self._in_a_row[0] else 1)
         if rank < 0:
             self._warned = -1

@@ -1,0 +1,39 @@
+"""Which charts TensorBoard's Custom Scalars tab shows, by the names of the scalars."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from distrain.checkpoint_format import CLOCK_PREFIXES
+
+_NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/", "final/"])
+
+
+def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Return charts for scalars: losses together, one a metric over all scopes, lr, performance.
+
+    The expressions depend on the names only as far as charts of several runs merge into one.
+
+    Example:
+        `["loss", "accuracy", "eval/accuracy", "perf/step_s"]` gives a chart "losses", a chart
+        "accuracy" with both accuracies and a chart "seconds".
+    """
+    layout: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
+    for heading in ("losses", "metrics", "learning rate", "performance"):
+        layout[heading] = {}
+    for name in sorted(names):
+        base = name.rpartition("/")[2]
+        top = name.partition("/")[0]
+        if top == "perf" and base.endswith("_s") and not base.endswith("_per_s"):
+            layout["performance"]["seconds"] = [r"perf/(?!eta_s$)(?!.*_per_s$).*_s$"]
+        elif f"{top}/" in CLOCK_PREFIXES:
+            layout["performance"][f"{top} {base}"] = [rf"{top}/(.*/)?{re.escape(base)}$"]
+        elif top == "lr":
+            layout["learning rate"]["lr"] = ["lr(/.*)?$"]
+        elif "loss" in name.lower() and top != "final":
+            layout["losses"]["losses"] = [rf"(?!{_NO_METRIC})(?i:.*loss)"]
+        elif top != "final":
+            layout["metrics"][base] = [rf"(?!{_NO_METRIC})(.*/)?{re.escape(base)}$"]
+    return {heading: charts for heading, charts in layout.items() if charts}

@@ -1,0 +1,169 @@
+"""A thread that reads GPUs beside training, and what its readings come to over a window."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distrain.log import logger
+from distrain.nvml_words import THROTTLE_BITS, USUAL, throttle_words, xid_words
+
+if TYPE_CHECKING:
+    from distrain.nvml import Gpu, Nvml, Reading
+
+_MAX = ("memory_used_mib", "temperature_c", "ecc_uncorrected", "xid_errors")
+_AGAIN_S = 600.0  # what a card keeps saying is told so often
+_LEAVE_S = 5.0  # a lost GPU may keep its reader for ever
+
+
+@dataclass
+class Summary:
+    """What is put at the end of a window, by name.
+
+    Attributes:
+        means: means over the GPUs of this node, by the number of GPUs that know them.
+        maxima: largest values of any GPU.
+        each: of single GPUs.
+    """
+
+    means: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    maxima: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)
+
+
+class Sampler(threading.Thread):
+    """Reads GPUs beside training, and leaves one summary of all it read since the last was taken.
+
+    Args:
+        nvml: open; closed by others.
+        gpus: by rank.
+        host: name of this node.
+        period_s: between two readings.
+
+    Attributes:
+        energy_j: of all GPUs since this object was made; None where no card tells.
+    """
+
+    def __init__(self, nvml: Nvml, gpus: dict[int, Gpu], *, host: str, period_s: float) -> None:
+        super().__init__(name="distrain-gpu", daemon=True)
+        self.nvml = nvml
+        self.host = host
+        self._gpus = dict(gpus)
+        self._all = list(gpus.values())
+        self._rank_of = {gpu.uuid: rank for rank, gpu in gpus.items()}
+        self._period_s = period_s
+        self._ended = threading.Event()
+        self._readings: dict[int, list[Reading]] = defaultdict(list)
+        self._summary: Summary | None = None
+        self._xids = dict.fromkeys(self._rank_of.values(), 0)
+        self._ecc: dict[int, float] = {}
+        self._told: dict[tuple[int, str], float] = {}
+        nvml.listen(self._all)
+        self.sample()
+
+    @property
+    def energy_j(self) -> float | None:
+        """Return the energy that all GPUs have used, in J."""
+        known = [gpu.energy_j for gpu in self._all if gpu.energy_j is not None]
+        return sum(known) if known else None
+
+    def run(self) -> None:
+        """Read until `stop`; what goes wrong here must not end training."""
+        try:
+            while not self._ended.wait(self._period_s):
+                self.sample()
+        except Exception:
+            logger.warning("no more telemetry of the GPUs of %s", self.host, exc_info=True)
+
+    def stop(self) -> bool:
+        """End the thread; return whether it has ended, which a dead driver may prevent."""
+        self._ended.set()
+        if self.is_alive():
+            self.join(_LEAVE_S)
+        return not self.is_alive()
+
+    def take(self) -> Summary | None:
+        """Return the summary of what was read since the last call, None if nothing was."""
+        summary, self._summary = self._summary, None
+        return summary
+
+    def sample(self) -> None:
+        """Read all GPUs once."""
+        from distrain.nvml import GpuLost
+
+        if self._summary is None:
+            self._readings.clear()
+        for gpu, number in self.nvml.xids():
+            rank = self._rank_of[gpu.uuid]
+            self._xids[rank] += 1
+            self._warn(rank, gpu, xid_words(number))
+        for rank, gpu in list(self._gpus.items()):
+            try:
+                reading = gpu.read(time.monotonic())
+            except GpuLost as error:
+                del self._gpus[rank]
+                self._warn(rank, gpu, f"it is gone ({error}); training goes on while it can")
+                continue
+            self._readings[rank].append(reading)
+            self._look(rank, gpu, reading)
+        if any(self._readings.values()):
+            self._summary = summarise(self._readings, self._xids)
+
+    def _look(self, rank: int, gpu: Gpu, reading: Reading) -> None:
+        """Warn of what is not as it should be."""
+        if (reading.throttle or 0) & ~USUAL and (words := throttle_words(reading.throttle or 0)):
+            self._warn(rank, gpu, f"its clocks are held back by {words}")
+        errors = reading.values.get("ecc_uncorrected", 0.0)
+        before = self._ecc.setdefault(rank, errors)
+        if errors > before:
+            self._ecc[rank] = errors
+            self._warn(rank, gpu, f"{errors - before:.0f} uncorrected ECC error(s) more")
+
+    def _warn(self, rank: int, gpu: Gpu, what: str) -> None:
+        now_s = time.monotonic()
+        if now_s < self._told.get((rank, what), float("-inf")) + _AGAIN_S:
+            return
+        self._told[rank, what] = now_s
+        logger.warning("GPU %d of %s (%s, rank %d): %s", gpu.index, self.host, gpu.uuid, rank, what)
+
+
+def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summary:
+    """Return the means over time of each GPU, and their mean or maximum over GPUs.
+
+    Args:
+        readings: by rank, oldest first.
+        xids: number of Xid errors by rank.
+    """
+    summary = Summary()
+    over_gpus: dict[str, list[float]] = defaultdict(list)
+    for rank, of_gpu in readings.items():
+        for name, values in _over_time(of_gpu, float(xids[rank])).items():
+            value = max(values) if name in _MAX else sum(values) / len(values)
+            if not name.startswith("throttle_"):
+                summary.each[f"gpu/{rank}/{name}"] = value
+            over_gpus[name].append(value)
+    for name, values in over_gpus.items():
+        if name in _MAX:
+            summary.maxima[f"gpu/{name}"] = max(values)
+        else:
+            summary.means[len(values)][f"gpu/{name}"] = sum(values) / len(values)
+    return summary
+
+
+def _over_time(readings: Sequence[Reading], xids: float) -> dict[str, list[float]]:
+    """Return the values of one GPU by name."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for reading in readings:
+        for name, value in reading.values.items():
+            found[name].append(float(value))
+        if reading.throttle is not None:
+            bits = reading.throttle
+            found["throttled"].append(float(any(bits & bit for bit in THROTTLE_BITS.values())))
+            for name, bit in THROTTLE_BITS.items():
+                found[f"throttle_{name}"].append(float(bool(bits & bit)))
+    found["xid_errors"].append(xids)
+    return found

@@ -1,0 +1,68 @@
+"""Names of scalars that one rank has and others may not, told through a key-value store."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Protocol
+
+from distrain.rows import ScalarKind
+
+_instances = itertools.count()
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's key-value stores."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter and return it."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Set a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Get a key, waiting until it is set."""
+
+
+class SharedNames:
+    """What all ranks tell each other of new names; each builds the same number of these.
+
+    Args:
+        store: that of the process group.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._prefix = f"distrain/names/{next(_instances)}"
+        self._num_read = 0
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._prefix, str(self._num_read), *map(str, parts)])
+
+    def publish(self, kinds: Mapping[str, ScalarKind]) -> None:
+        """Tell this rank's new names; equal lists of many ranks are stored once."""
+        text = json.dumps(kinds, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self._store.add(self._key(digest), 1) == 1:
+            slot = self._store.add(self._key("num"), 1)
+            self._store.set(self._key("list", slot), text)
+
+    def read(self) -> dict[str, ScalarKind]:
+        """Return what any rank told since the last `read`.
+
+        Called by all ranks after a collective that each entered after its `publish`, so all is
+        there and all read the same.
+
+        Raises:
+            ValueError: two ranks put one name with different settings.
+        """
+        found: dict[str, ScalarKind] = {}
+        for slot in range(1, self._store.add(self._key("num"), 0) + 1):
+            for name, fields in json.loads(self._store.get(self._key("list", slot))).items():
+                kind = ScalarKind(*fields)
+                if found.setdefault(name, kind) != kind:
+                    raise ValueError(f"{name}: one rank put it as {kind}, another as {found[name]}")
+        self._num_read += 1
+        return found
