@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -112,6 +112,44 @@ class Heartbeat:
         """Say that the job has returned."""
         phase, iteration, _, _ = _RECORD.unpack_from(self._map)
         _pack(self._map, 0, phase, iteration, _now(), 1)
+
+
+class Heard:
+    """A pulse whose beats others hear of, too.
+
+    Args:
+        inner: gets every beat.
+
+    Attributes:
+        listeners: called with each phase.
+    """
+
+    def __init__(self, inner: Pulse) -> None:
+        self.inner = inner
+        self.listeners: list[Callable[[int], None]] = []
+
+    @property
+    def iteration(self) -> int:
+        """The iteration that goes with every beat."""
+        return self.inner.iteration
+
+    @iteration.setter
+    def iteration(self, iteration: int) -> None:
+        self.inner.iteration = iteration
+
+    def beat(self, phase: int, /) -> None:
+        """Beat, and tell the listeners."""
+        self.inner.beat(phase)
+        for listener in self.listeners:
+            listener(phase)
+
+    def phase(self, phase: int, /) -> contextlib.AbstractContextManager[None]:
+        """Be in a phase inside `with`, of which no listener is told."""
+        return self.inner.phase(phase)
+
+    def finish(self) -> None:
+        """Say that the job has returned."""
+        self.inner.finish()
 
 
 class _Silent:

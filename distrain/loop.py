@@ -10,7 +10,7 @@ from distrain import heartbeat
 from distrain.distributed import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
-from distrain.heartbeat import Phase
+from distrain.heartbeat import Heard, Phase, Pulse
 from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment
 from distrain.reduction import STOP_REQUESTED, ScalarReduction
 
@@ -53,7 +53,7 @@ class TrainerBase:
         self.window = window
         self.error: BaseException | None = None
         self.where = topology()
-        self.pulse = heartbeat.of_this_process()
+        self.pulse: Pulse = heartbeat.of_this_process()
         self.hooks: dict[str, HookBase] = {}
         self._stop_on_nonfinite = stop_on_nonfinite
         self._stop_requested = False
@@ -180,6 +180,19 @@ class TrainerBase:
         self._stop_requested = True
         if hasattr(self, "reduction"):
             self.reduction.stop_request = STOP_REQUESTED
+
+    def listen(self, listener: Callable[[int], None]) -> None:
+        """Tell a listener of each phase that a step comes to, until `unlisten`."""
+        if not isinstance(self.pulse, Heard):  # while nobody listens, a beat costs no more
+            self.pulse = Heard(self.pulse)
+        self.pulse.listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[int], None]) -> None:
+        """Tell a listener nothing any more."""
+        assert isinstance(self.pulse, Heard)
+        self.pulse.listeners.remove(listener)
+        if not self.pulse.listeners:
+            self.pulse = self.pulse.inner
 
     def _call(self, moment: Moment) -> None:
         for call in self._calls[moment]:

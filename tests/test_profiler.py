@@ -14,7 +14,8 @@ from torch import nn
 
 from distrain import Trainer
 from distrain.errors import ConfigError
-from distrain.hooks import CallbackHook, TorchProfiler
+from distrain.heartbeat import Heard
+from distrain.hooks import CallbackHook, StragglerWatch, TorchProfiler
 from distrain.hooks.profiler import _Ranges
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_a_run_that_ends_in_a_profile_saves_what_it_has(tmp_path):
     trainer = train(0, tmp_path, start=10, warmup=2, active=30)
     found = Counter(event["name"] for event in events(tmp_path, "rank_0.10.pt.trace.json"))
     assert found["forward"] == 10
-    assert not isinstance(trainer.pulse, _Ranges)
+    assert not isinstance(trainer.pulse, Heard)
 
 
 def test_other_steps_make_no_range(tmp_path, monkeypatch):
@@ -100,12 +101,29 @@ def test_other_steps_make_no_range(tmp_path, monkeypatch):
     monkeypatch.setattr(_Ranges, "beat", lambda self, phase: (made.append(1), real(self, phase)))
 
     def look(trainer):
-        if isinstance(trainer.pulse, _Ranges):
+        if isinstance(trainer.pulse, Heard):
             marked.append(trainer.iter)
 
     train(0, tmp_path, start=10, warmup=2, active=3, hooks=[CallbackHook(after_backward=look)])
     assert marked == [8, 9, 10, 11, 12]
     assert len(made) == 5 * 4 + 4  # data, forward, backward, optimizer; and hooks but for the last
+
+
+def beside_the_straggler_watch(rank, run_dir):
+    """Profile steps of which every second one is measured, too."""
+    watch = StragglerWatch(every=2)
+    trainer = train(rank, run_dir, start=3, warmup=1, active=4, ranks="all", hooks=[watch])
+    measured = trainer.storage.history("straggler/own_s").values()
+    return isinstance(trainer.pulse, Heard), len(measured)
+
+
+@pytest.mark.ranks
+def test_two_hooks_hear_the_same_beats(tmp_path):
+    for is_heard, measured in run_ranks(beside_the_straggler_watch, 2, tmp_path):
+        assert not is_heard
+        assert measured > 3
+    found = Counter(event["name"] for event in events(tmp_path, "rank_1.3.pt.trace.json"))
+    assert (found["data"], found["forward"], found["backward"], found["optimizer"]) == (4, 4, 4, 4)
 
 
 def two(rank, run_dir, ranks):

@@ -12,7 +12,7 @@ from typing import Literal
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from distrain.errors import ConfigError
-from distrain.heartbeat import Phase, Pulse
+from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.log import logger
 from distrain.trainer import Trainer
@@ -87,6 +87,7 @@ class TorchProfiler(HookBase):
         self._folder = Path(run_dir, "profile")
         self._next = -1  # the iteration that begins a profile
         self._profile: profile | None = None
+        self._ranges = _Ranges()
         self._steps = 0  # of the profile that are done
 
     def before_train(self) -> None:
@@ -103,7 +104,7 @@ class TorchProfiler(HookBase):
         if self.trainer.iter == self._next:
             self._start()
         if self._profile is not None:
-            self.trainer.pulse.beat(Phase.DATA)
+            self._ranges.beat(Phase.DATA)
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -116,29 +117,25 @@ class TorchProfiler(HookBase):
             on_trace_ready=self._save,
         )
         self._profile.start()
-        self.trainer.pulse = _Ranges(self.trainer.pulse)
+        self.trainer.listen(self._ranges.beat)
 
     def after_step(self) -> None:
         """Go on to the next step of the profile, or end it."""
         if self._profile is None:
             return
-        pulse = self.trainer.pulse
-        assert isinstance(pulse, _Ranges)
-        pulse.end_range()
+        self._ranges.end()
         self._steps += 1
         self._profile.step()  # after the last it saves
         if self._steps == self._warmup + self._active:
             self._stop()
             self._next = -1 if self._every is None else self._next + self._every
         else:
-            pulse.beat(Phase.HOOKS)
+            self._ranges.beat(Phase.HOOKS)
 
     def _stop(self) -> None:
         assert self._profile is not None
-        pulse = self.trainer.pulse
-        if isinstance(pulse, _Ranges):
-            pulse.end_range()
-            self.trainer.pulse = pulse.inner
+        self._ranges.end()
+        self.trainer.unlisten(self._ranges.beat)
         ended, self._profile = self._profile, None
         ended.stop()
 
@@ -168,44 +165,21 @@ class TorchProfiler(HookBase):
 
 
 class _Ranges:
-    """Beats on, and opens a range of the profiler for each phase.
+    """Opens a range of the profiler for each phase."""
 
-    Args:
-        inner: what is beaten on.
-    """
-
-    def __init__(self, inner: Pulse) -> None:
-        self.inner = inner
+    def __init__(self) -> None:
         self._open: contextlib.AbstractContextManager[object] | None = None
 
-    @property
-    def iteration(self) -> int:
-        """The iteration that goes with every beat."""
-        return self.inner.iteration
-
-    @iteration.setter
-    def iteration(self, iteration: int) -> None:
-        self.inner.iteration = iteration
-
-    def beat(self, phase: int, /) -> None:
+    def beat(self, phase: int) -> None:
         """End the range of the phase before, and begin one where the new phase has a name."""
-        self.inner.beat(phase)
-        self.end_range()
+        self.end()
         name = _NAMES.get(Phase(phase))
         if name is not None:
             self._open = record_function(name)
             self._open.__enter__()
 
-    def end_range(self) -> None:
+    def end(self) -> None:
         """End the range that is open."""
         if self._open is not None:
             self._open.__exit__(None, None, None)
             self._open = None
-
-    def phase(self, phase: int, /) -> contextlib.AbstractContextManager[None]:
-        """Be in a phase inside `with`; it has no range."""
-        return self.inner.phase(phase)
-
-    def finish(self) -> None:
-        """Say that the job has returned."""
-        self.inner.finish()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError
 from distrain.events import Spread
-from distrain.heartbeat import Phase, Pulse
+from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.log import logger
 from distrain.trainer import Trainer
@@ -60,7 +58,8 @@ class StragglerWatch(HookBase):
         device = self.trainer.device
         gpu = f", GPU {device.index}" if device.type == "cuda" else ""
         self._places = gather_to_all(f"{socket.gethostname()}{gpu}, process {os.getpid()}")
-        self._clock = _Clock(self.trainer.pulse, on_gpu=device.type == "cuda")
+        self._clock = _Clock(on_gpu=device.type == "cuda")
+        self._is_measuring = False
         self._hooks_begin_s: float | None = None
         self.is_idle = len(self._places) == 1
 
@@ -68,7 +67,8 @@ class StragglerWatch(HookBase):
         """Begin to measure, if it is this iteration's turn."""
         if self.trainer.iter % self._every == self._every // 2:
             self._clock.start()
-            self.trainer.pulse = self._clock
+            self.trainer.listen(self._clock.beat)
+            self._is_measuring = True
         elif self._hooks_begin_s is not None:
             self._clock.seconds["hooks"] = time.perf_counter() - self._hooks_begin_s
             self._hooks_begin_s = None
@@ -76,8 +76,9 @@ class StragglerWatch(HookBase):
     def after_step(self) -> None:
         """Put what was measured, once it is complete; look at what came back."""
         trainer = self.trainer
-        if trainer.pulse is self._clock:
-            trainer.pulse = self._clock.stop()
+        if self._is_measuring:
+            trainer.unlisten(self._clock.beat)
+            self._is_measuring = False
             self._hooks_begin_s = time.perf_counter()
         elif self._hooks_begin_s is None and (seconds := self._clock.read()) is not None:
             own_s = seconds["data"] + seconds["forward"] + seconds["hooks"]
@@ -119,29 +120,19 @@ class StragglerWatch(HookBase):
 
 
 class _Clock:
-    """Stands in for a rank's pulse for one iteration and keeps the time of each phase.
+    """Hears the beats of one iteration and keeps the time of each phase.
 
     Args:
-        pulse: gets every beat.
         on_gpu: forward and backward are measured by events on the GPU.
 
     Attributes:
         seconds: by name.
     """
 
-    def __init__(self, pulse: Pulse, *, on_gpu: bool) -> None:
-        self._pulse, self._on_gpu = pulse, on_gpu
+    def __init__(self, *, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
         self.seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event]] = []
-
-    @property
-    def iteration(self) -> int:
-        """That of the pulse."""
-        return self._pulse.iteration
-
-    @iteration.setter
-    def iteration(self, iteration: int) -> None:
-        self._pulse.iteration = iteration
 
     def start(self) -> None:
         """Begin with the time of the data."""
@@ -151,6 +142,8 @@ class _Clock:
 
     def beat(self, phase: int, /) -> None:
         """End a phase and begin another."""
+        if phase == Phase.END:  # of training; after a failure the GPU may not be there
+            return
         now_s = time.perf_counter()
         if self._name:
             self.seconds[self._name] += now_s - self._begin_s
@@ -159,21 +152,6 @@ class _Clock:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._events.append((self._name, event))
-        self._pulse.beat(phase)
-
-    @contextmanager
-    def phase(self, phase: int, /) -> Iterator[None]:
-        """Pass a phase inside an iteration on."""
-        with self._pulse.phase(phase):
-            yield
-
-    def finish(self) -> None:
-        """Pass it on."""
-        self._pulse.finish()
-
-    def stop(self) -> Pulse:
-        """Return the pulse that this stands in for."""
-        return self._pulse
 
     def read(self) -> dict[str, float] | None:
         """Return the seconds of each phase once; None if there is nothing new or not yet."""
