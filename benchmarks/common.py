@@ -32,6 +32,12 @@ class Cost(NamedTuple):
         return Cost(self.cpu_s / num, self.wall_s / num)
 
 
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of some costs."""
+    cpu_s, wall_s = zip(*costs, strict=True)
+    return Cost(sum(cpu_s), sum(wall_s))
+
+
 class Estimate(NamedTuple):
     """A median and the 95 % interval around it."""
 
@@ -98,7 +104,7 @@ def alternate(
 
 @dataclass(frozen=True)
 class Round:
-    """One block of bare steps and one of ours, one after the other; costs of one step."""
+    """Some blocks of bare steps and of ours, one after the other; costs of one step."""
 
     bare: Cost
     ours: Cost
@@ -118,12 +124,13 @@ class Turns:
     """Batches for a Trainer that let a bare loop take turns with it, in one process.
 
     The trainer asks for a batch at the begin of each step. When it asks for the first of a new
-    block, the bare loop runs a block of its own first. Both get their batches from here.
+    block, the bare loop runs a block of its own first. Both get their batches from here. A round
+    is several blocks of each, for what ours does once in half a second has to be in every round.
 
     Args:
         batches: used over and over.
         bare: trains on the batches that it is given.
-        block: steps in a block.
+        block: steps in a block. blocks: of a round, of each of the two.
         max_s: no new round after so many seconds.
         precision_us: nor once the CPU difference is known to this many microseconds.
         settle: called at both ends of a block, such as `torch.cuda.synchronize`.
@@ -138,11 +145,13 @@ class Turns:
         bare: Callable[[Iterable[Any]], None],
         *,
         block: int = 200,
+        blocks: int = 10,
         max_s: float = 20.0,
         precision_us: float = 0.0,
         settle: Callable[[], object] = lambda: None,
     ) -> None:
-        self._batches, self._bare, self._block = batches, bare, block
+        self._batches, self._bare = batches, bare
+        self._block, self._blocks = block, blocks
         self._max_s, self._precision_us, self._settle = max_s, precision_us, settle
         self.rounds: list[Round] = []
         self.bare_steps_s: list[float] = []
@@ -154,15 +163,19 @@ class Turns:
         yield from self._give([])
         self._end_s = time.perf_counter() + self._max_s
         while not self._is_enough():
-            self._settle()
-            with Stopwatch() as bare:
-                self._bare(self._give(self.bare_steps_s))
+            bare_costs, our_costs = [], []
+            for _ in range(self._blocks):
                 self._settle()
-            with Stopwatch() as ours:
-                yield from self._give(self.our_steps_s)  # comes back when the last step is over
-                self._settle()
-            costs = bare.cost.per(self._block), ours.cost.per(self._block)
-            self.rounds.append(Round(*costs))
+                with Stopwatch() as bare:
+                    self._bare(self._give(self.bare_steps_s))
+                    self._settle()
+                with Stopwatch() as ours:
+                    yield from self._give(self.our_steps_s)  # comes back after the last step
+                    self._settle()
+                bare_costs.append(bare.cost)
+                our_costs.append(ours.cost)
+            steps = self._block * self._blocks
+            self.rounds.append(Round(total(bare_costs).per(steps), total(our_costs).per(steps)))
         get_event_storage().early_stop = True
         yield from itertools.cycle(self._batches)
 

@@ -28,11 +28,17 @@ WINDOW = 20
 
 
 class Batches(IterableDataset[Any]):
-    """A number of ready batches that measures the time between two of them."""
+    """A number of ready batches that measures the time between two of them.
+
+    Attributes:
+        cost: of a step.
+        settle: called at both ends of what is measured: it finishes what was put off.
+    """
 
     cost: Cost
 
     def __init__(self, steps: int) -> None:
+        self.settle: Callable[[], object] = lambda: None
         self._steps = steps
         self.max_iter = WARM_UP + steps + 2  # of what counts iterations; some load a batch ahead
         self._batches = new_batches((64,))
@@ -42,6 +48,8 @@ class Batches(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for number in range(self.max_iter + 1):
+            if number in (WARM_UP, WARM_UP + self._steps):
+                self.settle()
             if number == WARM_UP:
                 begin = time.process_time(), time.perf_counter()
             if number == WARM_UP + self._steps:
@@ -76,7 +84,14 @@ def ours(turn: Turn) -> None:
     hooks = default_hooks(optimizer, turn.folder)
     if turn.scalars:
         hooks["scalars"] = PutsScalars(turn.scalars)
-    Trainer(model, optimizer, turn.loader, hooks=hooks).train(0, turn.batches.max_iter)
+    trainer = Trainer(model, optimizer, turn.loader, hooks=hooks)
+
+    def settle() -> None:
+        trainer.reduction.drain(trainer.storage.iter)
+        hooks["writer"].after_step()
+
+    turn.batches.settle = settle
+    trainer.train(0, turn.batches.max_iter)
 
 
 def with_accelerate(turn: Turn) -> None:

@@ -1,5 +1,7 @@
 """What a step of ours costs over a bare loop, in one process; blocks of 200 steps take turns.
 
+A round is ten blocks of each, so that it holds all that ours does now and then.
+
 The bare loop logs its loss to TensorBoard every 20 steps and does nothing else. Ours has all
 default hooks, all writers (the console's lines go to a file) and as many scalars put each step as
 the table says, beside the loss, the learning rate and the two times that its hooks put.
@@ -88,9 +90,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def new_optimizer(model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
     """Return the same for all."""
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
 
 
 def new_batches(shape: tuple[int, ...], *, num: int = 16) -> list[tuple[Tensor, Tensor]]:

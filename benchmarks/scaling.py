@@ -21,17 +21,20 @@ import distrain.loop
 from benchmarks.common import Cost, estimate, print_table
 from benchmarks.overhead import default_hooks, new_scalars
 from distrain import TrainerBase
+from distrain.hooks import straggler
 
 RANKS = (2, 64, 512, 4096)
 SCALARS = (1, 30, 300, 1000)
 WARM_UP = 40  # iterations until names are known to all and windows are regular
-STEPS = 200
+STEPS = 400
+WRITERS_S = 0.5  # for the thread beside training to write its rows
 
 
 class Loop(TrainerBase):
     """A loop whose step only puts scalars; it measures itself between two iterations."""
 
     data_s = 0.0
+    device, data = torch.device("cpu"), ()
     cost: Cost
 
     def __init__(self, num_scalars: int, folder: Path) -> None:
@@ -41,11 +44,19 @@ class Loop(TrainerBase):
 
     def run_step(self) -> None:
         if self.iter == WARM_UP:
+            self._settle()
             self._begin = time.process_time(), time.perf_counter()
         elif self.iter == WARM_UP + STEPS:
-            cpu_s, wall_s = self._begin
-            self.cost = Cost(time.process_time() - cpu_s, time.perf_counter() - wall_s).per(STEPS)
+            wall_s = time.perf_counter() - self._begin[1]
+            self._settle()
+            self.cost = Cost(time.process_time() - self._begin[0], wall_s).per(STEPS)
         self.storage.put_scalars(**self._scalars)
+
+    def _settle(self) -> None:
+        """Finish what is put off for half a second: combining and writing."""
+        self.reduction.drain(self.storage.iter)
+        self.hooks["writer"].after_step()
+        time.sleep(WRITERS_S)
 
 
 def one_rank_of(num_ranks: int, run: Callable[[], Cost]) -> Cost:
@@ -54,9 +65,12 @@ def one_rank_of(num_ranks: int, run: Callable[[], Cost]) -> Cost:
     names = dist.HashStore()  # the fake store keeps nothing
     try:
         # the loop would make a gloo group, which waits for the others
-        with patch.object(distrain.loop, "new_cpu_group", lambda: dist.group.WORLD):
-            with patch.object(distrain.loop, "default_store", lambda: names):
-                return run()
+        with (
+            patch.object(distrain.loop, "new_cpu_group", lambda: dist.group.WORLD),
+            patch.object(distrain.loop, "default_store", lambda: names),
+            patch.object(straggler, "gather_to_all", lambda mine: [mine] * num_ranks),
+        ):
+            return run()
     finally:
         dist.destroy_process_group()
 

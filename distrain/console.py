@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 MAX_VALUES = 12
+LINE_S = 0.25  # from one plain line to the next
 _HIDDEN = 3
 
 
@@ -31,7 +32,9 @@ class ConsoleWriter:
 
     There "iter" is the index of the last finished iteration, the step that TensorBoard and
     metrics.jsonl show too. At most 12 values are listed, losses first; all of them are in
-    metrics.jsonl. A value that was in an earlier line (an evaluation's) is not repeated.
+    metrics.jsonl. A value that was in an earlier line (an evaluation's) is not repeated. Rows that
+    come faster than anybody reads, over four a second, are left out, but not the last one, nor one
+    with a name that was not in the row before, such as an evaluation's.
 
     Args:
         stream: where to write; the standard output by default.
@@ -43,15 +46,15 @@ class ConsoleWriter:
         self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
         self._bar: TaskID | None = None
         self._next_refresh_s = 0.0
+        self._next_line_s = 0.0
+        self._usual: frozenset[str] = frozenset()  # names in the row before
+        self._left_out: tuple[Row, Mapping[str, float]] | None = None
         self._new = NewScalars(start_iteration)
 
     def write(self, row: Row) -> None:
         """Show a row."""
         if not self._live:
-            new = {name: value for name, (value, _) in self._new(row).items()}
-            if new:
-                text = f"iter {row.iteration}/{row.max_iter}  {describe(new)}".rstrip()
-                display.print(self._stream, text)
+            self._write_plain(row)
             return
         if self._bar is None:
             self._bar = display.add(self._stream, total=row.max_iter, text="")
@@ -62,8 +65,28 @@ class ConsoleWriter:
             self._next_refresh_s = now_s + REFRESH_S
             display.refresh()
 
+    def _write_plain(self, row: Row) -> None:
+        new = {name: value for name, (value, _) in self._new(row).items()}
+        if not new:
+            return
+        rare = new.keys() - self._usual
+        self._usual = frozenset(new)
+        now_s = time.monotonic()
+        if now_s < self._next_line_s and all(_place(name) == _HIDDEN for name in rare):
+            self._left_out = row, new
+            return
+        self._next_line_s = now_s + LINE_S
+        self._print(row, new)
+
+    def _print(self, row: Row, values: Mapping[str, float]) -> None:
+        text = f"iter {row.iteration}/{row.max_iter}  {describe(values)}".rstrip()
+        display.print(self._stream, text)
+        self._left_out = None
+
     def close(self) -> None:
         """Leave the last state of the bar on the screen, and the cursor visible."""
+        if self._left_out is not None:
+            self._print(*self._left_out)
         if self._bar is not None:
             display.remove(self._bar, keep=True)
             self._bar = None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distrain.history import Floats, HistoryBuffer, Ints
 from distrain.rows import ScalarKind
 
-_MAX_WAITING = 200  # blocks of one set of names, before they move into the histories
+_MAX_WAITING = 4000  # iterations of one set of names, before they move into the histories
 
 
 class Block(NamedTuple):
@@ -53,14 +53,12 @@ class Histories:
         """Append a block; O(1) where its names are those of the block before."""
         waiting = self._waiting.get(block.names)
         if waiting is None:
-            if not self._waiting.keys() or self._are_new(block.names):
-                self._is_settled_known = False
-            else:
+            if not self._are_new(block.names):
                 self._settle()
-            waiting = self._waiting[block.names] = []
-        waiting.append(block)
-        if len(waiting) > _MAX_WAITING:
-            self._settle()
+            self._is_settled_known = False
+        elif len(waiting) * len(waiting[-1].iterations) > _MAX_WAITING:
+            self._settle()  # before it is appended, for the newest are asked for soon
+        self._waiting.setdefault(block.names, []).append(block)
 
     def update(self, name: str, value: float, iteration: int) -> None:
         """Append one value to one history."""
@@ -95,19 +93,26 @@ class Histories:
         """
         found = self._until_in_buffers(iteration, window_size)
         for blocks in self._waiting.values():
-            hints = self._hints(blocks[0].names)
-            num = window_size if hints.any() else 1
-            names, values, iterations = _newest(blocks, iteration, num)
-            if len(values) < num:
-                for column, name in enumerate(names):
-                    newest = Block((name,), values[:, column], iterations)
-                    found.update(self._continued(newest, iteration, window_size))
-                continue
-            shown = values[-1]
-            if num > 1:
-                shown = np.where(hints, medians(values), shown)
-            found.update(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
+            found.update(self._until_in_blocks(blocks, iteration, window_size))
         return found
+
+    def _until_in_blocks(
+        self, blocks: Sequence[Block], iteration: int, window_size: int
+    ) -> dict[str, tuple[float, int]]:
+        """Return `until` for the scalars of some blocks, oldest first."""
+        hints = self._hints(blocks[0].names)
+        num = window_size if hints.any() else 1
+        names, values, iterations = _newest(blocks, iteration, num)
+        if len(values) < num:
+            found: dict[str, tuple[float, int]] = {}
+            for column, name in enumerate(names):
+                newest = Block((name,), values[:, column], iterations)
+                found |= self._continued(newest, iteration, window_size)
+            return found
+        shown = values[-1]
+        if num > 1:
+            shown = np.where(hints, medians(values), shown)
+        return dict(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
 
     def until_each(
         self, iterations: Sequence[int], *, window_size: int
@@ -119,14 +124,16 @@ class Histories:
             window_size: as in `until`.
         """
         settled = self._until_in_buffers(iterations[-1], window_size)
-        windows = [_windows(b, iterations, window_size) for b in self._waiting.values()]
-        is_older = all(at <= iterations[0] for _, at in settled.values())
-        if not (is_older and self._is_settled_known and all(w is not None for w in windows)):
+        if not self._is_settled_known or any(at > iterations[0] for _, at in settled.values()):
             return [self.until(iteration, window_size=window_size) for iteration in iterations]
         found = [dict(settled) for _ in iterations]
-        for names, window in zip(self._waiting, windows, strict=True):
-            assert window is not None
-            shown = np.where(self._hints(names), medians(window), window[-1])  # (num, K)
+        for names, blocks in self._waiting.items():
+            windows = _windows(blocks, iterations, window_size)
+            if windows is None:
+                for row, iteration in zip(found, iterations, strict=True):
+                    row.update(self._until_in_blocks(blocks, iteration, window_size))
+                continue
+            shown = np.where(self._hints(names), medians(windows), windows[-1])  # (num, K)
             for row, values, iteration in zip(found, shown.tolist(), iterations, strict=True):
                 row.update(zip(names, zip(values, repeat(iteration)), strict=False))
         return found

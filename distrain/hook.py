@@ -67,7 +67,7 @@ class HookBase:
         """Run after each iteration."""
 
     def after_train(self) -> None:
-        """Run once, at the end; after a failure too, when `trainer.error` is set.
+        """Run once, at the end; after a failure too, a hook's as well: see `trainer.error`.
 
         Other ranks may be dead then, so a hook communicates here only if `trainer.error` is None.
         """

@@ -12,6 +12,7 @@ from distrain.errors import ConfigError
 from distrain.events import EventStorage
 from distrain.heartbeat import Heard, Phase, Pulse
 from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment
+from distrain.log import logger
 from distrain.reduction import STOP_REQUESTED, ScalarReduction
 
 
@@ -21,7 +22,8 @@ class TrainerBase:
     Args:
         hooks: by name, or a list of them (then named after their classes). The name is the key of
             a hook's state in checkpoints.
-        window: scalars are combined over ranks and written every so many iterations.
+        window: scalars are written every so many iterations, and combined over ranks as often or,
+            where these pass in less than half a second, more seldom.
         stop_on_nonfinite: end training on all ranks when a loss is not finite on any.
 
     Attributes:
@@ -142,7 +144,7 @@ class TrainerBase:
                 self._beat_end()
                 raise
             finally:
-                self._call("after_train")
+                self._end()
 
     def _loop(self) -> None:
         before_step, after_step = self._calls["before_step"], self._calls["after_step"]
@@ -163,6 +165,20 @@ class TrainerBase:
             if reduction.stop:
                 break
         self.iter = self.iter_done
+
+    def _end(self) -> None:
+        """Call each hook's `after_train`, though another's may fail; raise the first error."""
+        failed = self.error is not None
+        for call in self._calls["after_train"]:
+            try:
+                call()
+            except BaseException as error:
+                if self.error is None:
+                    self.error = error
+                else:
+                    logger.warning("after the failure, a hook failed too", exc_info=True)
+        if self.error is not None and not failed:
+            raise self.error
 
     def _beat_end(self) -> None:
         self.pulse.iteration = self.iter_done

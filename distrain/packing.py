@@ -130,23 +130,19 @@ class Columns:
         """
         unrolled = Unrolled(np.zeros((2, last - since + 1, len(self.kinds))))
         values, weights = unrolled.packed
+        local: list[Block] = []
         for group in groups:
             layout = self._layout(group.names, kinds)
-            iterations = [row.iteration for row in group.rows]
-            at: slice | Ints = np.array(iterations)[:, None] - since
-            first = iterations[0]
-            if iterations == list(range(first, first + len(iterations))):  # as a rule
-                at = slice(first - since, first - since + len(iterations))
-            if layout.at_column is not None and isinstance(at, slice):  # as a rule, too
+            iterations = np.array([row.iteration for row in group.rows])
+            at = iterations - since
+            if layout.at_column is not None:  # as a rule
                 values[at] = group.values[:, layout.at_column]
                 weights[at] = 1.0
             else:
-                values[at, layout.columns] = group.values[:, layout.known]
-                weights[at, layout.columns] = 1.0
+                values[at[:, None], layout.columns] = group.values[:, layout.known]
+                weights[at[:, None], layout.columns] = 1.0
             if layout.local_names:
-                unrolled.local.append(
-                    Block(layout.local_names, group.values[:, layout.local], np.array(iterations))
-                )
+                local.append(Block(layout.local_names, group.values[:, layout.local], iterations))
             if layout.rest:
                 unrolled.held += [
                     _held(row, group.names, of_row, layout.rest)
@@ -158,6 +154,7 @@ class Columns:
                     unrolled.weighted = True
         if unrolled.weighted:
             values[weights <= 0] = 0.0  # a NaN of no sample is no NaN
+        unrolled.local = _merged(local, since=since, last=last)
         return unrolled
 
     def _weigh(self, counts: Mapping[str, float], weights: Floats) -> None:
@@ -245,6 +242,21 @@ def _held(
     floats = {names[position]: float(values[position]) for position in positions}
     counts = {name: row.counts[name] for name in floats if name in row.counts}
     return ScalarRow(row.iteration, floats, counts=counts)
+
+
+def _merged(blocks: Sequence[Block], *, since: int, last: int) -> list[Block]:
+    """Return blocks that share no name, with all values in the order of iterations."""
+    if len(blocks) < 2:
+        return list(blocks)
+    names = tuple(dict.fromkeys(name for block in blocks for name in block.names))
+    column = {name: number for number, name in enumerate(names)}
+    values = np.zeros((last - since + 1, len(names)))
+    present = np.zeros(values.shape, dtype=bool)
+    for block in blocks:
+        columns = [column[name] for name in block.names]
+        values[(block.iterations - since)[:, None], columns] = block.values
+        present[(block.iterations - since)[:, None], columns] = True
+    return list(_blocks(names, values, present, np.arange(since, last + 1)))
 
 
 def _blocks(

@@ -4,7 +4,8 @@ A window is a run of iterations that all ranks agree on. At its end every rank p
 all its iterations into two vectors (see `packing`) and starts two asynchronous all-reduces, a sum
 and a maximum. Nothing grows with the number of ranks. The stages are a step apart, so that nobody
 waits: copy to the host, send, read. Stop requests ride in the maximum, and so does the time of a
-step, from which all ranks compute the same length for the next window.
+step, from which all ranks compute the same length for the next window: as many periods as pass in
+half a second, so that short steps are charged as little as long ones, or part of a slow period.
 
 Ranks may put different names. A name travels from the window after the one in which it was first
 put, for all ranks must pack alike: whoever has new names publishes them in the process group's
@@ -34,9 +35,12 @@ from distrain.sharednames import SharedNames, Store
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
 
-_HEADER = 3  # stop request, has new names, nanoseconds of a step
+_HEADER = 3  # stop request, first iteration of new names (negative), nanoseconds of a step
+_NO_NEW_NAMES = np.iinfo(np.int64).min
+_TOGETHER_S = 0.5  # periods of fast steps come together for so long
+_MAX_VALUES = 2**16  # of a window of several periods: half a megabyte, and as much of weights
 _STOP_WITHIN_S = 1.5  # of windows; with the two steps of the stages it makes about two seconds
-_MAX_ARRIVED = 50  # on a rank that nobody asks they would pile up
+_MAX_ARRIVED = 2**17  # floats: on a rank that nobody asks they would pile up
 _SLOW_STEP_S = 0.5  # from here on a blocking collective is no cost, and a stop should not wait
 
 
@@ -79,7 +83,8 @@ class ScalarReduction:
 
     Args:
         storage: where scalars come from and go to.
-        period: a window ends at the latest when `period` divides the number of iterations done.
+        period: iterations from one row of the writers to the next. A window ends where `period`
+            divides the number of iterations done, or before.
         first_iter: the first iteration of this run.
         rank: of this process. world_size: how many there are.
         group: the process group of the collectives, of its own (gloo); None if world_size is 1.
@@ -89,7 +94,9 @@ class ScalarReduction:
     Attributes:
         stop: what all ranks agreed on: NO_STOP, STOP_EARLY or STOP_REQUESTED.
         stop_request: what this rank asks for.
-        combined_iter: the last iteration that the histories hold.
+        stops_at_period: set before the first iteration, on all ranks: an early stop comes where a
+            period ends, whatever the clock says. Each period is then waited for by itself.
+        combined_iter: the last iteration that the histories hold whole.
         step_s: seconds of one step, the mean over the last window on the slowest rank.
     """
 
@@ -107,6 +114,7 @@ class ScalarReduction:
     ) -> None:
         self.stop = NO_STOP
         self.stop_request = NO_STOP
+        self.stops_at_period = False
         self.combined_iter = first_iter - 1
         self.step_s = float("inf")
         self._storage = storage
@@ -139,9 +147,13 @@ class ScalarReduction:
 
     def close_if_due(self, iteration: int) -> None:
         """Close the window if it ends with this iteration; called when all scalars are put."""
-        if iteration >= self._close_at and self._window is None:
+        if self.stops_at_period and (iteration + 1) % self._period == 0:
+            self._complete(iteration)
             self._close(iteration)
-            if self._period < 3 or self.step_s > _SLOW_STEP_S:
+            self._complete(iteration)
+        elif iteration >= self._close_at and self._window is None:
+            self._close(iteration)
+            if self.step_s > _SLOW_STEP_S:
                 self._complete(iteration)
 
     def drain(self, iteration: int) -> None:
@@ -199,8 +211,12 @@ class ScalarReduction:
         now = time.perf_counter()
         step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
         self._sent_time, self._sent_iter = now, window.last
-        stop = max(self.stop_request, STOP_EARLY if self._storage.early_stop else NO_STOP)
-        header = np.array([stop, bool(new), int(step_s * 1e9)], dtype=np.int64)
+        is_early = self._storage.early_stop and (
+            not self.stops_at_period or (window.last + 1) % self._period == 0
+        )
+        stop = max(self.stop_request, STOP_EARLY if is_early else NO_STOP)
+        held = max((-row.iteration for row in self._held), default=_NO_NEW_NAMES)
+        header = np.array([stop, held, int(step_s * 1e9)], dtype=np.int64)
         extremes = self._columns.pack_extremes(unrolled, self._rank)
         sums = self._columns.pack_sums(unrolled)
         if self._world_size > 2:  # or the last bits would depend on the window's length
@@ -223,28 +239,36 @@ class ScalarReduction:
         assert window.sums is not None
         assert window.extremes is not None
         self._window = None
-        stop, has_new_names, step_ns = window.extremes[:_HEADER].tolist()
+        stop, held, step_ns = window.extremes[:_HEADER].tolist()
         iterations = np.arange(window.since, window.last + 1)
         sums, extremes = window.sums.numpy(), window.extremes.numpy()[_HEADER:]
         self._arrived.append(_Arrived(iterations, sums, extremes, window.local))
         with np.errstate(invalid="ignore"):
             is_finite = np.isfinite(sums.sum())
         bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
-        if not is_finite or len(self._arrived) >= _MAX_ARRIVED:
+        if not is_finite or len(self._arrived) * len(sums) > _MAX_ARRIVED:
             bad = self.fold_arrived()
         self.stop = max(self.stop, stop)
         self.step_s = step_ns / 1e9
-        self.combined_iter = window.last
-        # Values held back may belong to any iteration of this window, and what a late hook puts
-        # to its last one.
-        self._since = window.since if has_new_names else window.last
-        length = max(1, min(self._period, int(_STOP_WITHIN_S / max(self.step_s, 1e-9))))
-        boundary = window.last + self._period - (window.last + 1) % self._period
-        self._close_at = max(iteration, min(window.last + length, boundary))
-        if has_new_names and self._names is not None:
+        self._since, combined_iter = window.last, window.last  # late hooks put to the last one
+        if held != _NO_NEW_NAMES and self._names is not None:
             self._learn(self._names.read())
+            self._since, combined_iter = -held, -held - 1
+        self.combined_iter = max(self.combined_iter, combined_iter)
+        self._close_at = max(iteration, self._next_close(window.last))
         if bad and self._stop_on_nonfinite:
             raise NonFiniteLoss(self._describe(bad, window.groups))
+
+    def _next_close(self, last: int) -> int:
+        """Return the iteration that ends the next window; the same on all ranks."""
+        to_boundary = self._period - (last + 1) % self._period
+        steps_to_stop = max(1, int(_STOP_WITHIN_S / max(self.step_s, 1e-9)))
+        if to_boundary > steps_to_stop:
+            return last + steps_to_stop
+        steps = int(_TOGETHER_S / max(self.step_s, 1e-9))
+        steps = min(steps, _MAX_VALUES // max(1, len(self._columns.kinds)))
+        more_periods = max(0, steps - to_boundary) // self._period
+        return last + to_boundary + more_periods * self._period
 
     def _learn(self, kinds: Mapping[str, ScalarKind]) -> None:
         self.fold_arrived()  # it was packed with the columns of before

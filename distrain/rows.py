@@ -87,7 +87,7 @@ class ScalarRow:
 
 
 class RowGroup(NamedTuple):
-    """Neighbouring rows of one rank that hold the same names.
+    """Rows of one rank that hold the same names, oldest first.
 
     Attributes:
         names: of n scalars.
@@ -106,52 +106,45 @@ def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
 
 
 def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
-    """Bundle neighbouring rows of the same names: in most windows that is one group.
+    """Bundle rows of the same names: in most windows that is one group, or two.
 
     Args:
         rows: of one rank.
         host: the elements of all their blocks, one after the other.
     """
+    bundles: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[ScalarRow, int, int]]] = {}
+    end = 0
+    for row in rows:
+        begin = end
+        for block in row.blocks:
+            end += block.numel()
+        names = tuple(row.floats), tuple(row.tensors)
+        bundles.setdefault(names, []).append((row, begin, end))
     groups: list[RowGroup] = []
-    start = offset = 0
-    while start < len(rows):
-        floats, tensors = list(rows[start].floats), list(rows[start].tensors)
-        end = start + 1
-        while (
-            end < len(rows)
-            and list(rows[end].floats) == floats
-            and list(rows[end].tensors) == tensors
-        ):
-            end += 1
-        members = rows[start:end]
-        values = np.empty((len(members), len(floats) + len(tensors)))
+    for (floats, tensors), members in bundles.items():
+        bundle, begins, ends = zip(*members, strict=True)
+        values = np.empty((len(bundle), len(floats) + len(tensors)))
         if floats:
-            flat = chain.from_iterable(row.floats.values() for row in members)
+            flat = chain.from_iterable(row.floats.values() for row in bundle)
             values[:, : len(floats)] = np.fromiter(
-                flat, np.float64, len(members) * len(floats)
-            ).reshape(len(members), -1)
+                flat, np.float64, len(bundle) * len(floats)
+            ).reshape(len(bundle), -1)
         if tensors:
-            num = sum(block.numel() for row in members for block in row.blocks)
-            values[:, len(floats) :] = _elements(members, host[offset : offset + num])
-            offset += num
-        groups.append(RowGroup((*floats, *tensors), members, values))
-        start = end
+            places = np.array(begins)[:, None] + np.arange(len(tensors))
+            if (places[:, -1] + 1 != ends).any():  # something was put twice
+                places = np.array([*map(_places, bundle, begins)])
+            values[:, len(floats) :] = host[places]
+        groups.append(RowGroup((*floats, *tensors), bundle, values))
     return groups
 
 
-def _elements(rows: Sequence[ScalarRow], host: Floats) -> Floats:
-    """Return the (R, n) values of tensors in rows of the same names."""
-    num = len(rows[0].tensors)
-    if len(host) == len(rows) * num:  # nothing was put twice, so the elements are in order
-        return host.reshape(len(rows), num)
+def _places(row: ScalarRow, begin: int) -> list[int]:
+    """Return where the tensors of a row lie if the elements of its blocks lie from `begin` on."""
     start = dict[int, int]()
-    offset = 0
-    for block in read_blocks(rows):
-        start[id(block)] = offset
-        offset += block.numel()
-    return np.array(
-        [[host[start[id(block)] + at] for block, at in row.tensors.values()] for row in rows]
-    )
+    for block in row.blocks:
+        start[id(block)] = begin
+        begin += block.numel()
+    return [start[id(block)] + at for block, at in row.tensors.values()]
 
 
 def own_copy(name: str, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import io
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,8 @@ def test_plain_line() -> None:
     )
 
 
-def test_old_values_are_not_repeated() -> None:
+def test_old_values_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distrain.console.LINE_S", 0.0)
     stream = io.StringIO()
     writer = ConsoleWriter(stream=stream, start_iteration=20)
     writer.write(Row(29, 100, {"loss": (1.0, 29), "eval/accuracy": (0.5, 19)}))
@@ -51,6 +53,30 @@ def test_old_values_are_not_repeated() -> None:
         "iter 39/100  loss 0.5  eval/accuracy 0.75",
         "iter 49/100  loss 0.25",
     ]
+
+
+def test_rows_faster_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("distrain.console.time", SimpleNamespace(monotonic=lambda: now_s))
+    stream = io.StringIO()
+    writer = ConsoleWriter(stream=stream)
+    for i in range(200):
+        now_s += 0.01
+        scalars = {"loss": (1.0, i)}
+        if i % 70 == 69:
+            scalars["eval/accuracy"] = (0.5, i)
+        if i % 7 == 6:
+            scalars["straggler/own_s"] = (0.5, i)  # nothing that a line lists
+        writer.write(Row(i, 200, scalars))
+    writer.close()
+    lines = stream.getvalue().splitlines()
+    shown = [int(line.split("/")[0].removeprefix("iter ")) for line in lines]
+    assert [line for line in lines if "accuracy" in line] == [
+        "iter 69/200  loss 1  eval/accuracy 0.5",
+        "iter 139/200  loss 1  eval/accuracy 0.5",
+    ]
+    assert (shown[0], shown[-1]) == (0, 199)
+    assert 8 <= len(lines) <= 8 + 2 + 1
 
 
 @pytest.mark.parametrize(

@@ -113,15 +113,35 @@ def test_after_train_runs_after_a_failure_and_knows_of_it():
     assert trainer.done == [0, 1, 2]
 
 
+def test_each_hook_ends_though_another_fails_at_the_end(caplog):
+    seen = []
+
+    def fail(trainer):
+        raise KeyError("broken")
+
+    def fail_too(trainer):
+        raise ValueError("torn")
+
+    ends = [fail, fail_too, lambda trainer: seen.append(trainer.error)]
+    trainer = Steps([CallbackHook(after_train=end) for end in ends])
+    with pytest.raises(KeyError, match="broken"):
+        trainer.train(0, 5)
+    assert isinstance(seen[0], KeyError)  # who communicates does not, then
+    assert "torn" in caplog.text
+
+
 def test_early_stop_ends_after_the_iteration_that_all_agree_on():
     def stop(trainer):
         if trainer.iter == 6:
             trainer.storage.early_stop = True
 
-    trainer = Steps([CallbackHook(after_step=stop)], window=5)
+    def stop_at_period(trainer):
+        trainer.reduction.stops_at_period = True
+
+    trainer = Steps([CallbackHook(before_train=stop_at_period, after_step=stop)], window=5)
     trainer.train(0, 100)
     assert trainer.iter == trainer.iter_done == len(trainer.done)
-    assert 7 <= trainer.iter <= 13
+    assert trainer.iter == 10
     assert trainer.storage.history("square").values() == [
         (float(i**2), i) for i in range(trainer.iter)
     ]

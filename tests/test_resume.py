@@ -313,6 +313,13 @@ def stopped_and_straight(rank, folder):
     return max(first) + 1
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    """A stop is agreed on in a few iterations, not in half a second: the runs here are short."""
+    monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
+
+
+@pytest.mark.usefixtures("short_windows")
 def test_a_stop_saves_at_one_iteration_of_all_ranks(tmp_path):
     agreed, also_agreed = run_ranks(stopped_and_straight, 2, tmp_path)
     assert agreed == also_agreed
@@ -334,6 +341,7 @@ def one_leg(rank, run_dir, stop):
     return *train(conf, run_dir), max(sizes)
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_another_number_of_ranks_sees_the_same_global_batches(tmp_path):
     whole = run_ranks(one_leg, 2, tmp_path / "whole", None)
     straight = global_batches(whole)

@@ -40,6 +40,9 @@ class Improvement:
 class EarlyStopping(HookBase):
     """Ends training on all ranks when a metric has not improved for a while.
 
+    The end is that of the period of `trainer.window` iterations in which this was found, so that
+    a run that was interrupted stops where another does.
+
     Args:
         metric: the scalar's name, such as "eval/accuracy"; the same on all ranks or on any.
         patience: how many evaluations without improvement are borne.
@@ -62,6 +65,10 @@ class EarlyStopping(HookBase):
         self._improvement = Improvement(metric, mode=mode, min_delta=min_delta)
         self._patience = patience
         self._num_bad = 0
+
+    def before_train(self) -> None:
+        """Let the iteration of the stop not depend on the clock."""
+        self.trainer.reduction.stops_at_period = True
 
     def after_step(self) -> None:
         """Look at the metric if it was put in this iteration."""

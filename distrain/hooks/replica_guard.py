@@ -44,11 +44,7 @@ class ReplicaGuard(HookBase):
     def after_step(self) -> None:
         """Put a checksum if it is time; look at the one that came back."""
         trainer = self.trainer
-        if self._has_returned():
-            self._checked = -1
-            spread = trainer.storage.spread("guard/checksum")
-            if spread.min != spread.max:
-                raise ReplicaDrift(self._describe())
+        self._judge()
         if trainer.iter_done % self._period == 0:
             tensors = list(self._tensors().values())
             if not tensors:
@@ -62,6 +58,19 @@ class ReplicaGuard(HookBase):
         self.is_idle = self.trainer.where.world_size == 1
         if self.trainer.is_sharded and self.trainer.where.is_main:
             logger.info("replica guard: a sharded model has no replicas; shards are not compared")
+
+    def after_train(self) -> None:
+        """Look at the last checksum, before the final checkpoint."""
+        if self.trainer.error is None:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Raise ReplicaDrift if a checksum has come back that differs."""
+        if self._has_returned():
+            self._checked = -1
+            spread = self.trainer.storage.spread("guard/checksum")
+            if spread.min != spread.max:
+                raise ReplicaDrift(self._describe())
 
     def _has_returned(self) -> bool:
         newest = self.trainer.storage.latest_iteration

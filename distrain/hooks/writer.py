@@ -12,7 +12,6 @@ from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
 logger = logging.getLogger(__name__)
 
-_BURST_S = 0.1  # the first of several rows costs the writers most: caches, a switch of threads
 # keys of the configuration that change nothing about what is learned
 _NO_HPARAMS = ("run", "resume", "plan", "checkpoint", "launch", "hooks")
 
@@ -22,7 +21,7 @@ class PeriodicWriter(HookBase):
 
     A row holds every scalar as it was then: the median over the window where the scalar may be
     smoothed, its latest value elsewhere. It is written when the scalars have been combined over
-    ranks, a few iterations later; the rows of a tenth of a second are written together.
+    ranks, a few iterations later; where steps are short, the rows of half a second come together.
 
     Args:
         writers: each gets all rows.
@@ -63,7 +62,7 @@ class PeriodicWriter(HookBase):
     def after_step(self) -> None:
         """Write a row if one is complete."""
         if self._writer is not None:
-            self._write_due()
+            self._write_complete()
         else:  # nobody writes this rank's: let them go
             self.trainer.storage.clear_images()
             self.trainer.storage.clear_histograms()
@@ -95,13 +94,6 @@ class PeriodicWriter(HookBase):
                 self._finish_run()
         except Exception:  # the other ranks are on their way into the collectives of the save
             logger.warning("the last row could not be written", exc_info=True)
-
-    def _write_due(self) -> None:
-        """Write the rows that are complete; those of fast steps wait for each other."""
-        reduction = self.trainer.reduction
-        waiting = reduction.combined_iter + 1 - self._written
-        if waiting >= self.trainer.window and waiting * reduction.step_s >= _BURST_S:
-            self._write_complete()
 
     def _write_complete(self) -> None:
         window, done = self.trainer.window, self.trainer.reduction.combined_iter + 1

@@ -8,7 +8,8 @@ fault to a random process of it, and starts the same command again until it has 
     kill, term, int, usr2    that signal to any process, in one start or two
     stop                     SIGSTOP to a rank, for ever: the watchdog has to name it
     flip                     kill -9, and one bit of the newest checkpoint is another
-    soak                     ten faults of kill, term, stop and flip in one run
+    soak                     ten faults of kill, term, stop and flip in one run, each to a process
+                             without which a start cannot go on
 
 The trial is survived if the last checkpoint, metrics.jsonl and TensorBoard say what they say after
 a run that nobody disturbed, if no process, no file, no temporary file and no shared memory is left
@@ -44,6 +45,12 @@ FAULTS = {
 TRIALS = {"kill": 100, "term": 20, "int": 20, "usr2": 20, "stop": 20, "flip": 20, "soak": 5}
 REQUESTS = ("term", "int", "usr2")
 SOAK_FAULTS = 10
+ESSENTIAL = {  # who is disturbed in a soak: a start ends of it, so that the next fault has its turn
+    "kill": ("parent", "rank", "worker"),
+    "term": ("parent", "rank"),
+    "stop": ("rank",),
+    "flip": ("parent", "rank", "worker"),
+}
 STOPPED = 75
 WATCHDOG_S = 10.0
 GONE_S = 20.0  # until the last process of a start is gone, the writer of a checkpoint included
@@ -121,9 +128,9 @@ def trial(
 def _victims(fault: str, rng: random.Random) -> list[Victim]:
     """Return at random what is done in the starts of a trial."""
     if fault == "soak":
-        faults = rng.choices(("kill", "term", "stop", "flip"), k=SOAK_FAULTS)
-    else:
-        faults = [fault] * (1 if rng.random() < 0.7 else 2)
+        faults = rng.choices(tuple(ESSENTIAL), k=SOAK_FAULTS)
+        return [Victim(each, rng.choice(ESSENTIAL[each])) for each in faults]
+    faults = [fault] * (1 if rng.random() < 0.7 else 2)
     return [Victim(each, "rank" if each == "stop" else rng.choice(ROLES)) for each in faults]
 
 
@@ -292,16 +299,18 @@ def campaign(
 def table(results: dict[str, list[Trial]]) -> str:
     """Return a table: worst time to notice, most iterations done twice, trials with litter."""
     lines = [
-        f"{'fault':<6} {'trials':>6} {'survived':>8} {'worst notice_s':>14} {'worst lost':>10} "
-        f"{'litter':>6}"
+        f"{'fault':<6} {'trials':>6} {'survived':>8} {'faults':>6} {'worst notice_s':>14} "
+        f"{'worst lost':>10} {'litter':>6}"
     ]
     for fault, trials in results.items():
         survived = sum(not each.problems for each in trials)
+        faults = sum(len(each.what) for each in trials)
         notice = max((s for each in trials for s in each.notice_s), default=0.0)
         lost = max((n for each in trials for n in each.lost), default=0)
         litter = sum(bool(each.litter) for each in trials)
         lines.append(
-            f"{fault:<6} {len(trials):>6} {survived:>8} {notice:>14.1f} {lost:>10} {litter:>6}"
+            f"{fault:<6} {len(trials):>6} {survived:>8} {faults:>6} {notice:>14.1f} "
+            f"{lost:>10} {litter:>6}"
         )
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from distrain.checkpoint_format import CLOCK_PREFIXES  # noqa: E402
 from distrain.checkpoint_found import describe, find_all  # noqa: E402
 
-ROLES = ("parent", "rank", "worker", "writer")
+ROLES = ("parent", "rank", "worker", "writer", "tracker")  # the last is Python's, of shared memory
 TOKEN = "DISTRAIN_FAULT_TRIAL"  # in the environment of every process of a trial, and of no other
 HANG_S = 120.0  # a start that takes longer hangs
 
@@ -194,6 +194,8 @@ class Runner:
         for pid in sorted(parents):
             if b"checkpoint_writer" in commands[pid]:
                 roles[pid] = "writer"
+            elif b"resource_tracker" in commands[pid]:
+                roles[pid] = "tracker"
             elif parents[pid] not in parents:
                 roles[pid] = "parent"
             else:

@@ -1,0 +1,137 @@
+"""What each option that makes a step quicker brings over the defaults; two gloo ranks on the CPU.
+
+All variants live in the same two processes and take turns, a block of steps each. Where an option
+changes numbers it says so. What GPUs make of them is `benchmarks/gpu.py`'s to tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.queues import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.common import Cost, alternate, estimate, print_table
+from benchmarks.models import conv_net, mlp
+from benchmarks.overhead import new_batches, new_optimizer
+from distrain import HookBase, Trainer
+from distrain.hooks import GarbageCollector
+
+STEPS = {"mlp": 200, "conv net": 20}  # of a block
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (64,)),
+    "conv net": (conv_net, (1, 28, 28)),
+}
+
+
+class Option(NamedTuple):
+    """One option: how a trainer is told of it."""
+
+    name: str
+    trainer: Mapping[str, Any] = {}
+    fused: bool = True
+    hooks: tuple[Callable[[], HookBase], ...] = ()
+
+
+OPTIONS = (
+    Option("defaults"),
+    Option("the defaults again: what chance does"),
+    Option("gradient_as_bucket_view: false", {"ddp": {"gradient_as_bucket_view": False}}),
+    Option("static_graph: true", {"ddp": {"static_graph": True}}),
+    Option("find_unused_parameters: true", {"ddp": {"find_unused_parameters": True}}),
+    Option("comm_hook: bf16 (changes numbers)", {"comm_hook": "bf16"}),
+    Option("optimizer not fused", fused=False),
+    Option("channels_last: true", {"channels_last": True}),
+    Option("precision: bf16 (changes numbers)", {"precision": "bf16"}),
+    Option("compile: true", {"compile": True}),
+    Option("+with=gc", hooks=(partial(GarbageCollector, 1000),)),
+)
+
+
+def new_block(option: Option, model_name: str) -> Callable[[], None]:
+    """Return a function that goes on training by a block of steps."""
+    torch.manual_seed(0)
+    build, shape = MODELS[model_name]
+    model, steps, done = build(), STEPS[model_name], 0
+    optimizer = new_optimizer(model, fused=option.fused)
+    trainer = Trainer(
+        model,
+        optimizer,
+        new_batches(shape),
+        hooks=[hook() for hook in option.hooks],
+        **option.trainer,
+    )
+
+    def block() -> None:
+        nonlocal done
+        trainer.train(done, done + steps)
+        done += steps
+
+    return block
+
+
+def be_rank(rank: int, meeting: str, model_name: str, rounds: int, answers: Any) -> None:
+    """Be one of two ranks; put the costs of all blocks into the queue."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    options = [o for o in OPTIONS if model_name == "conv net" or "channels_last" not in o.trainer]
+    blocks = {option.name: new_block(option, model_name) for option in options}
+    answers.put(alternate(blocks, rounds=rounds))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(model_name: str, *, rounds: int) -> dict[str, list[Cost]]:
+    """Return the costs of each option's blocks: CPU of both ranks, wall of the slower."""
+    context = multiprocessing.get_context("spawn")
+    answers: SimpleQueue[dict[str, list[Cost]]] = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (f"{folder}/meeting", model_name, rounds, answers)
+        ranks = [context.Process(target=be_rank, args=(rank, *arguments)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        first, second = answers.get(), answers.get()
+        for rank in ranks:
+            rank.join()
+    return {
+        name: [
+            Cost(a.cpu_s + b.cpu_s, max(a.wall_s, b.wall_s)).per(STEPS[model_name])
+            for a, b in zip(costs, second[name], strict=True)
+        ]
+        for name, costs in first.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for model_name in MODELS:
+        costs = measure(model_name, rounds=rounds)
+        usual = costs["defaults"]
+        rows = []
+        for name, own in costs.items():
+            cpu = estimate(a.cpu_s / b.cpu_s for a, b in zip(own, usual, strict=True))
+            wall = estimate(a.wall_s / b.wall_s for a, b in zip(own, usual, strict=True))
+            step_us = estimate(cost.cpu_s * 1e6 for cost in own).median
+            rows.append([name, f"{step_us:.0f}", f"{cpu:.2f}", f"{wall:.2f}"])
+        print_table(
+            f"Options against the defaults: {model_name}, two ranks ({rounds} rounds, 95 %)",
+            ["option", "CPU us a step, both ranks", "CPU over defaults", "wall over defaults"],
+            rows,
+        )
+
+
+if __name__ == "__main__":
+    main()
