@@ -17,7 +17,7 @@ from distrain.histories import Block, Histories
 from distrain.history import HistoryBuffer
 from distrain.rows import LOSS, OPERATIONS, Operation, ScalarKind, ScalarRow, own_copy, stack
 
-_FLOATS = {float}
+_FLOATS, _TENSORS = {float}, {Tensor}
 _MAX_CALLS = 1000  # shapes of put_scalars calls that are remembered as checked
 
 
@@ -141,10 +141,10 @@ class EventStorage:
             self._check_call(call, scalars, ScalarKind(reduce, bool(smoothing_hint)))
         if not self.combined_by_trainer and any(name in self._row for name in scalars):
             self.histories()
-        row = self._row
-        if row.tensors.keys().isdisjoint(scalars) and _FLOATS.issuperset(
-            map(type, scalars.values())
-        ):
+        row, types = self._row, set(map(type, scalars.values()))
+        if types == _TENSORS:
+            row.put_block(stack(scalars), *scalars)  # type: ignore[arg-type]
+        elif types == _FLOATS and row.tensors.keys().isdisjoint(scalars):
             row.floats.update(scalars)  # type: ignore[arg-type]
         else:
             self._put_mixed(scalars)
@@ -191,7 +191,8 @@ class EventStorage:
             is_new = not loss.is_leaf and not loss._is_view()
             block = loss.detach() if is_new else own_copy(name, loss)
             row.blocks.append(block)
-            row.tensors[name] = (block, 0)
+            row.tensors[name] = row.num_elements
+            row.num_elements += 1
             if row.floats:
                 row.floats.pop(name, None)
 

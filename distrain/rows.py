@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.history import Floats
+from distrain.history import Floats, Ints
 
 Operation = Literal["mean", "sum", "max", "min", "local"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
+
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 class ScalarKind(NamedTuple):
@@ -41,15 +44,17 @@ class ScalarRow:
     Attributes:
         iteration: the iteration.
         floats: by name.
-        tensors: by name, `(block, position)`: one element of a detached tensor that is our own.
-        blocks: the tensors that `tensors` points into, in the order in which they were put.
+        tensors: by name, which of the elements of all blocks, one block behind the other.
+        blocks: detached tensors that are our own, in the order in which they were put.
+        num_elements: of all blocks.
         counts: by name, the weight in the mean where one was given.
     """
 
     iteration: int
     floats: dict[str, float] = field(default_factory=dict)
-    tensors: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
     blocks: list[Tensor] = field(default_factory=list)
+    num_elements: int = 0
     counts: dict[str, float] = field(default_factory=dict)
 
     def __contains__(self, name: object) -> bool:
@@ -72,18 +77,18 @@ class ScalarRow:
             block: (num_names,), or () for one name; detached, and nobody else's.
             names: of its elements, in order.
         """
+        begin = self.num_elements
+        self.num_elements = begin + len(names)
         self.blocks.append(block)
-        for position, name in enumerate(names):
-            self.tensors[name] = (block, position)
-            if self.floats:
-                self.floats.pop(name, None)
+        self.tensors.update(zip(names, range(begin, self.num_elements), strict=True))
+        if self.floats:
+            for name in self.floats.keys() & names:
+                del self.floats[name]
 
     def read(self) -> dict[str, float]:
         """Return all values by name; tensors are read back for it."""
-        return self.floats | {
-            name: float(block.flatten()[position])
-            for name, (block, position) in self.tensors.items()
-        }
+        elements = [value for block in self.blocks for value in block.flatten().tolist()]
+        return self.floats | {name: float(elements[at]) for name, at in self.tensors.items()}
 
 
 class RowGroup(NamedTuple):
@@ -112,17 +117,15 @@ def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
         rows: of one rank.
         host: the elements of all their blocks, one after the other.
     """
-    bundles: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[ScalarRow, int, int]]] = {}
-    end = 0
+    bundles: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[ScalarRow, int]]] = {}
+    begin = 0
     for row in rows:
-        begin = end
-        for block in row.blocks:
-            end += block.numel()
         names = tuple(row.floats), tuple(row.tensors)
-        bundles.setdefault(names, []).append((row, begin, end))
+        bundles.setdefault(names, []).append((row, begin))
+        begin += row.num_elements
     groups: list[RowGroup] = []
     for (floats, tensors), members in bundles.items():
-        bundle, begins, ends = zip(*members, strict=True)
+        bundle, begins = zip(*members, strict=True)
         values = np.empty((len(bundle), len(floats) + len(tensors)))
         if floats:
             flat = chain.from_iterable(row.floats.values() for row in bundle)
@@ -130,21 +133,12 @@ def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
                 flat, np.float64, len(bundle) * len(floats)
             ).reshape(len(bundle), -1)
         if tensors:
-            places = np.array(begins)[:, None] + np.arange(len(tensors))
-            if (places[:, -1] + 1 != ends).any():  # something was put twice
-                places = np.array([*map(_places, bundle, begins)])
-            values[:, len(floats) :] = host[places]
+            places: Ints | list[list[int]] = np.arange(len(tensors), dtype=np.int64)
+            if any(row.num_elements != len(tensors) for row in bundle):  # something was put twice
+                places = [list(row.tensors.values()) for row in bundle]
+            values[:, len(floats) :] = host[np.array(begins)[:, None] + places]
         groups.append(RowGroup((*floats, *tensors), bundle, values))
     return groups
-
-
-def _places(row: ScalarRow, begin: int) -> list[int]:
-    """Return where the tensors of a row lie if the elements of its blocks lie from `begin` on."""
-    start = dict[int, int]()
-    for block in row.blocks:
-        start[id(block)] = begin
-        begin += block.numel()
-    return [start[id(block)] + at for block, at in row.tensors.values()]
 
 
 def own_copy(name: str, value: Tensor) -> Tensor:
@@ -164,9 +158,11 @@ def stack(tensors: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: one has more elements, or none.
     """
-    first = next(iter(tensors.values()))
-    alike = [t if not t.dim() else own_copy(name, t).reshape(()) for name, t in tensors.items()]
-    if any(t.dtype != first.dtype or t.device != first.device for t in alike):
-        alike = [t.to(first.device, torch.float64, non_blocking=True) for t in alike]
+    alike = list(tensors.values())
+    if any(map(Tensor.dim, alike)):
+        alike = [t if not t.dim() else own_copy(name, t).reshape(()) for name, t in tensors.items()]
+    if len(set(map(_DTYPE, alike))) > 1 or len(set(map(_DEVICE, alike))) > 1:
+        device = alike[0].device
+        alike = [t.to(device, torch.float64, non_blocking=True) for t in alike]
     with torch.no_grad():
         return torch.stack(alike)
