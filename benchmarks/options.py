@@ -10,7 +10,7 @@ import argparse
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from typing import Any, NamedTuple
@@ -78,25 +78,26 @@ def new_block(option: Option, model_name: str) -> Callable[[], None]:
     return block
 
 
-def be_rank(rank: int, meeting: str, model_name: str, rounds: int, answers: Any) -> None:
+def be_rank(
+    rank: int, meeting: str, model_name: str, names: Collection[str], rounds: int, answers: Any
+) -> None:
     """Be one of two ranks; put the costs of all blocks into the queue."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    options = [o for o in OPTIONS if model_name == "conv net" or "channels_last" not in o.trainer]
-    blocks = {option.name: new_block(option, model_name) for option in options}
+    blocks = {o.name: new_block(o, model_name) for o in OPTIONS if o.name in names}
     answers.put(alternate(blocks, rounds=rounds))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(model_name: str, *, rounds: int) -> dict[str, list[Cost]]:
+def measure(model_name: str, names: Collection[str], *, rounds: int) -> dict[str, list[Cost]]:
     """Return the costs of each option's blocks: CPU of both ranks, wall of the slower."""
     context = multiprocessing.get_context("spawn")
     answers: SimpleQueue[dict[str, list[Cost]]] = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/meeting", model_name, rounds, answers)
+        arguments = (f"{folder}/meeting", model_name, names, rounds, answers)
         ranks = [context.Process(target=be_rank, args=(rank, *arguments)) for rank in range(2)]
         for rank in ranks:
             rank.start()
@@ -115,10 +116,18 @@ def measure(model_name: str, *, rounds: int) -> dict[str, list[Cost]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", help="options whose name begins so, beside the defaults")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     os.environ["OMP_NUM_THREADS"] = "1"
     for model_name in MODELS:
-        costs = measure(model_name, rounds=rounds)
+        names = [
+            option.name
+            for option in OPTIONS
+            if option.name.startswith((arguments.only or "", "defaults"))
+            and (model_name == "conv net" or "channels_last" not in option.trainer)
+        ]
+        costs = measure(model_name, names, rounds=rounds)
         usual = costs["defaults"]
         rows = []
         for name, own in costs.items():
