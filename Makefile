@@ -47,6 +47,7 @@ BENCH := .bench-venv
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.overhead --max-s 15
 	$(BENCH)/bin/python -m benchmarks.peers
+	$(BENCH)/bin/python -m benchmarks.options
 	$(BENCH)/bin/python -m benchmarks.scaling
 	$(BENCH)/bin/python -m benchmarks.optimizer
 	$(BENCH)/bin/python -m benchmarks.checkpoint

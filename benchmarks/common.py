@@ -125,7 +125,7 @@ class Turns:
 
     The trainer asks for a batch at the begin of each step. When it asks for the first of a new
     block, the bare loop runs a block of its own first. Both get their batches from here. A round
-    is several blocks of each, for what ours does once in half a second has to be in every round.
+    is several blocks of each, for what ours does once in a second has to be in every round.
 
     Args:
         batches: used over and over.

@@ -24,7 +24,6 @@ from benchmarks.common import Estimate, Turns, estimate, percentile, print_table
 from benchmarks.models import conv_net, mlp
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint import CheckpointStore
-from distrain.console import ConsoleWriter
 from distrain.hooks import (
     EvalHook,
     GpuStats,
@@ -35,9 +34,8 @@ from distrain.hooks import (
     ReplicaGuard,
     StragglerWatch,
 )
-from distrain.jsonlines import JsonLinesWriter
 from distrain.schedule import WarmupCosineLR
-from distrain.tensorboard import TensorBoardWriter
+from distrain.writers import default_writers
 
 Scalars = Mapping[str, float | Tensor]
 
@@ -130,11 +128,7 @@ def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, H
         "eval": EvalHook(),
         "checkpoint": NeverSaves(checkpoints=CheckpointStore(folder / "checkpoints")),
         "writer": PeriodicWriter(
-            [
-                TensorBoardWriter(folder / "tensorboard"),
-                JsonLinesWriter(folder / "metrics.jsonl"),
-                ConsoleWriter(stream=(folder / "console.txt").open("w")),
-            ]
+            default_writers(folder, stream=(folder / "console.txt").open("w")),
         ),
     }
 
@@ -155,6 +149,7 @@ def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:
             new_batches(shape),
             bare_loop(build(), folder / "bare"),
             block=200 if case.model == "mlp" else 10,
+            blocks=10 if case.model == "mlp" else 4,
             max_s=max_s,
             precision_us=precision_us,
         )

@@ -4,7 +4,7 @@ Every contestant is two processes that live through all rounds and wait while ot
 train the same small MLP with the same optimizer on the same batches, and bring the mean over ranks
 of 1 or 30 scalars to TensorBoard (or what the peer has) every 20 steps; bare logs its loss on
 rank 0. Where a peer has no such thing, its part is written as its manual would have it. Measured
-is what lies between two batches: no start, no end. Ours combines half a second of steps at once, so
+is what lies between two batches: no start, no end. Ours combines a second of steps at once, so
 there that is brought up to date at both of them.
 """
 

@@ -53,7 +53,7 @@ class Loop(TrainerBase):
         self.storage.put_scalars(**self._scalars)
 
     def _settle(self) -> None:
-        """Finish what is put off for half a second: combining and writing."""
+        """Finish what is put off for a second: combining and writing."""
         self.reduction.drain(self.storage.iter)
         self.hooks["writer"].after_step()
         time.sleep(WRITERS_S)

@@ -39,9 +39,16 @@ class ConsoleWriter:
     Args:
         stream: where to write; the standard output by default.
         start_iteration: first iteration to be run; older values are not news.
+        new: tells what is new in a row, if other writers ask it too.
     """
 
-    def __init__(self, *, stream: TextIO | None = None, start_iteration: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        stream: TextIO | None = None,
+        start_iteration: int = 0,
+        new: NewScalars | None = None,
+    ) -> None:
         self._stream = stream or sys.stdout
         self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
         self._bar: TaskID | None = None
@@ -49,7 +56,7 @@ class ConsoleWriter:
         self._next_line_s = 0.0
         self._usual: frozenset[str] = frozenset()  # names in the row before
         self._left_out: tuple[Row, Mapping[str, float]] | None = None
-        self._new = NewScalars(start_iteration)
+        self._new = new or NewScalars(start_iteration)
 
     def write(self, row: Row) -> None:
         """Show a row."""

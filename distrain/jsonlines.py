@@ -26,18 +26,25 @@ class JsonLinesWriter:
         path: the file; continued if it is there. A torn last line is removed.
         start_iteration: first iteration to be run; lines of it and of later ones, which an
             interrupted attempt wrote, are dropped, so that each iteration is there once, in order.
+        new: tells what is new in a row, if other writers ask it too.
 
     A disk that refuses costs nothing but time: the lines wait until it takes them.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, start_iteration: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        start_iteration: int | None = None,
+        new: NewScalars | None = None,
+    ) -> None:
         path = Path(path)
         limit = math.inf if start_iteration is None else start_iteration
-        self._new = NewScalars(start_iteration or 0)
+        self._new = new or NewScalars(start_iteration or 0)
         self._file = AppendFile(path, prepare=lambda: _drop_lines(path, limit))
 
     def write(self, row: Row) -> None:
-        """Append a line, by one system call; OSError if the disk refuses."""
+        """Append a line; with the last of some rows in one system call; OSError if it fails."""
         new = self._new(row)
         if new:
             values: dict[str, Any] = {name: value for name, (value, _) in new.items()}
@@ -47,7 +54,8 @@ class JsonLinesWriter:
                 values = {name: _strict(value) for name, value in values.items()}
                 line = json.dumps({"iteration": row.iteration, **values})
             self._file.append(line.encode() + b"\n")
-        self._file.flush()
+        if not row.is_followed:
+            self._file.flush()
 
     def close(self) -> None:
         """Write what waits and wait for the disk."""

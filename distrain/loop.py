@@ -23,7 +23,7 @@ class TrainerBase:
         hooks: by name, or a list of them (then named after their classes). The name is the key of
             a hook's state in checkpoints.
         window: scalars are written every so many iterations, and combined over ranks as often or,
-            where these pass in less than half a second, more seldom.
+            where these pass in less than a second, more seldom.
         stop_on_nonfinite: end training on all ranks when a loss is not finite on any.
 
     Attributes:

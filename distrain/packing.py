@@ -197,7 +197,10 @@ class Columns:
             shaped = [s.reshape(2, len(i), -1) for s, i in zip(sums, iterations, strict=True)]
             values, weights = np.concatenate(shaped, axis=1)
             present = weights > 0
-            np.divide(values, weights, out=values, where=present & self._is_mean)
+            if present.all() and self._is_mean.all():
+                values /= weights  # several times as quick as under a mask
+            else:
+                np.divide(values, weights, out=values, where=present & self._is_mean)
             yield from _blocks(self._additive_names, values, present, at)
 
     def unpack_extremes(
@@ -270,6 +273,9 @@ def _blocks(
         present: (T, K) which of them there are.
         iterations: (T,); those in which nothing was put, as the one before a window, are left out.
     """
+    if len(iterations) and present.all():  # as a rule
+        yield Block(names, values, iterations)
+        return
     used = np.logical_or.reduce(present, axis=1)
     if not used.all():
         values, present, iterations = values[used], present[used], iterations[used]

@@ -5,7 +5,7 @@ all its iterations into two vectors (see `packing`) and starts two asynchronous 
 and a maximum. Nothing grows with the number of ranks. The stages are a step apart, so that nobody
 waits: copy to the host, send, read. Stop requests ride in the maximum, and so does the time of a
 step, from which all ranks compute the same length for the next window: as many periods as pass in
-half a second, so that short steps are charged as little as long ones, or part of a slow period.
+a second, so that short steps are charged as little as long ones, or part of a slow period.
 
 Ranks may put different names. A name travels from the window after the one in which it was first
 put, for all ranks must pack alike: whoever has new names publishes them in the process group's
@@ -37,7 +37,7 @@ NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
 
 _HEADER = 3  # stop request, first iteration of new names (negative), nanoseconds of a step
 _NO_NEW_NAMES = np.iinfo(np.int64).min
-_TOGETHER_S = 0.5  # periods of fast steps come together for so long
+_TOGETHER_S = 1.0  # periods of fast steps come together for so long
 _MAX_VALUES = 2**16  # of a window of several periods: half a megabyte, and as much of weights
 _STOP_WITHIN_S = 1.5  # of windows; with the two steps of the stages it makes about two seconds
 _MAX_ARRIVED = 2**17  # floats: on a rank that nobody asks they would pile up

@@ -67,15 +67,22 @@ class TensorBoardWriter:
         purge_step: first iteration to be run; TensorBoard then drops what earlier files of the
             folder hold of it and of later ones, so that a resumed curve does not double back. With
             None, earlier files stay as they are.
+        new: tells what is new in a row, if other writers ask it too.
 
     What cannot be written now waits until it can, the file itself included.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        purge_step: int | None = None,
+        new: NewScalars | None = None,
+    ) -> None:
         folder = Path(folder)
         earlier = _stamps(folder)
         self._start = purge_step or 0
-        self._new = NewScalars(self._start)
+        self._new = new or NewScalars(self._start)
         self._names: set[str] = set()
         self._events: dict[tuple[str, ...], Event] = {}  # filled in anew for each row: 5x as quick
         self._own_layout = False
@@ -107,7 +114,8 @@ class TensorBoardWriter:
         if not self._own_layout and not self._names.issuperset(new):
             self._names.update(new)
             self._add_layout(default_layout(self._names), step=row.iteration)
-        self._file.flush()
+        if not row.is_followed:
+            self._file.flush()
 
     def text(self, tag: str, markdown: str) -> None:
         """Queue a text, shown at the first step of this attempt.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ class Row:
         scalars: name -> (value, the iteration that it belongs to), the newest of each name.
         images: (name, (C, H, W) or (H, W) array of uint8 or of floats in [0, 1], iteration).
         histograms: (name, counts in bins, iteration).
+        is_followed: another row comes at once, so a disk may wait for it.
     """
 
     iteration: int
@@ -39,6 +40,7 @@ class Row:
     scalars: Mapping[str, tuple[float, int]]
     images: Sequence[tuple[str, NDArray[Any], int]] = field(default=())
     histograms: Sequence[tuple[str, Histogram, int]] = field(default=())
+    is_followed: bool = False
 
 
 class Writer(Protocol):
@@ -58,7 +60,8 @@ class Writer(Protocol):
 class NewScalars:
     """Picks the scalars of a row that no earlier row held.
 
-    A scalar put once in a thousand iterations is in every row, with its old iteration.
+    A scalar put once in a thousand iterations is in every row, with its old iteration. Writers may
+    share one: who asks for a row again gets the same answer.
 
     Args:
         start_iteration: the first iteration of this run; older values were written before it
@@ -68,15 +71,20 @@ class NewScalars:
     def __init__(self, start_iteration: int = 0) -> None:
         self._oldest = start_iteration
         self._next: dict[str, int] = {}
+        self._row: Row | None = None
+        self._new: dict[str, tuple[float, int]] = {}
 
-    def __call__(self, row: Row) -> dict[str, tuple[float, int]]:
+    def __call__(self, row: Row) -> Mapping[str, tuple[float, int]]:
         """Return name -> (value, iteration) of what is new, in the row's order."""
+        if row is self._row:
+            return self._new
         known, oldest = self._next, self._oldest
         new = {}
         for name, scalar in row.scalars.items():
             if scalar[1] >= known.get(name, oldest):
                 new[name] = scalar
                 known[name] = scalar[1] + 1
+        self._row, self._new = row, new
         return new
 
 
@@ -141,21 +149,25 @@ class BackgroundWriter:
                 logger.info("%s works again", name)
 
 
-def default_writers(run_dir: str | os.PathLike[str], *, start_iteration: int = 0) -> list[Writer]:
+def default_writers(
+    run_dir: str | os.PathLike[str], *, start_iteration: int = 0, stream: TextIO | None = None
+) -> list[Writer]:
     """Return the writers of an ordinary run: TensorBoard, JSON lines and console.
 
     Args:
         run_dir: gets tensorboard/ and metrics.jsonl.
         start_iteration: first iteration to be run; what an interrupted attempt wrote of it and of
             later ones is dropped.
+        stream: of the console; the standard output by default.
     """
     # imported here: these cost 0.1 s, and only rank 0 has writers
     from distrain.console import ConsoleWriter
     from distrain.jsonlines import JsonLinesWriter
     from distrain.tensorboard import TensorBoardWriter
 
+    new = NewScalars(start_iteration)
     return [
-        TensorBoardWriter(Path(run_dir, "tensorboard"), purge_step=start_iteration),
-        JsonLinesWriter(Path(run_dir, "metrics.jsonl"), start_iteration=start_iteration),
-        ConsoleWriter(start_iteration=start_iteration),
+        TensorBoardWriter(Path(run_dir, "tensorboard"), purge_step=start_iteration, new=new),
+        JsonLinesWriter(Path(run_dir, "metrics.jsonl"), start_iteration=start_iteration, new=new),
+        ConsoleWriter(stream=stream, start_iteration=start_iteration, new=new),
     ]

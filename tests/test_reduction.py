@@ -143,7 +143,7 @@ def stop_asked_by(rank, asking, early):
             else:
                 reduction.stop_request = STOP_REQUESTED
         if i > 33:
-            time.sleep(0.01)  # the window, of half a second of the steps before, ends some time
+            time.sleep(0.01)  # the window, of a second of the steps before, ends some time
 
     return run(storage, reduction, range(100_000), put), reduction.stop
 
@@ -306,7 +306,7 @@ def count_collectives(rank, num_scalars, step_s):
         (0.6, [*range(0, 20, 2), *range(19, 100, 2)]),  # 1.5 s at most, and waited for at once
         (0.1, [0, 16, 20, 35, 40, 55, 60, 75, 80, 95]),  # 1.5 s, or what is left of the period
         (0.05, [0, 20, 40, 60, 80]),  # periods
-        (0.012, [0, 40, 80]),  # as many as pass in half a second
+        (0.024, [0, 40, 80]),  # as many as pass in a second
     ],
 )
 @pytest.mark.parametrize("num_scalars", [1, 30, 300])

@@ -323,7 +323,7 @@ def stopped_and_straight(rank, folder):
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    """A stop is agreed on in a few iterations, not in half a second: the runs here are short."""
+    """A stop is agreed on in a few iterations, not in a second: the runs here are short."""
     monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
 
 

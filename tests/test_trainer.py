@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops():
     model = Named(lambda w: w / 0 if get_event_storage().iter >= 8 else w)
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.ones(1)], window=5)
     with pytest.raises(NonFiniteLoss, match="loss not finite from iteration 8 on"):
-        trainer.train(0, 1_000_000)  # half a second of them
+        trainer.train(0, 1_000_000)  # a second of them
     assert trainer.iter_done < 1_000_000
 
 

@@ -21,7 +21,7 @@ class PeriodicWriter(HookBase):
 
     A row holds every scalar as it was then: the median over the window where the scalar may be
     smoothed, its latest value elsewhere. It is written when the scalars have been combined over
-    ranks, a few iterations later; where steps are short, the rows of half a second come together.
+    ranks, a few iterations later; where steps are short, the rows of a second come together.
 
     Args:
         writers: each gets all rows.
@@ -104,17 +104,24 @@ class PeriodicWriter(HookBase):
             [due - 1 for due in dues], window_size=window
         )
         for due, scalars in zip(dues, rows, strict=True):
-            self._write(due, scalars)
+            self._write(due, scalars, is_followed=due != dues[-1])
             self._written = due
 
-    def _write(self, done: int, scalars: dict[str, tuple[float, int]]) -> None:
+    def _write(
+        self, done: int, scalars: dict[str, tuple[float, int]], *, is_followed: bool = False
+    ) -> None:
         assert self._writer is not None
         storage = self.trainer.storage
         if "perf/step_s" in scalars:
             step_s, at = scalars["perf/step_s"]
             scalars["perf/eta_s"] = (step_s * (self.trainer.max_iter - done), at)
         row = Row(
-            done - 1, self.trainer.max_iter, scalars, storage.vis_data(), storage.histograms()
+            done - 1,
+            self.trainer.max_iter,
+            scalars,
+            storage.vis_data(),
+            storage.histograms(),
+            is_followed,
         )
         storage.clear_images()
         storage.clear_histograms()
