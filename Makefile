@@ -52,6 +52,7 @@ bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.optimizer
 	$(BENCH)/bin/python -m benchmarks.checkpoint
 	$(BENCH)/bin/python -m benchmarks.startup
+	$(BENCH)/bin/python -m benchmarks.memory
 	$(BENCH)/bin/python -m benchmarks.stream
 	$(BENCH)/bin/python -m benchmarks.gpu
 

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import estimate, print_table
-from benchmarks.models import Classifier
-from benchmarks.overhead import new_optimizer
+from benchmarks.models import Classifier, new_optimizer
 from distrain import HookBase, Trainer
 from distrain.checkpoint import CheckpointStore
 from distrain.hooks.checkpoint import save

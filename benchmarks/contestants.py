@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import Cost
-from benchmarks.models import mlp
-from benchmarks.overhead import PutsScalars, bare_loop, default_hooks, new_batches, new_optimizer
+from benchmarks.bare_loop import bare_loop
+from benchmarks.models import mlp, new_batches, new_optimizer
+from benchmarks.ours import PutsScalars, default_hooks
 from distrain import Trainer
 
 WARM_UP = 60  # steps of each round that are not measured

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.common import Turns, estimate, percentile, print_table
 from benchmarks.models import GPT, resnet50
-from benchmarks.overhead import default_hooks
+from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
 from distrain.distributed import Topology, local_device, process_group
 from distrain.optim import build_optimizer

@@ -1,4 +1,4 @@
-"""The models that are trained: each takes a batch and returns its loss."""
+"""What is trained: models that take a batch and return its loss, their optimizer, batches."""
 
 from __future__ import annotations
 
@@ -120,3 +120,14 @@ class GPTBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
+
+
+def new_optimizer(model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+    """Return the same for all."""
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+
+
+def new_batches(shape: tuple[int, ...], *, num: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of 32 random samples of ten classes."""
+    torch.manual_seed(0)
+    return [(torch.randn(32, *shape), torch.randint(10, (32,))) for _ in range(num)]

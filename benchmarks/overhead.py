@@ -12,54 +12,18 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
 
+from benchmarks.bare_loop import bare_loop
 from benchmarks.common import Estimate, Turns, estimate, percentile, print_table
-from benchmarks.models import conv_net, mlp
-from distrain import HookBase, Trainer, get_event_storage
-from distrain.checkpoint import CheckpointStore
-from distrain.hooks import (
-    EvalHook,
-    GpuStats,
-    IterationTimer,
-    LRScheduler,
-    PeriodicCheckpointer,
-    PeriodicWriter,
-    ReplicaGuard,
-    StragglerWatch,
-)
-from distrain.schedule import WarmupCosineLR
-from distrain.writers import default_writers
-
-Scalars = Mapping[str, float | Tensor]
-
-
-class NeverSaves(PeriodicCheckpointer):
-    """The checkpoint hook between two saves, which is all that this benchmark sees of it."""
-
-    def after_train(self) -> None:
-        pass
-
-
-class PutsScalars(HookBase):
-    """Puts scalars as a user's hook would: all in one call, or one by one."""
-
-    def __init__(self, scalars: Scalars, *, one_by_one: bool = False) -> None:
-        self._scalars, self._one_by_one = scalars, one_by_one
-
-    def after_step(self) -> None:
-        storage = get_event_storage()
-        if self._one_by_one:
-            for name, value in self._scalars.items():
-                storage.put_scalar(name, value)
-        else:
-            storage.put_scalars(**self._scalars)
+from benchmarks.models import conv_net, mlp, new_batches, new_optimizer
+from benchmarks.ours import PutsScalars, default_hooks, new_scalars
+from distrain import Trainer
 
 
 class Case(NamedTuple):
@@ -86,58 +50,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (64,)),
     "conv net": (conv_net, (1, 28, 28)),
 }
-
-
-def new_optimizer(model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
-    """Return the same for all."""
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
-
-
-def new_batches(shape: tuple[int, ...], *, num: int = 16) -> list[tuple[Tensor, Tensor]]:
-    """Return batches of 32 random samples of ten classes."""
-    torch.manual_seed(0)
-    return [(torch.randn(32, *shape), torch.randint(10, (32,))) for _ in range(num)]
-
-
-def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]:
-    """Return a function that trains on some batches; it logs every 20 steps."""
-    optimizer, writer, step = new_optimizer(model), SummaryWriter(str(folder)), 0
-
-    def train(batches: Iterable[Any]) -> None:
-        nonlocal step
-        for inputs, labels in batches:
-            loss = model(inputs, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % 20 == 0:
-                writer.add_scalar("loss", loss.item(), step)
-
-    return train
-
-
-def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, HookBase]:
-    """Return the hooks of conf/hooks/default.yaml, writing into a folder."""
-    return {
-        "timer": IterationTimer(),
-        "schedule": LRScheduler(WarmupCosineLR(optimizer, 10**6, warmup_iters=100)),
-        "straggler": StragglerWatch(),
-        "guard": ReplicaGuard(),
-        "gpu": GpuStats(),
-        "eval": EvalHook(),
-        "checkpoint": NeverSaves(checkpoints=CheckpointStore(folder / "checkpoints")),
-        "writer": PeriodicWriter(
-            default_writers(folder, stream=(folder / "console.txt").open("w")),
-        ),
-    }
-
-
-def new_scalars(num: int, kind: str) -> Scalars:
-    """Return what is put each step."""
-    values = torch.linspace(0, 1, num)
-    of_kind = values.unbind() if kind == "tensor" else values.tolist()
-    return {f"value_{number:03}": value for number, value in enumerate(of_kind)}
 
 
 def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distrain.loop
 from benchmarks.common import Cost, estimate, print_table
-from benchmarks.overhead import default_hooks, new_scalars
+from benchmarks.ours import default_hooks, new_scalars
 from distrain import TrainerBase
 from distrain.hooks import straggler
 

@@ -1,0 +1,30 @@
+"""The bare loop that all is compared with: it trains, and logs its loss every 20 steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmarks.models import new_optimizer
+
+
+def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]:
+    """Return a function that trains on some batches; it logs every 20 steps."""
+    optimizer, writer, step = new_optimizer(model), SummaryWriter(str(folder)), 0
+
+    def train(batches: Iterable[Any]) -> None:
+        nonlocal step
+        for inputs, labels in batches:
+            loss = model(inputs, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 20 == 0:
+                writer.add_scalar("loss", loss.item(), step)
+
+    return train
