@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.common import Cost
 from benchmarks.bare_loop import bare_loop
+from benchmarks.common import Cost
 from benchmarks.models import mlp, new_batches, new_optimizer
 from benchmarks.ours import PutsScalars, default_hooks
 from distrain import Trainer

@@ -1,8 +1,8 @@
 """What each option that makes a step quicker brings over the defaults; two gloo ranks on the CPU.
 
 All variants live in the same two processes and take turns, a block of steps each. Where an option
-changes numbers it says so. What GPUs make of them is `benchmarks/gpu.py`'s to tell. `+with=gc` is not
-here: it is for the slowest steps, and collects where training begins, which every block does.
+changes numbers it says so. What GPUs make of them is `benchmarks/gpu.py`'s to tell. `+with=gc` is
+not here: it is for the slowest steps, and collects where training begins, as every block does.
 """
 
 from __future__ import annotations

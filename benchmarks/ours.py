@@ -1,4 +1,4 @@
-"""Ours as the benchmarks train with it: all default hooks, all writers, and scalars put each step."""
+"""Ours as benchmarks train with it: all default hooks, all writers, and scalars put each step."""
 
 from __future__ import annotations
 

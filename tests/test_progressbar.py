@@ -128,8 +128,10 @@ def test_a_file_gets_no_sign_and_starts_no_thread_and_no_rich() -> None:
 
 
 ROWS = """
+from distrain import console
 from distrain.console import ConsoleWriter
 from distrain.writers import Row
+console.LINE_S = 0.0  # every row is shown
 writer = ConsoleWriter()
 writer.write(Row(4, 20, {"loss": (1.5, 4)}))
 for i in progressbar.counted(range(8), "evaluation", total=8):

@@ -244,8 +244,13 @@ def random_names_with_a_gather(rank, windows):
     return sum(len(h.values()) for h in storage.histories().values())
 
 
-def test_random_names_on_random_ranks_equal_a_gather():
-    first, *others = run_ranks(random_names_with_a_gather, 4, 400)
+@pytest.mark.parametrize(
+    ("windows", "together_s"),
+    [(400, 0.0), (400, 1.0), pytest.param(10_000, 0.0, marks=pytest.mark.slow)],
+)
+def test_random_names_on_random_ranks_equal_a_gather(monkeypatch, windows, together_s):
+    monkeypatch.setattr("distrain.reduction._TOGETHER_S", together_s)  # 0: each window is short
+    first, *others = run_ranks(random_names_with_a_gather, 4, windows, timeout_s=280)
     assert first > 1_000
     assert all(other == first for other in others)
 
@@ -300,27 +305,29 @@ def count_collectives(rank, num_scalars, step_s):
     return dict(counts), read_backs.count
 
 
+@pytest.mark.parametrize("num_scalars", [1, 30, 300])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_ordinary_step_has_no_collective_and_no_read_back(num_scalars, world_size):
+    for counts, read_backs in run_ranks(count_collectives, world_size, num_scalars, step_s=0.05):
+        assert read_backs == 0
+        if world_size == 1:
+            assert counts == {}
+        else:
+            # the first window is the first iteration; each later one is sent a step after its end
+            assert counts == {0: 2, 20: 2, 40: 2, 60: 2, 80: 2}
+
+
 @pytest.mark.parametrize(
     ("step_s", "sent_at"),
     [
         (0.6, [*range(0, 20, 2), *range(19, 100, 2)]),  # 1.5 s at most, and waited for at once
         (0.1, [0, 16, 20, 35, 40, 55, 60, 75, 80, 95]),  # 1.5 s, or what is left of the period
-        (0.05, [0, 20, 40, 60, 80]),  # periods
-        (0.024, [0, 40, 80]),  # as many as pass in a second
+        (0.024, [0, 40, 80]),  # as many periods as pass in a second
     ],
 )
-@pytest.mark.parametrize("num_scalars", [1, 30, 300])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_an_ordinary_step_has_no_collective_and_no_read_back(
-    num_scalars, world_size, step_s, sent_at
-):
-    for counts, read_backs in run_ranks(count_collectives, world_size, num_scalars, step_s):
-        assert read_backs == 0
-        if world_size == 1:
-            assert counts == {}
-        else:
-            # the first window is the first iteration; a later one is sent a step after its end
-            assert counts == dict.fromkeys(sent_at, 2)
+def test_windows_last_as_long_as_a_step_lets_them(step_s, sent_at):
+    for counts, _ in run_ranks(count_collectives, 2, 30, step_s):
+        assert counts == dict.fromkeys(sent_at, 2)
 
 
 def test_windows_that_nobody_asks_for_do_not_pile_up(monkeypatch):

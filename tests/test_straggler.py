@@ -69,7 +69,14 @@ def train(rank, slow_rank, where):
     return heard, latest, len(histories["straggler/own_s"].values()) if latest else 0
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Windows of four iterations, not of a second."""
+    monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
+
+
 @pytest.mark.ranks
+@pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize(
     ("where", "words"),
     [("data", "waiting for data"), ("forward", "in forward"), ("hooks", "in hooks")],
@@ -87,6 +94,7 @@ def test_a_slow_rank_is_named_with_its_cause(where, words):
 
 
 @pytest.mark.ranks
+@pytest.mark.usefixtures("short_windows")
 def test_equal_ranks_are_not_named():
     # so unequal that no machine's moods reach it: nobody is slow by three times the step
     for heard, latest, _ in run_ranks(watch_patiently, 2):
