@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,13 @@ def conv_net() -> Classifier:
         nn.Flatten(),
         nn.Linear(64 * 7 * 7, 10),
     )
+
+
+# by name: how a small one is made, and the shape of a sample
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (64,)),
+    "conv net": (conv_net, (1, 28, 28)),
+}
 
 
 class Bottleneck(nn.Module):

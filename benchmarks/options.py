@@ -17,17 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from benchmarks.common import Cost, alternate, estimate, print_table
-from benchmarks.models import conv_net, mlp, new_batches, new_optimizer
+from benchmarks.models import MODELS, new_batches, new_optimizer
 from distrain import Trainer
 
 STEPS = {"mlp": 200, "conv net": 10}  # of a block
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (64,)),
-    "conv net": (conv_net, (1, 28, 28)),
-}
 
 
 class Option(NamedTuple):

@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks.bare_loop import bare_loop
 from benchmarks.common import Estimate, Turns, estimate, percentile, print_table
-from benchmarks.models import conv_net, mlp, new_batches, new_optimizer
+from benchmarks.models import MODELS, new_batches, new_optimizer
 from benchmarks.ours import PutsScalars, default_hooks, new_scalars
 from distrain import Trainer
 
@@ -46,10 +45,6 @@ CASES = (
     Case("mlp", 300, "tensor", 150),
     Case("conv net", 1, "float", target_ratio=1.01),
 )
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (64,)),
-    "conv net": (conv_net, (1, 28, 28)),
-}
 
 
 def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:

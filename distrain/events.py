@@ -190,11 +190,7 @@ class EventStorage:
                 self._declare(name, LOSS)
             is_new = not loss.is_leaf and not loss._is_view()
             block = loss.detach() if is_new else own_copy(name, loss)
-            row.blocks.append(block)
-            row.tensors[name] = row.num_elements
-            row.num_elements += 1
-            if row.floats:
-                row.floats.pop(name, None)
+            row.put_block(block, name)
 
     def _declare(self, name: str, kind: ScalarKind) -> None:
         if kind.reduce not in OPERATIONS:

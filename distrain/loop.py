@@ -172,7 +172,7 @@ class TrainerBase:
         for call in self._calls["after_train"]:
             try:
                 call()
-            except BaseException as error:
+            except Exception as error:  # a Ctrl-C leaves at once
                 if self.error is None:
                     self.error = error
                 else:

@@ -261,13 +261,13 @@ class ScalarReduction:
 
     def _next_close(self, last: int) -> int:
         """Return the iteration that ends the next window; the same on all ranks."""
+        step_s = max(self.step_s, 1e-9)
         to_boundary = self._period - (last + 1) % self._period
-        steps_to_stop = max(1, int(_STOP_WITHIN_S / max(self.step_s, 1e-9)))
-        if to_boundary > steps_to_stop:
-            return last + steps_to_stop
-        steps = int(_TOGETHER_S / max(self.step_s, 1e-9))
-        steps = min(steps, _MAX_VALUES // max(1, len(self._columns.kinds)))
-        more_periods = max(0, steps - to_boundary) // self._period
+        to_stop = max(1, int(_STOP_WITHIN_S / step_s))
+        if to_boundary > to_stop:
+            return last + to_stop
+        most = min(int(_TOGETHER_S / step_s), _MAX_VALUES // max(1, len(self._columns.kinds)))
+        more_periods = max(0, most - to_boundary) // self._period
         return last + to_boundary + more_periods * self._period
 
     def _learn(self, kinds: Mapping[str, ScalarKind]) -> None:

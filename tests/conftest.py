@@ -30,6 +30,12 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Scalars are combined, and a stop is agreed on, after each period: not after a second."""
+    monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """Fail a test that leaves an environment variable, a process group or a process."""

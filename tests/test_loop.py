@@ -130,6 +130,18 @@ def test_each_hook_ends_though_another_fails_at_the_end(caplog):
     assert "torn" in caplog.text
 
 
+def test_a_ctrl_c_at_the_end_leaves_at_once():
+    seen = []
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    ends = [interrupt, lambda trainer: seen.append(trainer.error)]
+    with pytest.raises(KeyboardInterrupt):
+        Steps([CallbackHook(after_train=end) for end in ends]).train(0, 5)
+    assert seen == []
+
+
 def test_early_stop_ends_after_the_iteration_that_all_agree_on():
     def stop(trainer):
         if trainer.iter == 6:

@@ -321,12 +321,6 @@ def stopped_and_straight(rank, folder):
     return max(first) + 1
 
 
-@pytest.fixture
-def short_windows(monkeypatch):
-    """A stop is agreed on in a few iterations, not in a second: the runs here are short."""
-    monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
-
-
 @pytest.mark.usefixtures("short_windows")
 def test_a_stop_saves_at_one_iteration_of_all_ranks(tmp_path):
     agreed, also_agreed = run_ranks(stopped_and_straight, 2, tmp_path)

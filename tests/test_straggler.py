@@ -69,12 +69,6 @@ def train(rank, slow_rank, where):
     return heard, latest, len(histories["straggler/own_s"].values()) if latest else 0
 
 
-@pytest.fixture
-def short_windows(monkeypatch):
-    """Windows of four iterations, not of a second."""
-    monkeypatch.setattr("distrain.reduction._TOGETHER_S", 0.0)
-
-
 @pytest.mark.ranks
 @pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize(
