@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 import tracemalloc
 
 import flatness
@@ -25,27 +26,24 @@ from distrain.hooks import (
 from distrain.schedule import WarmupCosineLR
 
 WARM, QUIET, END = 300, 600, 750  # iterations
-LOOKS = 5  # before each of these, a window apart: what waits to be written comes and goes
-WINDOW = 10
 HISTORY = 100
-LEAK_BYTES = 512
 
 
 class Leak(HookBase):
-    """Keeps LEAK_BYTES and more an iteration, and a file every 50, from iteration QUIET on."""
+    """Keeps 64 bytes and more an iteration, and a file every 50, from iteration QUIET on."""
 
     def before_train(self):
         self.kept = []
 
     def after_step(self):
         if self.trainer.iter >= QUIET:
-            self.kept.append(b"x" * LEAK_BYTES + bytes(self.trainer.iter % 7))
+            self.kept.append(b"x" * 64 + bytes(self.trainer.iter % 7))
             if self.trainer.iter % 50 == 0:
                 self.kept.append(os.open(os.devnull, os.O_RDONLY))
 
 
 class Watch(HookBase):
-    """Notes the fewest bytes that Python has allocated, and the fewest open files."""
+    """Notes how many bytes Python has allocated and how many files are open."""
 
     order = 95
 
@@ -53,16 +51,22 @@ class Watch(HookBase):
         self.seen = {}
 
     def after_step(self):
-        done = self.trainer.iter_done
-        if done % WINDOW:
-            return
-        for at in (WARM, QUIET, END):
-            if at - LOOKS * WINDOW < done <= at:
-                self.trainer.storage.histories()  # what waits to be folded is no leak
-                gc.collect()
-                size, files = tracemalloc.get_traced_memory()[0], len(os.listdir("/proc/self/fd"))
-                before = self.seen.get(at, (size, files))
-                self.seen[at] = min(size, before[0]), min(files, before[1])
+        if self.trainer.iter_done in (WARM, QUIET, END):
+            self.settle()
+            gc.collect()
+            size, _ = tracemalloc.get_traced_memory()
+            self.seen[self.trainer.iter_done] = size, len(os.listdir("/proc/self/fd"))
+
+    def settle(self):
+        """Let all that waits be combined, folded and written: it is no leak."""
+        self.trainer.reduction.drain(self.trainer.iter)
+        self.trainer.storage.histories()
+        hook = self.trainer.hooks["PeriodicWriter"]
+        hook.after_step()
+        if hook._writer is not None:
+            while not hook._writer._rows.empty():
+                time.sleep(0.01)
+            time.sleep(0.2)  # the thread has taken the last row
 
 
 class Square(nn.Module):
@@ -91,9 +95,9 @@ def watched(rank, folder):
         watch := Watch(),
     ]
     data = [torch.ones(2, 1)]
-    Trainer(
-        model, optimizer, data, window=WINDOW, clip_norm=1.0, nonfinite="skip", hooks=hooks
-    ).train(0, END)
+    Trainer(model, optimizer, data, window=10, clip_norm=1.0, nonfinite="skip", hooks=hooks).train(
+        0, END
+    )
     return watch.seen
 
 
@@ -101,12 +105,11 @@ def watched(rank, folder):
 def test_flat_and_a_leak_is_seen(tmp_path):
     for rank, seen in enumerate(run_ranks(watched, 2, tmp_path / "checkpoints")):
         (warm, warm_files), (quiet, quiet_files), (end, end_files) = seen.values()
-        leaked = END - LOOKS * WINDOW - QUIET  # iterations, before the first look at the end
-        assert quiet - warm < LEAK_BYTES / 2 * leaked, f"rank {rank}: {seen}"
+        assert quiet - warm < 32 * (QUIET - WARM), f"rank {rank}: {seen}"
         assert quiet_files == warm_files
         # the negative control: less than the hook's own bytes would not do
-        assert end - quiet > LEAK_BYTES * leaked, f"rank {rank}: {seen}"
-        assert end_files >= quiet_files + 2
+        assert end - quiet > 64 * (END - QUIET), f"rank {rank}: {seen}"
+        assert end_files == quiet_files + 3
 
 
 def test_growth_by_hand():
