@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -59,6 +60,19 @@ def test_digits_split_is_a_fixed_fifth_of_every_class() -> None:
     assert sorted(train.tolist() + test.tolist()) == list(range(200))
     assert labels[test].bincount().tolist() == [4] * 10
     assert torch.equal(test, split_indices(labels, "test"))
+
+
+def test_digits_are_those_of_scikit_learn_without_its_import() -> None:
+    code = "import sys; from distrain.experiments import digits; digits.Digits();"
+    code += "sys.exit('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    expected = sklearn.datasets.load_digits()
+    labels = torch.from_numpy(expected.target)
+    for split in ("train", "test"):
+        chosen = split_indices(labels, split)
+        images, own_labels = load_split(split)
+        assert torch.equal(images, torch.from_numpy(expected.images)[chosen].float() / 16)
+        assert torch.equal(own_labels, labels[chosen])
 
 
 def test_digits_train_and_test_share_no_image() -> None:
