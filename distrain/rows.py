@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
@@ -17,7 +18,7 @@ from distrain.history import Floats, Ints
 Operation = Literal["mean", "sum", "max", "min", "local"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
 
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+_DTYPE = attrgetter("dtype")
 
 
 class ScalarKind(NamedTuple):
@@ -159,10 +160,11 @@ def stack(tensors: Mapping[str, Tensor]) -> Tensor:
         ValueError: one has more elements, or none.
     """
     alike = list(tensors.values())
-    if any(map(Tensor.dim, alike)):
-        alike = [t if not t.dim() else own_copy(name, t).reshape(()) for name, t in tensors.items()]
-    if len(set(map(_DTYPE, alike))) > 1 or len(set(map(_DEVICE, alike))) > 1:
-        device = alike[0].device
-        alike = [t.to(device, torch.float64, non_blocking=True) for t in alike]
-    with torch.no_grad():
-        return torch.stack(alike)
+    if len(set(map(_DTYPE, alike))) == 1:
+        with suppress(RuntimeError):  # of several shapes, or on several devices
+            block = torch.stack(alike).detach()
+            if block.numel() == len(alike):
+                return block.flatten()
+    device = alike[0].device
+    alike = [own_copy(name, tensor).reshape(()) for name, tensor in tensors.items()]
+    return torch.stack([t.to(device, torch.float64, non_blocking=True) for t in alike])

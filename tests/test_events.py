@@ -73,6 +73,19 @@ def test_tensors_of_several_types_are_kept_exactly():
     assert storage.latest() == {"big": 2.0**53, "half": 0.5, "double": 0.1}
 
 
+@pytest.mark.parametrize("shapes", [[(), ()], [(1,), (1,)], [(1, 1), (1, 1)], [(), (1,)]])
+def test_one_element_may_have_any_shape(shapes):
+    storage = EventStorage()
+    storage.put_scalars(a=torch.full(shapes[0], 2.0), b=torch.full(shapes[1], 3.0))
+    storage.put_scalars(c=torch.full(shapes[0], 4.0), d=5.0)
+    assert storage.latest() == {"a": 2.0, "b": 3.0, "c": 4.0, "d": 5.0}
+
+
+def test_a_tensor_of_more_elements_is_named_among_others_alike():
+    with pytest.raises(ValueError, match=r"a: .*one element.*\[2\]"):
+        EventStorage().put_scalars(a=torch.zeros(2), b=torch.zeros(2))
+
+
 def test_smoothing_hint_chooses_median_or_latest():
     storage = EventStorage(0)
     for value in (1.0, 9.0, 2.0):
