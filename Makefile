@@ -45,19 +45,19 @@ flatness: $(VENV)/installed-dev
 BENCH := .bench-venv
 
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m benchmarks.overhead --max-s 15
-	$(BENCH)/bin/python -m benchmarks.peers
+	$(BENCH)/bin/python -m benchmarks.overhead --max-s 9 --rounds 11
+	$(BENCH)/bin/python -m benchmarks.peers --rounds 9
 	$(BENCH)/bin/python -m benchmarks.options
-	$(BENCH)/bin/python -m benchmarks.scaling
-	$(BENCH)/bin/python -m benchmarks.optimizer
-	$(BENCH)/bin/python -m benchmarks.checkpoint
-	$(BENCH)/bin/python -m benchmarks.startup
-	$(BENCH)/bin/python -m benchmarks.memory
+	$(BENCH)/bin/python -m benchmarks.scaling --rounds 3
+	$(BENCH)/bin/python -m benchmarks.optimizer --rounds 9
+	$(BENCH)/bin/python -m benchmarks.checkpoint --saves 9
+	$(BENCH)/bin/python -m benchmarks.startup --rounds 5
+	$(BENCH)/bin/python -m benchmarks.memory --rounds 2
 	$(BENCH)/bin/python -m benchmarks.stream
 	$(BENCH)/bin/python -m benchmarks.gpu
 
 bench-quick: $(VENV)/installed
-	$(BIN)/python -m benchmarks.overhead --max-s 3
+	$(BIN)/python -m benchmarks.overhead --max-s 3 --rounds 0
 	$(BIN)/python -m benchmarks.scaling --rounds 1
 	$(BIN)/python -m benchmarks.optimizer --rounds 3
 	$(BIN)/python -m benchmarks.checkpoint --saves 4 --period 20

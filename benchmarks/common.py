@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from distrain import get_event_storage
 
-SETTLE_S = 0.003  # background threads finish what they were given; costs wall time but no CPU time
+SETTLE_S = 0.003
 
 
 class Cost(NamedTuple):
@@ -68,8 +68,23 @@ def estimate(values: Iterable[float]) -> Estimate:
     return Estimate(statistics.median(ordered), ordered[first], ordered[n - 1 - first])
 
 
+def settle_threads() -> None:
+    """Wait until the other threads of this process have done what they were given.
+
+    While they write, the CPU time grows; it is to count for those who gave them the work.
+    """
+    busy_s = SETTLE_S
+    while busy_s > SETTLE_S / 10:
+        cpu_s = time.process_time()
+        time.sleep(SETTLE_S)
+        busy_s = time.process_time() - cpu_s
+
+
 class Stopwatch:
-    """Measures what runs inside `with Stopwatch() as watch`, then `watch.cost`."""
+    """Measures what runs inside `with Stopwatch() as watch`, then `watch.cost`.
+
+    What other threads do because of it counts as CPU time, and not as wall time.
+    """
 
     cost: Cost
 
@@ -79,7 +94,7 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         wall_s = time.perf_counter() - self._wall_s
-        time.sleep(SETTLE_S)
+        settle_threads()
         self.cost = Cost(time.process_time() - self._cpu_s, wall_s)
 
 
@@ -133,6 +148,7 @@ class Turns:
         block: steps in a block. blocks: of a round, of each of the two.
         max_s: no new round after so many seconds.
         precision_us: nor once the CPU difference is known to this many microseconds.
+        rounds: exactly so many instead, for ranks that have to end together.
         settle: called at both ends of a block, such as `torch.cuda.synchronize`.
 
     Attributes:
@@ -148,11 +164,13 @@ class Turns:
         blocks: int = 10,
         max_s: float = 20.0,
         precision_us: float = 0.0,
+        rounds: int | None = None,
         settle: Callable[[], object] = lambda: None,
     ) -> None:
         self._batches, self._bare = batches, bare
         self._block, self._blocks = block, blocks
-        self._max_s, self._precision_us, self._settle = max_s, precision_us, settle
+        self._max_s, self._precision_us, self._num_rounds = max_s, precision_us, rounds
+        self._settle = settle
         self.rounds: list[Round] = []
         self.bare_steps_s: list[float] = []
         self.our_steps_s: list[float] = []
@@ -189,6 +207,8 @@ class Turns:
             begin = now
 
     def _is_enough(self) -> bool:
+        if self._num_rounds is not None:
+            return len(self.rounds) == self._num_rounds
         if len(self.rounds) < 3:
             return False
         half_width = estimate(r.over_us for r in self.rounds).half_width

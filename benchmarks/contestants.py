@@ -6,9 +6,11 @@ it. transformers has no way to log more than the loss, and mmengine logs the val
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +21,50 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.bare_loop import bare_loop
-from benchmarks.common import Cost
+from benchmarks.common import Stopwatch
 from benchmarks.models import mlp, new_batches, new_optimizer
 from benchmarks.ours import PutsScalars, default_hooks
 from distrain import Trainer
 
-WARM_UP = 60  # steps of each round that are not measured
+WARM_UP = 60  # steps before the first turn
 WINDOW = 20
+FOREVER = 10**9  # iterations, for those who want to know
+
+
+class Enough(Exception):
+    """No more turns are to come; it ends a training that would go on for ever."""
 
 
 class Batches(IterableDataset[Any]):
-    """A number of ready batches that measures the time between two of them.
+    """Ready batches, a number of them each time that the pipe says how many.
+
+    It answers with what a step took, and waits for the next turn; at a None it raises Enough.
 
     Attributes:
-        cost: of a step.
         settle: called at both ends of what is measured: it finishes what was put off.
     """
 
-    cost: Cost
-
-    def __init__(self, steps: int) -> None:
+    def __init__(self, pipe: Connection) -> None:
         self.settle: Callable[[], object] = lambda: None
-        self._steps = steps
-        self.max_iter = WARM_UP + steps + 2  # of what counts iterations; some load a batch ahead
-        self._batches = new_batches((64,))
+        self._pipe = pipe
+        self._batches = itertools.cycle(new_batches((64,)))
 
     def __len__(self) -> int:  # mmengine asks for it
-        return self.max_iter + 1
+        return FOREVER
 
     def __iter__(self) -> Iterator[Any]:
-        for number in range(self.max_iter + 1):
-            if number in (WARM_UP, WARM_UP + self._steps):
+        yield from itertools.islice(self._batches, WARM_UP)
+        while (steps := self._pipe.recv()) is not None:
+            self.settle()
+            with Stopwatch() as watch:
+                yield from itertools.islice(self._batches, steps)
                 self.settle()
-            if number == WARM_UP:
-                begin = time.process_time(), time.perf_counter()
-            if number == WARM_UP + self._steps:
-                cost = Cost(time.process_time() - begin[0], time.perf_counter() - begin[1])
-                self.cost = cost.per(self._steps)
-            yield self._batches[number % len(self._batches)]
+            self._pipe.send(watch.cost.per(steps))
+        raise Enough
 
 
 @dataclass(frozen=True)
-class Turn:
+class Task:
     """What a contestant trains on, and what it logs beside the loss."""
 
     batches: Batches
@@ -73,43 +77,43 @@ class Turn:
         return DataLoader(self.batches, batch_size=None)
 
 
-def bare_ddp(turn: Turn) -> None:
+def bare_ddp(task: Task) -> None:
     """Train with DDP and nothing else."""
-    bare_loop(DistributedDataParallel(mlp()), turn.folder)(turn.loader)
+    bare_loop(DistributedDataParallel(mlp()), task.folder)(task.loader)
 
 
-def ours(turn: Turn) -> None:
+def ours(task: Task) -> None:
     """Train with a Trainer, all default hooks and writers."""
     model = mlp()
     optimizer = new_optimizer(model)
-    hooks = default_hooks(optimizer, turn.folder)
-    if turn.scalars:
-        hooks["scalars"] = PutsScalars(turn.scalars)
-    trainer = Trainer(model, optimizer, turn.loader, hooks=hooks)
+    hooks = default_hooks(optimizer, task.folder)
+    if task.scalars:
+        hooks["scalars"] = PutsScalars(task.scalars)
+    trainer = Trainer(model, optimizer, task.loader, hooks=hooks)
 
     def settle() -> None:
         trainer.reduction.drain(trainer.storage.iter)
         hooks["writer"].after_step()
 
-    turn.batches.settle = settle
-    trainer.train(0, turn.batches.max_iter)
+    task.batches.settle = settle
+    trainer.train(0, FOREVER)
 
 
-def with_accelerate(turn: Turn) -> None:
+def with_accelerate(task: Task) -> None:
     """Train with an Accelerator; it reduces and tracks every 20 steps."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=turn.folder)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=task.folder)
     accelerator.init_trackers("run")
     model = mlp()
     model, optimizer = accelerator.prepare(model, new_optimizer(model))
     sums: dict[str, Any] = {}
-    for step, (inputs, labels) in enumerate(turn.loader):
+    for step, (inputs, labels) in enumerate(task.loader):
         loss = model(inputs, labels)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        for name, value in {"loss": loss.detach(), **turn.scalars}.items():
+        for name, value in {"loss": loss.detach(), **task.scalars}.items():
             sums[name] = sums.get(name, 0.0) + value
         if step % WINDOW == WINDOW - 1:
             packed = torch.tensor([float(value) / WINDOW for value in sums.values()])
@@ -120,7 +124,7 @@ def with_accelerate(turn: Turn) -> None:
         tracker.finish()
 
 
-def with_torchtnt(turn: Turn) -> None:
+def with_torchtnt(task: Task) -> None:
     """Train a TrainUnit; it reduces and logs every 20 steps."""
     from torchtnt.framework.state import State
     from torchtnt.framework.train import train
@@ -132,7 +136,7 @@ def with_torchtnt(turn: Turn) -> None:
             super().__init__()
             self.module = DistributedDataParallel(mlp())
             self.optimizer = new_optimizer(self.module)
-            self.logger = TensorBoardLogger(str(turn.folder))
+            self.logger = TensorBoardLogger(str(task.folder))
             self.sums: dict[str, Any] = {}
 
         def train_step(self, state: State, data: Any) -> None:
@@ -140,7 +144,7 @@ def with_torchtnt(turn: Turn) -> None:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            for name, value in {"loss": loss.detach(), **turn.scalars}.items():
+            for name, value in {"loss": loss.detach(), **task.scalars}.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             step = self.train_progress.num_steps_completed
             if step % WINDOW == WINDOW - 1:
@@ -150,10 +154,10 @@ def with_torchtnt(turn: Turn) -> None:
                 self.logger.log_dict(dict(zip(self.sums, means, strict=True)), step)
                 self.sums = {}
 
-    train(Unit(), turn.loader, max_epochs=1)
+    train(Unit(), task.loader, max_epochs=1)
 
 
-def with_mmengine(turn: Turn) -> None:
+def with_mmengine(task: Task) -> None:
     """Train with a Runner; it logs the values of rank 0 only."""
     from mmengine.model import BaseModel
     from mmengine.runner import Runner
@@ -164,15 +168,15 @@ def with_mmengine(turn: Turn) -> None:
             self.net = mlp()
 
         def forward(self, inputs: Tensor, labels: Tensor, mode: str = "loss") -> dict[str, Tensor]:
-            values = {name: torch.tensor(value) for name, value in turn.scalars.items()}
+            values = {name: torch.tensor(value) for name, value in task.scalars.items()}
             return {"loss": self.net(inputs, labels), **values}
 
     model = Model()
     Runner(
         model=model,
-        work_dir=str(turn.folder),
-        train_dataloader=turn.loader,
-        train_cfg={"by_epoch": False, "max_iters": turn.batches.max_iter},
+        work_dir=str(task.folder),
+        train_dataloader=task.loader,
+        train_cfg={"by_epoch": False, "max_iters": FOREVER},
         optim_wrapper={"optimizer": new_optimizer(model)},
         default_hooks={
             "logger": {"type": "LoggerHook", "interval": WINDOW},
@@ -191,7 +195,7 @@ def with_mmengine(turn: Turn) -> None:
     ).train()
 
 
-def with_lightning(turn: Turn) -> None:
+def with_lightning(task: Task) -> None:
     """Train with a Trainer; `sync_dist` combines over ranks."""
     import lightning
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -204,7 +208,7 @@ def with_lightning(turn: Turn) -> None:
 
         def training_step(self, batch: Any, number: int) -> Tensor:
             loss = self.net(*batch)
-            self.log_dict({"loss": loss, **turn.scalars}, sync_dist=True)
+            self.log_dict({"loss": loss, **task.scalars}, sync_dist=True)
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -215,16 +219,16 @@ def with_lightning(turn: Turn) -> None:
         devices=2,
         strategy="ddp",
         plugins=[LightningEnvironment()],
-        max_steps=turn.batches.max_iter,
-        logger=TensorBoardLogger(turn.folder),
+        max_steps=FOREVER,
+        logger=TensorBoardLogger(task.folder),
         log_every_n_steps=WINDOW,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(Module(), turn.loader)
+    ).fit(Module(), task.loader)
 
 
-def with_transformers(turn: Turn) -> None:
+def with_transformers(task: Task) -> None:
     """Train with the Trainer of transformers; it logs the loss, averaged over ranks."""
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
@@ -239,7 +243,7 @@ def with_transformers(turn: Turn) -> None:
 
     class Named(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
-            return ({"inputs": x, "labels": y} for x, y in turn.batches)
+            return ({"inputs": x, "labels": y} for x, y in task.batches)
 
     class OwnLoader(Trainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
@@ -247,8 +251,8 @@ def with_transformers(turn: Turn) -> None:
 
     model = Model()
     arguments = TrainingArguments(
-        output_dir=str(turn.folder),
-        max_steps=turn.batches.max_iter,
+        output_dir=str(task.folder),
+        max_steps=FOREVER,
         logging_steps=WINDOW,
         report_to="tensorboard",
         save_strategy="no",
@@ -263,8 +267,9 @@ def with_transformers(turn: Turn) -> None:
     trainer.train()
 
 
-TRAIN: dict[str, Callable[[Turn], None]] = {
+TRAIN: dict[str, Callable[[Task], None]] = {
     "bare DDP": bare_ddp,
+    "bare DDP again": bare_ddp,
     "distrain": ours,
     "accelerate": with_accelerate,
     "torchtnt": with_torchtnt,

@@ -8,21 +8,18 @@ not here: it is for the slowest steps, and collects where training begins, as ev
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Collection, Mapping
-from multiprocessing.queues import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.common import Cost, alternate, estimate, print_table
 from benchmarks.models import MODELS, new_batches, new_optimizer
+from benchmarks.ranks import of_both, on_two_ranks
 from distrain import Trainer
 
-STEPS = {"mlp": 200, "conv net": 10}  # of a block
+STEPS = {"mlp": 200, "conv net": 5}  # of a block
 
 
 class Option(NamedTuple):
@@ -63,39 +60,10 @@ def new_block(option: Option, model_name: str) -> Callable[[], None]:
     return block
 
 
-def be_rank(
-    rank: int, meeting: str, model_name: str, names: Collection[str], rounds: int, answers: Any
-) -> None:
-    """Be one of two ranks; put the costs of all blocks into the queue."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def measure(model_name: str, names: Collection[str], rounds: int) -> dict[str, list[Cost]]:
+    """Return the costs of each option's blocks on this rank."""
     blocks = {o.name: new_block(o, model_name) for o in OPTIONS if o.name in names}
-    answers.put(alternate(blocks, rounds=rounds))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(model_name: str, names: Collection[str], *, rounds: int) -> dict[str, list[Cost]]:
-    """Return the costs of each option's blocks: CPU of both ranks, wall of the slower."""
-    context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[dict[str, list[Cost]]] = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/meeting", model_name, names, rounds, answers)
-        ranks = [context.Process(target=be_rank, args=(rank, *arguments)) for rank in range(2)]
-        for rank in ranks:
-            rank.start()
-        first, second = answers.get(), answers.get()
-        for rank in ranks:
-            rank.join()
-    return {
-        name: [
-            Cost(a.cpu_s + b.cpu_s, max(a.wall_s, b.wall_s)).per(STEPS[model_name])
-            for a, b in zip(costs, second[name], strict=True)
-        ]
-        for name, costs in first.items()
-    }
+    return alternate(blocks, rounds=rounds)
 
 
 def main() -> None:
@@ -112,7 +80,14 @@ def main() -> None:
             if option.name.startswith((arguments.only or "", "defaults"))
             and (model_name == "conv net" or "channels_last" not in option.trainer)
         ]
-        costs = measure(model_name, names, rounds=rounds)
+        first, second = on_two_ranks(measure, model_name, names, rounds)
+        costs = {
+            name: [
+                of_both(pair).per(STEPS[model_name])
+                for pair in zip(first[name], second[name], strict=True)
+            ]
+            for name in names
+        }
         usual = costs["defaults"]
         rows = []
         for name, own in costs.items():

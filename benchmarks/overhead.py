@@ -1,6 +1,7 @@
-"""What a step of ours costs over a bare loop, in one process; blocks of 200 steps take turns.
+"""What a step of ours costs over a bare loop; both live in one process and take turns.
 
-A round is ten blocks of each, so that it holds all that ours does now and then.
+A round is some blocks of steps of each, so that it holds all that ours does now and then. Then the
+same on two gloo ranks, whose steps wander by some percent from block to block.
 
 The bare loop logs its loss to TensorBoard every 20 steps and does nothing else. Ours has all
 default hooks, all writers (the console's lines go to a file) and as many scalars put each step as
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bare_loop import bare_loop
-from benchmarks.common import Estimate, Turns, estimate, percentile, print_table
+from benchmarks.common import Estimate, Round, Turns, estimate, percentile, print_table
 from benchmarks.models import MODELS, new_batches, new_optimizer
 from benchmarks.ours import PutsScalars, default_hooks, new_scalars
+from benchmarks.ranks import of_both, on_two_ranks
 from distrain import Trainer
 
 
@@ -33,6 +37,15 @@ class Case(NamedTuple):
     kind: str  # "float", "tensor" or "float, one by one"
     target_us: float | None = None  # over bare, from the issue
     target_ratio: float | None = None
+    block: int = 200  # steps
+    blocks: int = 10  # of a round
+
+
+class Measured(NamedTuple):
+    """What was seen of a case."""
+
+    rounds: list[Round]
+    slow_ratio: float  # the slowest 1 % of our steps over the slowest 1 % of the bare ones
 
 
 CASES = (
@@ -43,22 +56,34 @@ CASES = (
     Case("mlp", 30, "float, one by one"),
     Case("mlp", 300, "float", 150),
     Case("mlp", 300, "tensor", 150),
-    Case("conv net", 1, "float", target_ratio=1.01),
+    Case("conv net", 1, "float", target_ratio=1.01, block=20, blocks=1),
 )
+ON_TWO_RANKS = (
+    Case("mlp", 1, "float", target_ratio=1.03, block=100, blocks=5),
+    Case("mlp", 30, "float", target_ratio=1.06, block=100, blocks=5),
+)
+COLUMNS = ("model", "scalars", "put as", "bare, us CPU", "over bare, us CPU (95 %)")
+COLUMNS += ("over bare, us wall", "CPU ratio", "p99 ratio", "rounds", "target")
 
 
-def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:
-    """Let bare and ours take turns on one case."""
+def measure(
+    case: Case, max_s: float, precision_us: float = 0.0, rounds: int | None = None
+) -> Measured:
+    """Let bare and ours take turns on one case; see `Turns` for when it ends."""
     build, shape = MODELS[case.model]
+    bare_model = build()
+    if dist.is_initialized():
+        bare_model = DistributedDataParallel(bare_model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         turns = Turns(
             new_batches(shape),
-            bare_loop(build(), folder / "bare"),
-            block=200 if case.model == "mlp" else 10,
-            blocks=10 if case.model == "mlp" else 4,
+            bare_loop(bare_model, folder / "bare"),
+            block=case.block,
+            blocks=case.blocks,
             max_s=max_s,
             precision_us=precision_us,
+            rounds=rounds,
         )
         model = build()
         optimizer = new_optimizer(model)
@@ -69,24 +94,35 @@ def measure(case: Case, *, max_s: float, precision_us: float) -> Turns:
         gc.collect()
         gc.freeze()
         Trainer(model, optimizer, turns, hooks=hooks).train(0, 10**9)
-    return turns
+    slow_ratio = percentile(turns.our_steps_s, 99) / percentile(turns.bare_steps_s, 99)
+    return Measured(turns.rounds, slow_ratio)
 
 
-def describe(case: Case, turns: Turns) -> list[object]:
+def measure_on_two_ranks(case: Case, rounds: int) -> Measured:
+    """Do the same on two gloo ranks; return the cost of both, and the worse of their ratios."""
+    first, second = on_two_ranks(measure, case, 0.0, 0.0, rounds)
+    both = [
+        Round(of_both((a.bare, b.bare)), of_both((a.ours, b.ours)))
+        for a, b in zip(first.rounds, second.rounds, strict=True)
+    ]
+    return Measured(both, max(first.slow_ratio, second.slow_ratio))
+
+
+def describe(case: Case, measured: Measured) -> list[object]:
     """Return the row of a case."""
-    over = estimate(r.over_us for r in turns.rounds)
-    ratio = estimate(r.ours.cpu_s / r.bare.cpu_s for r in turns.rounds)
-    slow = percentile(turns.our_steps_s, 99) / percentile(turns.bare_steps_s, 99)
+    rounds = measured.rounds
+    over = estimate(r.over_us for r in rounds)
+    ratio = estimate(r.ours.cpu_s / r.bare.cpu_s for r in rounds)
     return [
         case.model,
         case.num_scalars,
         case.kind,
-        f"{estimate(r.bare.cpu_s * 1e6 for r in turns.rounds).median:.0f}",
+        f"{estimate(r.bare.cpu_s * 1e6 for r in rounds).median:.0f}",
         f"{over:.1f}",
-        f"{estimate(r.over_wall_us for r in turns.rounds):.1f}",
+        f"{estimate(r.over_wall_us for r in rounds):.1f}",
         f"{ratio:.3f}",
-        f"{slow:.2f}",
-        len(turns.rounds),
+        f"{measured.slow_ratio:.2f}",
+        len(rounds),
         _verdict(case, over, ratio),
     ]
 
@@ -110,19 +146,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-s", type=float, default=20, help="for each row")
     parser.add_argument("--precision-us", type=float, default=1.0, help="end a row sooner")
+    parser.add_argument("--rounds", type=int, default=15, help="on two ranks; 0 leaves them out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, over_us = [], {}
     for case in CASES:
-        turns = measure(case, max_s=options.max_s, precision_us=options.precision_us)
-        rows.append(describe(case, turns))
+        measured = measure(case, options.max_s, options.precision_us)
+        rows.append(describe(case, measured))
         if case.model == "mlp":
-            over_us[case] = estimate(r.over_us for r in turns.rounds).median
-    columns = ["model", "scalars", "put as", "bare, us CPU", "over bare, us CPU (95 %)"]
-    columns += ["over bare, us wall", "CPU ratio", "p99 ratio", "rounds", "target"]
-    print_table("A step of ours over a bare one, one process, batch 32", columns, rows)
+            over_us[case] = estimate(r.over_us for r in measured.rounds).median
+    print_table("A step of ours over a bare one, one process, batch 32", COLUMNS, rows)
     for kind in ("float", "tensor"):
         print(f"a {kind} more a step: {per_scalar_us(over_us, kind):.3f} us (target: <= 0.5)")
+    if options.rounds:
+        rows = [describe(c, measure_on_two_ranks(c, options.rounds)) for c in ON_TWO_RANKS]
+        print_table("The same on two gloo ranks, CPU of both", COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Two gloo ranks: a bare DDP loop, ours, and the peers that are installed; all take turns.
 
-Every contestant is two processes that live through all rounds and wait while others train. All
-train the same small MLP with the same optimizer on the same batches, and bring the mean over ranks
-of 1 or 30 scalars to TensorBoard (or what the peer has) every 20 steps; bare logs its loss on
-rank 0. Where a peer has no such thing, its part is written as its manual would have it. Measured
-is what lies between two batches: no start, no end. Ours combines a second of steps at once, so
-there that is brought up to date at both of them.
+Every contestant is two processes that train all the time, and wait for their next batch while it
+is the turn of others. All train the same small MLP with the same optimizer on the same batches, and
+bring the mean over ranks of 1 or 30 scalars to TensorBoard (or what the peer has) every 20 steps;
+bare logs its loss on rank 0. Where a peer has no such thing, its part is written as its manual
+would have it. Ours combines a second of steps at once, so it is brought up to date at both ends of
+a turn. Bare takes part twice: how far it is from itself is what chance does.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Cost, estimate, print_table
-from benchmarks.contestants import TRAIN, Batches, Turn
+from benchmarks.contestants import TRAIN, WINDOW, Batches, Enough, Task
 from benchmarks.ours import new_scalars
+from benchmarks.ranks import of_both
 
-TURN_S, MIN_STEPS = 2.0, 60  # of a contestant in a round, if its steps are long
+TURN_S = 0.7  # of a contestant in a round
+FIRST_STEPS = 3 * WINDOW  # of the first turn, which is not counted
 ANSWER_S = 300  # the first answer waits for the imports of all contestants at once
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REQUIRES = {
     "bare DDP": "torch",
+    "bare DDP again": "torch",
     "distrain": "torch",
     "accelerate": "accelerate",
     "torchtnt": "torchtnt",
@@ -46,7 +49,7 @@ REQUIRES = {
 
 
 def be_rank(name: str, rank: int, meeting: str, pipe: Connection) -> None:
-    """Be one rank of a contestant: train each time that the pipe says how."""
+    """Be one rank of a contestant: train each time that the pipe says with how many scalars."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", NODE_RANK="0"
@@ -59,15 +62,14 @@ def be_rank(name: str, rank: int, meeting: str, pipe: Connection) -> None:
         os.dup2(silence, 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    while (order := pipe.recv()) is not None:
-        num_scalars, steps = order
+    while (num_scalars := pipe.recv()) is not None:
+        scalars = dict(new_scalars(num_scalars if num_scalars > 1 else 0, "float"))
         with tempfile.TemporaryDirectory() as folder:
-            batches = Batches(steps)
-            scalars = dict(new_scalars(num_scalars if num_scalars > 1 else 0, "float"))
             try:
-                TRAIN[name](Turn(batches, Path(folder), scalars))
-                pipe.send(batches.cost)
-            except BaseException as error:
+                TRAIN[name](Task(Batches(pipe), Path(folder), scalars))
+            except Enough:
+                pass
+            except Exception as error:
                 pipe.send(f"{type(error).__name__}: {error}")
                 raise
     dist.destroy_process_group()
@@ -90,10 +92,15 @@ class Contestant:
             self._pipes.append(here)
             self._ranks.append(process)
 
-    def train(self, num_scalars: int, steps: int) -> Cost | str:
-        """Return the cost of a step: CPU of both ranks together, wall of the slower; or why not."""
+    def tell(self, message: int | None) -> None:
+        """Send both ranks a number of scalars, then numbers of steps, then None for the end."""
         for pipe in self._pipes:
-            pipe.send((num_scalars, steps))
+            with contextlib.suppress(OSError):  # it has failed, and said so
+                pipe.send(message)
+
+    def train(self, steps: int) -> Cost | str:
+        """Return the cost of a step: CPU of both ranks together, wall of the slower; or why not."""
+        self.tell(steps)
         answers = []
         for pipe in self._pipes:
             if not pipe.poll(ANSWER_S):
@@ -102,21 +109,19 @@ class Contestant:
         failed = [answer for answer in answers if isinstance(answer, str)]
         if failed:
             return failed[0]
-        return Cost(sum(a.cpu_s for a in answers), max(a.wall_s for a in answers))
+        return of_both(answers)
 
     def close(self) -> None:
         """End the processes."""
-        for pipe, process in zip(self._pipes, self._ranks, strict=True):
-            with contextlib.suppress(OSError):
-                pipe.send(None)
+        self.tell(None)
+        for process in self._ranks:
             process.join(10)
             process.kill()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", nargs="*", help="names of contestants besides bare DDP")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -127,7 +132,7 @@ def main() -> None:
         contestants = [Contestant(name, folder) for name in found]
         try:
             for num_scalars in (1, 30):
-                play(contestants, num_scalars, rounds=options.rounds, steps=options.steps)
+                play(contestants, num_scalars, rounds=options.rounds)
         finally:
             for contestant in contestants:
                 contestant.close()
@@ -135,22 +140,27 @@ def main() -> None:
         print(f"not installed or not asked for: {', '.join(sorted(missing))}")
 
 
-def play(contestants: list[Contestant], num_scalars: int, *, rounds: int, steps: int) -> None:
-    """Let all train in turns and print the table; one round before is not counted."""
+def play(contestants: list[Contestant], num_scalars: int, *, rounds: int) -> None:
+    """Let all train in turns and print the table; who fails is removed from the list."""
     costs: dict[str, list[Cost]] = {c.name: [] for c in contestants}
-    steps_of = dict.fromkeys(costs, steps)
+    steps = dict.fromkeys(costs, FIRST_STEPS)
+    for contestant in contestants:
+        contestant.tell(num_scalars)
     for number in range(-1, rounds):
-        for contestant in list(contestants):
-            cost = contestant.train(num_scalars, steps_of[contestant.name])
+        shift = number % len(contestants)  # another one begins
+        for contestant in contestants[shift:] + contestants[:shift]:
+            cost = contestant.train(steps[contestant.name])
             if isinstance(cost, str):
                 print(f"{contestant.name} is left out: {cost}", file=sys.stderr)
                 contestants.remove(contestant)
                 del costs[contestant.name]
             elif number >= 0:
                 costs[contestant.name].append(cost)
-            else:
-                at_most = max(MIN_STEPS, int(TURN_S / cost.wall_s))
-                steps_of[contestant.name] = min(steps, at_most)
+            else:  # whole windows
+                windows = max(1, int(TURN_S / cost.wall_s / WINDOW))
+                steps[contestant.name] = windows * WINDOW
+    for contestant in contestants:
+        contestant.tell(None)
     if "bare DDP" not in costs:
         raise SystemExit("no bare loop, no table")
     bare = costs["bare DDP"]
@@ -170,7 +180,7 @@ def play(contestants: list[Contestant], num_scalars: int, *, rounds: int, steps:
         )
     print_table(
         f"Two gloo ranks, MLP 64-64-10, {num_scalars} scalars a step "
-        f"({rounds} rounds of {steps} steps, or {TURN_S:g} s of them; median and range)",
+        f"({rounds} rounds, turns of {TURN_S:g} s; median and range)",
         ["", "CPU us a step, both ranks", "CPU over bare", "wall us a step", "wall over bare"],
         rows,
     )

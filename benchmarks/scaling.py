@@ -23,7 +23,7 @@ from benchmarks.ours import default_hooks, new_scalars
 from distrain import TrainerBase
 from distrain.hooks import straggler
 
-RANKS = (2, 64, 512, 4096)
+RANKS = (2, 64, 4096)
 SCALARS = (1, 30, 300, 1000)
 WARM_UP = 40  # iterations until names are known to all and windows are regular
 STEPS = 400
