@@ -58,10 +58,8 @@ bench: $(BENCH)/installed
 
 bench-quick: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead --max-s 3 --rounds 0
-	$(BIN)/python -m benchmarks.scaling --rounds 1
 	$(BIN)/python -m benchmarks.optimizer --rounds 3
 	$(BIN)/python -m benchmarks.checkpoint --saves 4 --period 20
-	$(BIN)/python -m benchmarks.startup --rounds 1
 	$(BIN)/python -m benchmarks.stream --rounds 3
 
 $(BIN)/python:

@@ -161,7 +161,7 @@ class Turns:
         bare: Callable[[Iterable[Any]], None],
         *,
         block: int = 200,
-        blocks: int = 10,
+        blocks: int = 5,
         max_s: float = 20.0,
         precision_us: float = 0.0,
         rounds: int | None = None,
