@@ -115,14 +115,15 @@ def runs(
     all_runs = Runs(session_cluster, folder, folder / "local")
     n12, n34 = "n[1-2]", "n[3-4]"
     gpus = "launch.gpus_per_node=2"
+    one_node = ("launch.nodes=1", "launch.ranks=4")  # half as much to start
     started = {
         "preempted": all_runs.start("preempted", gpus, nodes=n34),
-        "requeued": all_runs.start("requeued", nodes=n12),
+        "requeued": all_runs.start("requeued", *one_node, nodes="n1"),
         "plain": all_runs.start("plain", nodes=n12, slow_s=0.0),
         "signalled": all_runs.start("signalled", nodes=n34),
         # of a minute: the signal comes 10 to 40 s after the start, so it must last longer than that
         "limited": all_runs.start(
-            "limited", "launch.time_min=1", "launch.signal_s=20", nodes=n12, slow_s=0.7
+            "limited", "launch.time_min=1", "launch.signal_s=20", *one_node, nodes="n2", slow_s=0.7
         ),
     }
     local = [f"run.dir={all_runs.reference}", "launch.ranks=4"]
