@@ -56,11 +56,11 @@ CASES = (
     Case("mlp", 30, "float, one by one"),
     Case("mlp", 300, "float", 150),
     Case("mlp", 300, "tensor", 150),
-    Case("conv net", 1, "float", target_ratio=1.01, block=20, blocks=1),
+    Case("conv net", 1, "float", target_ratio=1.01, block=2, blocks=10),
 )
 ON_TWO_RANKS = (
-    Case("mlp", 1, "float", target_ratio=1.03, block=100),
-    Case("mlp", 30, "float", target_ratio=1.06, block=100),
+    Case("mlp", 1, "float", target_ratio=1.03, block=20, blocks=25),
+    Case("mlp", 30, "float", target_ratio=1.06, block=20, blocks=25),
 )
 COLUMNS = ("model", "scalars", "put as", "bare, us CPU", "over bare, us CPU (95 %)")
 COLUMNS += ("over bare, us wall", "CPU ratio", "p99 ratio", "rounds", "target")
