@@ -47,12 +47,12 @@ BENCH := .bench-venv
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.overhead --max-s 9 --rounds 11
 	$(BENCH)/bin/python -m benchmarks.peers --rounds 9
-	$(BENCH)/bin/python -m benchmarks.options
+	$(BENCH)/bin/python -m benchmarks.options --rounds 7
 	$(BENCH)/bin/python -m benchmarks.scaling --rounds 3
 	$(BENCH)/bin/python -m benchmarks.optimizer --rounds 9
 	$(BENCH)/bin/python -m benchmarks.checkpoint --saves 9
-	$(BENCH)/bin/python -m benchmarks.startup --rounds 5
-	$(BENCH)/bin/python -m benchmarks.memory --rounds 2
+	$(BENCH)/bin/python -m benchmarks.startup --rounds 3
+	$(BENCH)/bin/python -m benchmarks.memory --rounds 1
 	$(BENCH)/bin/python -m benchmarks.stream
 	$(BENCH)/bin/python -m benchmarks.gpu
 

@@ -1,4 +1,4 @@
-"""The bare loop that all is compared with: it trains, and logs its loss every 20 steps."""
+"""The bare loop that all is compared with: it trains, and rank 0 logs its loss every 20 steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,6 +15,7 @@ from benchmarks.models import new_optimizer
 
 def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]:
     """Return a function that trains on some batches; it logs every 20 steps."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
     optimizer, writer, step = new_optimizer(model), SummaryWriter(str(folder)), 0
 
     def train(batches: Iterable[Any]) -> None:
@@ -24,7 +26,7 @@ def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if step % 20 == 0:
+            if is_main and step % 20 == 0:
                 writer.add_scalar("loss", loss.item(), step)
 
     return train
