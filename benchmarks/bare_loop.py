@@ -14,9 +14,10 @@ from benchmarks.models import new_optimizer
 
 
 def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]:
-    """Return a function that trains on some batches; it logs every 20 steps."""
+    """Return a function that trains on some batches; rank 0 logs every 20 steps."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    optimizer, writer, step = new_optimizer(model), SummaryWriter(str(folder)), 0
+    writer = SummaryWriter(str(folder)) if is_main else None
+    optimizer, step = new_optimizer(model), 0
 
     def train(batches: Iterable[Any]) -> None:
         nonlocal step
@@ -26,7 +27,7 @@ def bare_loop(model: nn.Module, folder: Path) -> Callable[[Iterable[Any]], None]
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if is_main and step % 20 == 0:
+            if writer and step % 20 == 0:
                 writer.add_scalar("loss", loss.item(), step)
 
     return train

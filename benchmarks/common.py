@@ -16,9 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from distrain import get_event_storage
+import torch
+import torch.distributed as dist
 
-SETTLE_S = 0.003
+from distrain import get_event_storage
+from distrain.distributed import local_device
+
+SETTLE_S = 0.003  # who works for less than a tenth of it has settled
 
 
 class Cost(NamedTuple):
@@ -146,9 +150,9 @@ class Turns:
         batches: used over and over.
         bare: trains on the batches that it is given.
         block: steps in a block. blocks: of a round, of each of the two.
-        max_s: no new round after so many seconds.
+        max_s: no new round after so many seconds. On several ranks, rank 0 decides.
         precision_us: nor once the CPU difference is known to this many microseconds.
-        rounds: exactly so many instead, for ranks that have to end together.
+        min_rounds: but never before so many.
         settle: called at both ends of a block, such as `torch.cuda.synchronize`.
 
     Attributes:
@@ -164,12 +168,12 @@ class Turns:
         blocks: int = 5,
         max_s: float = 20.0,
         precision_us: float = 0.0,
-        rounds: int | None = None,
+        min_rounds: int = 3,
         settle: Callable[[], object] = lambda: None,
     ) -> None:
         self._batches, self._bare = batches, bare
         self._block, self._blocks = block, blocks
-        self._max_s, self._precision_us, self._num_rounds = max_s, precision_us, rounds
+        self._max_s, self._precision_us, self._min_rounds = max_s, precision_us, min_rounds
         self._settle = settle
         self.rounds: list[Round] = []
         self.bare_steps_s: list[float] = []
@@ -207,12 +211,15 @@ class Turns:
             begin = now
 
     def _is_enough(self) -> bool:
-        if self._num_rounds is not None:
-            return len(self.rounds) == self._num_rounds
-        if len(self.rounds) < 3:
+        if len(self.rounds) < self._min_rounds:
             return False
         half_width = estimate(r.over_us for r in self.rounds).half_width
-        return half_width < self._precision_us or time.perf_counter() > self._end_s
+        is_enough = half_width < self._precision_us or time.perf_counter() > self._end_s
+        if dist.is_initialized():
+            of_main = torch.tensor([is_enough], dtype=torch.int32, device=local_device())
+            dist.broadcast(of_main, src=0)
+            is_enough = bool(of_main)
+        return is_enough
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

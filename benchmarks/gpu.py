@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -131,7 +130,7 @@ def bare_loop(
         if where.world_size > 1
         else model
     )
-    writer, step = SummaryWriter(str(folder)), 0
+    writer, step = SummaryWriter(str(folder)) if where.is_main else None, 0
 
     def train(batches: Iterable[Any]) -> None:
         nonlocal step
@@ -142,7 +141,7 @@ def bare_loop(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if step % 20 == 0 and where.is_main:
+            if writer and step % 20 == 0:
                 writer.add_scalar("loss", loss.item(), step)
 
     return train
@@ -200,24 +199,14 @@ def prove_no_synchronisation(case: Case, device: torch.device, folder: Path, *, 
 def measure(
     case: Case, where: Topology, device: torch.device, folder: Path, *, max_s: float
 ) -> Turns:
-    """Let bare and ours take turns. All ranks do as many rounds as rank 0 wants."""
+    """Let bare and ours take turns."""
     batches = [case.new_batch(device) for _ in range(4)]
     bare = bare_loop(case, where, device, folder / "bare")
-    turns = Together(batches, bare, block=40, max_s=max_s, settle=torch.cuda.synchronize)
+    turns = Turns(batches, bare, block=40, max_s=max_s, settle=torch.cuda.synchronize)
     gc.collect()
     gc.freeze()
     new_trainer(case, turns, device, folder).train(0, 10**9)
     return turns
-
-
-class Together(Turns):
-    """Turns of several ranks."""
-
-    def _is_enough(self) -> bool:
-        enough = torch.tensor([super()._is_enough()], dtype=torch.int32, device=local_device())
-        if dist.is_initialized():
-            dist.broadcast(enough, src=0)
-        return bool(enough)
 
 
 def rows_of(case: Case, turns: Turns, where: Topology, peak: float) -> Iterator[list[object]]:

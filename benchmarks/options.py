@@ -8,7 +8,6 @@ not here: it is for the slowest steps, and collects where training begins, as ev
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +71,6 @@ def main() -> None:
     parser.add_argument("--only", help="options whose name begins so, beside the defaults")
     arguments = parser.parse_args()
     rounds = arguments.rounds
-    os.environ["OMP_NUM_THREADS"] = "1"
     for model_name in MODELS:
         names = [
             option.name

@@ -66,9 +66,7 @@ COLUMNS = ("model", "scalars", "put as", "bare, us CPU", "over bare, us CPU (95 
 COLUMNS += ("over bare, us wall", "CPU ratio", "p99 ratio", "rounds", "target")
 
 
-def measure(
-    case: Case, max_s: float, precision_us: float = 0.0, rounds: int | None = None
-) -> Measured:
+def measure(case: Case, max_s: float, precision_us: float = 0.0, min_rounds: int = 3) -> Measured:
     """Let bare and ours take turns on one case; see `Turns` for when it ends."""
     build, shape = MODELS[case.model]
     bare_model = build()
@@ -83,7 +81,7 @@ def measure(
             blocks=case.blocks,
             max_s=max_s,
             precision_us=precision_us,
-            rounds=rounds,
+            min_rounds=min_rounds,
         )
         model = build()
         optimizer = new_optimizer(model)

@@ -151,6 +151,8 @@ def play(contestants: list[Contestant], num_scalars: int, *, rounds: int) -> Non
         for contestant in contestants[shift:] + contestants[:shift]:
             cost = contestant.train(steps[contestant.name])
             if isinstance(cost, str):
+                if contestant.name == "bare DDP":
+                    raise SystemExit(f"no bare loop, no table: {cost}")
                 print(f"{contestant.name} is left out: {cost}", file=sys.stderr)
                 contestants.remove(contestant)
                 del costs[contestant.name]
@@ -161,8 +163,6 @@ def play(contestants: list[Contestant], num_scalars: int, *, rounds: int) -> Non
                 steps[contestant.name] = windows * WINDOW
     for contestant in contestants:
         contestant.tell(None)
-    if "bare DDP" not in costs:
-        raise SystemExit("no bare loop, no table")
     bare = costs["bare DDP"]
     rows = []
     for name, own in costs.items():

@@ -30,7 +30,7 @@ from distrain.exactsum import join, split
 from distrain.histories import Block
 from distrain.history import Floats, Ints
 from distrain.packing import Columns
-from distrain.rows import RowGroup, ScalarKind, ScalarRow, group_rows, read_blocks
+from distrain.rows import RowGroup, ScalarKind, ScalarRow, group_rows, meeting_device, read_blocks
 from distrain.sharednames import SharedNames, Store
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
@@ -327,12 +327,12 @@ class ScalarReduction:
 
 
 def _flatten(blocks: Sequence[Tensor]) -> Tensor:
-    """Copy the elements of all blocks into one float64 tensor on the device of the first."""
+    """Copy the elements of all blocks into one float64 tensor on their device."""
     if len({block.dtype for block in blocks}) == len({block.device for block in blocks}) == 1:
         if len({block.shape for block in blocks}) == 1:
             return torch.stack(list(blocks)).to(torch.float64).flatten()
         return torch.cat([block.flatten() for block in blocks]).to(torch.float64)
-    device = blocks[0].device
+    device = meeting_device(blocks)
     return torch.cat([b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks])
 
 

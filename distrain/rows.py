@@ -148,9 +148,21 @@ def own_copy(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: it has more elements, or none.
     """
+    return _detached(name, value).clone()
+
+
+def _detached(name: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{name}: a scalar has one element, not shape {[*value.shape]}")
-    return value.detach().clone()
+    return value.detach()
+
+
+def meeting_device(tensors: Iterable[Tensor]) -> torch.device:
+    """Return where to bring tensors together: the host only if all are there.
+
+    A copy to it that nobody waits for may be read before it has arrived.
+    """
+    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 
 
 def stack(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -165,6 +177,6 @@ def stack(tensors: Mapping[str, Tensor]) -> Tensor:
             block = torch.stack(alike).detach()
             if block.numel() == len(alike):
                 return block.flatten()
-    device = alike[0].device
-    alike = [own_copy(name, tensor).reshape(()) for name, tensor in tensors.items()]
+    device = meeting_device(alike)
+    alike = [_detached(name, tensor).reshape(()) for name, tensor in tensors.items()]
     return torch.stack([t.to(device, torch.float64, non_blocking=True) for t in alike])

@@ -8,7 +8,7 @@ from distrain import EventStorage, get_event_storage
 from distrain.histogram import count_values
 from distrain.histories import Block
 from distrain.reduction import ScalarReduction
-from distrain.rows import ScalarKind
+from distrain.rows import ScalarKind, meeting_device, stack
 
 kind_c = ScalarKind("mean", True)
 
@@ -79,6 +79,12 @@ def test_one_element_may_have_any_shape(shapes):
     storage.put_scalars(a=torch.full(shapes[0], 2.0), b=torch.full(shapes[1], 3.0))
     storage.put_scalars(c=torch.full(shapes[0], 4.0), d=5.0)
     assert storage.latest() == {"a": 2.0, "b": 3.0, "c": 4.0, "d": 5.0}
+
+
+def test_tensors_of_several_devices_meet_off_the_host():
+    here, there = torch.zeros(()), torch.zeros((), device="meta")
+    assert [meeting_device(t).type for t in ([here], [here, there])] == ["cpu", "meta"]
+    assert stack({"a": here, "b": there}).device.type == "meta"
 
 
 def test_a_tensor_of_more_elements_is_named_among_others_alike():
