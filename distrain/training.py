@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
+from distrain.numerics import numerics
 from distrain.optim import build_optimizer
 from distrain.progressbar import waiting
 from distrain.reduction import STOP_REQUESTED
@@ -56,7 +57,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
     """
     heartbeat.of_this_process().beat(Phase.START)
     log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
-    with _listening() as stop, process_group() as where:
+    with _listening() as stop, process_group() as where, _numerics(conf["trainer"]):
         checkpoints = CheckpointStore(
             Path(run_dir, "checkpoints"), attempt=_attempt(), **conf["checkpoint"]
         )
@@ -125,7 +126,8 @@ def build_parts(
         ConfigError: a part cannot be built; names its key.
     """
     settings = dict(conf["trainer"])
-    del settings["max_iter"]
+    for of_the_process in ("max_iter", "float32_matmul", "deterministic"):
+        del settings[of_the_process]
     model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
     if state is None and conf.get("init", {}).get("weights"):
         start_from(model, **conf["init"])
@@ -234,6 +236,10 @@ def _build_hooks(**context: Any) -> dict[str, HookBase]:
                 "distrain.HookBase"
             )
     return hooks
+
+
+def _numerics(keys: Conf) -> AbstractContextManager[None]:
+    return numerics(deterministic=keys["deterministic"], float32_matmul=keys["float32_matmul"])
 
 
 def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf | None]:

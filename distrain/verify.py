@@ -116,7 +116,7 @@ def _verify(plan: _Plan, folder: Path) -> int:
         if random := differing(left, second):
             print(f"two straight runs differ as well, in {', '.join(random)}: this training is not")
             print("deterministic. Look for unseeded random numbers, data.seed_samples=false with")
-            print("augmentation, and (on GPUs) torch.use_deterministic_algorithms.")
+            print("augmentation, and (on GPUs) for trainer.deterministic=true.")
         else:
             print("two straight runs are equal, so something is not part of the checkpoint: state")
             print("of a hook belongs in its state_dict, state of the model in its buffers.")

@@ -168,6 +168,8 @@ def conf_of(
             "window": 4,
             "accumulation": 1,
             "sync_batchnorm": True,
+            "float32_matmul": "highest",
+            "deterministic": False,
             **trainer,
         },
     }

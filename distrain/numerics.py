@@ -1,0 +1,45 @@
+"""How arithmetic rounds and whether it repeats: torch's switches of a process, for one training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by torch and by cuBLAS when the first product is made
+
+
+@contextmanager
+def numerics(
+    *, deterministic: bool, float32_matmul: Literal["highest", "high", "medium"]
+) -> Iterator[None]:
+    """Set torch's switches, and put them back at the end.
+
+    Args:
+        deterministic: only kernels that give the same bits each time, as resuming bit for bit on a
+            GPU needs. torch raises RuntimeError where an operation has none.
+        float32_matmul: "highest" multiplies matrices of float32 as they are; "high" and "medium"
+            let GPUs of Ampere and later round the factors to TF32 or less, which is several times
+            as fast. See `torch.set_float32_matmul_precision`.
+    """
+    cudnn = torch.backends.cudnn
+    was_deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision, workspace = torch.get_float32_matmul_precision(), os.environ.get(_CUBLAS)
+    torch.set_float32_matmul_precision(float32_matmul)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        cudnn.benchmark = False
+        os.environ.setdefault(_CUBLAS, ":4096:8")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if deterministic:
+            torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
+            cudnn.benchmark = benchmark
+            if workspace is None:
+                os.environ.pop(_CUBLAS, None)
