@@ -5,7 +5,8 @@
 
 For each model: samples a second and time of a step of both, the share of the card's peak that the
 arithmetic makes (MFU), and a proof that an ordinary step of ours waits for nothing: torch raises at
-every operation that synchronises the host with the device.
+every operation that synchronises the host with the device. On one device also what training feels
+of a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks.checkpoint import Saves, largest_mb, plain_copies_ms, print_saves
 from benchmarks.common import Turns, estimate, percentile, print_table
 from benchmarks.models import GPT, resnet50
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
+from distrain.checkpoint import CheckpointStore
 from distrain.distributed import Topology, local_device, process_group
 from distrain.optim import build_optimizer
 
@@ -202,11 +205,24 @@ def measure(
     """Let bare and ours take turns."""
     batches = [case.new_batch(device) for _ in range(4)]
     bare = bare_loop(case, where, device, folder / "bare")
-    turns = Turns(batches, bare, block=40, max_s=max_s, settle=torch.cuda.synchronize)
+    # a block takes a second or more
+    turns = Turns(batches, bare, block=40, blocks=1, max_s=max_s, settle=torch.cuda.synchronize)
     gc.collect()
     gc.freeze()
     new_trainer(case, turns, device, folder).train(0, 10**9)
     return turns
+
+
+def measure_saves(case: Case, device: torch.device, folder: Path, *, period: int = 60) -> None:
+    """Train with a checkpoint every so many steps, each waited for, and print what they took."""
+    settle = torch.cuda.synchronize
+    checkpoints = folder / "saved"
+    hook = Saves(CheckpointStore(checkpoints, keep_last=2), period=period, settle=settle)
+    trainer = new_trainer(case, itertools.repeat(case.new_batch(device)), device, folder, hook)
+    trainer.train(0, period * 6 - 1)
+    size_mb = largest_mb(checkpoints)
+    copies_ms = plain_copies_ms(trainer, rounds=5, settle=settle)
+    print_saves(f"{case.name}: a checkpoint of {size_mb:,.0f} MB", hook, copies_ms)
 
 
 def rows_of(case: Case, turns: Turns, where: Topology, peak: float) -> Iterator[list[object]]:
@@ -251,6 +267,8 @@ def main() -> None:
             prove_no_synchronisation(case, device, folder / "proof", steps=100)
             if where.is_main:
                 print(f"{case.name}: 100 steps of ours without one synchronisation")
+            if where.world_size == 1:
+                measure_saves(case, device, folder / "saves")
             torch.cuda.empty_cache()
             turns = measure(case, where, device, folder, max_s=options.max_s)
             rows += rows_of(case, turns, where, peak)

@@ -49,7 +49,8 @@ class PutsScalars(HookBase):
 
 
 def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, HookBase]:
-    """Return the hooks of conf/hooks/default.yaml, writing into a folder."""
+    """Return the hooks of conf/hooks/default.yaml, writing into a folder that may be new."""
+    folder.mkdir(parents=True, exist_ok=True)
     return {
         "timer": IterationTimer(),
         "schedule": LRScheduler(WarmupCosineLR(optimizer, 10**6, warmup_iters=100)),

@@ -16,6 +16,12 @@ INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a t
 }
 
 
+def pytest_configure(config):
+    """Hide the GPUs: these tests put many ranks on the CPU. `-m gpu` is for those on GPUs."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Let the processes of `-n 2` share the files: each runs whole in one of them."""
