@@ -159,9 +159,9 @@ def test_nor_does_a_waiting_hook_pass(tmp_path, waiting_allowed_again):
     assert trainer.iter == 20
 
 
-def distrain(*words, cwd):
+def python(*words, cwd):
     return subprocess.run(
-        [sys.executable, "-m", "distrain", *words],
+        [sys.executable, *words],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
@@ -172,8 +172,9 @@ def distrain(*words, cwd):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_command_resumes_bit_for_bit(tmp_path, precision):
-    done = distrain(
-        *("--verify-resume", "--iterations", "60", "+experiment=digits", "launch.ranks=1"),
+    done = python(
+        *("-m", "distrain.checkpoint", "--verify-resume", "--iterations", "60"),
+        *("+experiment=digits", "launch.ranks=1"),
         *("trainer.deterministic=true", "data.seed_samples=true", "data.workers=2"),
         f"trainer.precision={precision}",
         cwd=tmp_path,
@@ -183,8 +184,8 @@ def test_the_command_resumes_bit_for_bit(tmp_path, precision):
 
 
 def test_the_command_tells_of_the_gpu(tmp_path):
-    done = distrain(
-        *("+experiment=digits", "launch.ranks=1", "trainer.max_iter=400", "run.dir=run"),
+    done = python(
+        *("-m", "distrain", "+experiment=digits", "launch.ranks=1", "trainer.max_iter=400", "run.dir=run"),
         *("hooks=[default,throughput,memory,profiler]", "hooks.gpu.period_s=0.05"),
         cwd=tmp_path,
     )
