@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check docs image faults flatness bench bench-quick
+.PHONY: demo test test-all test-gpu check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -17,6 +17,10 @@ test: $(VENV)/installed-dev
 # a person sees it.
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+# What needs a CUDA device; `make test` hides the GPUs from the tests, which put many ranks on the CPU.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 3 -m gpu
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

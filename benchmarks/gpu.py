@@ -58,6 +58,7 @@ class Case(NamedTuple):
     new_batch: Callable[[torch.device], tuple[Tensor, Tensor]]
     per_batch: int  # samples or tokens of one rank's batch
     flops: float  # of one forward and backward over one of them
+    save_period: int  # steps from one checkpoint to the next, in which it is written
     channels_last: bool
     compile: bool
 
@@ -80,6 +81,7 @@ def resnet_case(batch_size: int) -> Case:
         new_batch=new_batch,
         per_batch=batch_size,
         flops=3 * 2 * 4.09e9,
+        save_period=60,
         channels_last=True,
         compile=False,
     )
@@ -99,6 +101,7 @@ def gpt_case(batch_size: int, *, length: int = 1024) -> Case:
         new_batch=new_batch,
         per_batch=batch_size * length,
         flops=6 * 124e6 + 12 * 12 * length * 768,
+        save_period=400,
         channels_last=False,
         compile=True,
     )
@@ -213,15 +216,17 @@ def measure(
     return turns
 
 
-def measure_saves(case: Case, device: torch.device, folder: Path, *, period: int = 60) -> None:
-    """Train with a checkpoint every so many steps, each waited for, and print what they took."""
-    settle = torch.cuda.synchronize
+def measure_saves(case: Case, device: torch.device, folder: Path, *, saves: int = 4) -> None:
+    """Train with some checkpoints, each step waited for, and print what they took."""
+    settle, period = torch.cuda.synchronize, case.save_period
     checkpoints = folder / "saved"
     hook = Saves(CheckpointStore(checkpoints, keep_last=2), period=period, settle=settle)
     trainer = new_trainer(case, itertools.repeat(case.new_batch(device)), device, folder, hook)
-    trainer.train(0, period * 6 - 1)
+    gc.collect()
+    gc.freeze()
+    trainer.train(0, period * (saves + 1) - 1)
     size_mb = largest_mb(checkpoints)
-    copies_ms = plain_copies_ms(trainer, rounds=5, settle=settle)
+    copies_ms = plain_copies_ms(trainer, rounds=saves, settle=settle)
     print_saves(f"{case.name}: a checkpoint of {size_mb:,.0f} MB", hook, copies_ms)
 
 
@@ -261,23 +266,22 @@ def main() -> None:
         device = local_device()
         card = torch.cuda.get_device_name(device)
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in card), 0.0)
-        rows: list[list[object]] = []
         for number, case in enumerate((resnet_case(options.images), gpt_case(options.texts))):
             folder = Path(name, str(number))
             prove_no_synchronisation(case, device, folder / "proof", steps=100)
             if where.is_main:
                 print(f"{case.name}: 100 steps of ours without one synchronisation")
+            torch.cuda.empty_cache()
+            turns = measure(case, where, device, folder, max_s=options.max_s)
+            if where.is_main:
+                print_table(
+                    f"{where.world_size} x {card}, torch {torch.__version__}, 95 %",
+                    ["model", "loop", "speed", "ms a step", "p99 ms", "MFU", "over bare", "rounds"],
+                    rows_of(case, turns, where, peak),
+                )
             if where.world_size == 1:
                 measure_saves(case, device, folder / "saves")
             torch.cuda.empty_cache()
-            turns = measure(case, where, device, folder, max_s=options.max_s)
-            rows += rows_of(case, turns, where, peak)
-        if where.is_main:
-            print_table(
-                f"{where.world_size} x {card}, torch {torch.__version__}, 95 %",
-                ["model", "loop", "speed", "ms a step", "p99 ms", "MFU", "over bare", "rounds"],
-                rows,
-            )
 
 
 if __name__ == "__main__":

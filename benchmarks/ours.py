@@ -30,7 +30,7 @@ class NeverSaves(PeriodicCheckpointer):
     """The checkpoint hook between two saves, which is all that this benchmark sees of it."""
 
     def after_train(self) -> None:
-        pass
+        self._checkpoints.close()
 
 
 class PutsScalars(HookBase):

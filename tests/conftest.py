@@ -64,8 +64,9 @@ def nothing_is_left():
             del os.environ[name]
     new = set(psutil.Process().children(recursive=True)) - children
     _, left = psutil.wait_procs(new, timeout=5.0)
-    # multiprocessing's tracker of shared memory lives as long as this process
-    left = [child for child in left if "resource_tracker" not in " ".join(_words_of(child))]
+    # multiprocessing's tracker of shared memory and torch's compilers live as long as this process
+    lasting = ("resource_tracker", "compile_worker")
+    left = [c for c in left if not any(name in " ".join(_words_of(c)) for name in lasting)]
     names = [child.name() for child in left if child.is_running()]
     for child in left:
         child.kill()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SOURCE = Path(__file__).with_name("nvml_stand_in.c")
 LIBRARY = "libnvidia-ml.so.1"
@@ -69,6 +70,8 @@ def with_stand_in(
 
     def work(rank: int) -> Any:
         ctypes.CDLL(str(library))
+        torch.cuda.is_available = lambda: False  # its GPUs are there for NVML alone
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         with tempfile.TemporaryDirectory() as own:
             os.environ["NVML_STAND_IN"] = f"{own}/says"
             return fn(rank, Driver(Path(own, "says")), *args)

@@ -303,6 +303,7 @@ def test_the_command_shows_what_the_driver_says(libraries, tmp_path):
             "PYTHONPATH": str(ROOT),
             "LD_LIBRARY_PATH": str((libraries / "new" / LIBRARY).parent),
             "NVML_STAND_IN": str(driver),
+            "CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1",  # nothing for CUDA, wherever this runs
         },
         capture_output=True,
         text=True,

@@ -185,7 +185,14 @@ def test_the_command_resumes_bit_for_bit(tmp_path, precision):
 
 def test_the_command_tells_of_the_gpu(tmp_path):
     done = python(
-        *("-m", "distrain", "+experiment=digits", "launch.ranks=1", "trainer.max_iter=400", "run.dir=run"),
+        *(
+            "-m",
+            "distrain",
+            "+experiment=digits",
+            "launch.ranks=1",
+            "trainer.max_iter=400",
+            "run.dir=run",
+        ),
         *("hooks=[default,throughput,memory,profiler]", "hooks.gpu.period_s=0.05"),
         cwd=tmp_path,
     )
