@@ -6,6 +6,7 @@ object with one key that begins with "$": {"$tuple": [...]}, {"$tensor": name, .
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
@@ -28,6 +29,7 @@ ALLOWED = (
 )
 MAX_DEPTH = 64
 INT64 = range(-(1 << 63), 1 << 63)
+KEY_TYPES = {str, int}
 TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 UNCOPIED_DTYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)}
 # names of https://github.com/huggingface/safetensors by the names of torch and numpy; what is not
@@ -145,14 +147,14 @@ class _Encoder:
         return [self.encode(item, (*path, str(i))) for i, item in enumerate(value)]
 
     def _encode_dict(self, value: dict[Any, Any], path: tuple[str, ...]) -> Any:
-        for key in value:
-            if type(key) not in (str, int):
-                raise _refused(f"the key {key!r} of type {type(key).__qualname__}", path)
-        pairs = [(key, self.encode(item, (*path, str(key)))) for key, item in value.items()]
-        plain = all(type(key) is str and _is_plain(key) and key[:1] != "$" for key in value)
-        if type(value) is dict and plain:
-            return dict(pairs)
-        rows = [[self.encode(key, path), item] for key, item in pairs]
+        kinds = set(map(type, value))
+        if not kinds <= KEY_TYPES:
+            key = next(key for key in value if type(key) not in KEY_TYPES)
+            raise _refused(f"the key {key!r} of type {type(key).__qualname__}", path)
+        items = [self.encode(item, (*path, str(key))) for key, item in value.items()]
+        if type(value) is dict and kinds <= {str} and all(map(_is_plain_key, value)):
+            return dict(zip(value, items, strict=True))
+        rows = [[self.encode(key, path), item] for key, item in zip(value, items, strict=True)]
         if type(value) is OrderedDict:
             node: dict[str, Any] = {"$ordered": rows}
             if hasattr(value, "_metadata"):  # of nn.Module.state_dict: the modules' versions
@@ -161,13 +163,14 @@ class _Encoder:
         return {"$counter" if type(value) is Counter else "$dict": rows}
 
     def _encode_tensor(self, value: Tensor, path: tuple[str, ...]) -> Any:
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = _dtype_name(value.dtype)
         unknown = value.is_quantized or value.is_meta or value.is_nested or dtype in UNCOPIED_DTYPES
         if value.layout != torch.strided or unknown:
             what = f"a {dtype} tensor of layout {value.layout} on {value.device}"
             raise _refused(what, path)
         shape = tuple(value.shape)
-        name = self._add(value.detach(), dtype, shape, value.numel() * value.itemsize, path)
+        source = value.detach() if value.requires_grad else value
+        name = self._add(source, dtype, shape, value.nbytes, path)
         node: dict[str, Any] = {"$tensor": name, "dtype": dtype, "shape": list(shape)}
         order = _memory_order(value)
         return node if order is None else {**node, "order": order}
@@ -190,7 +193,9 @@ class _Encoder:
         in_model = path[0] == MODEL_PART
         file = MODEL_FILE if in_model else TRAINING_FILE
         text = ".".join(path[1:] if in_model and len(path) > 1 else path)
-        name = text = text.encode(errors="replace").decode()  # other readers want valid Unicode
+        if not text.isascii():
+            text = text.encode(errors="replace").decode()  # other readers want valid Unicode
+        name = text
         count = 1
         while (file, name) in self._names or name == "__metadata__":
             count += 1
@@ -208,6 +213,15 @@ def _refused(what: str, path: tuple[str, ...]) -> TypeError:
     return TypeError(
         f"checkpoint state at {'.'.join(path)}: {what} cannot be saved; allowed: {ALLOWED}"
     )
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_plain_key(key: str) -> bool:
+    return key[:1] != "$" and _is_plain(key)
 
 
 def _is_plain(text: str) -> bool:
