@@ -57,7 +57,9 @@ class Histories:
                 self._settle()
             self._is_settled_known = False
         elif len(waiting) * len(waiting[-1].iterations) > _MAX_WAITING:
-            self._settle()  # before it is appended, for the newest are asked for soon
+            # before it is appended, and without those of other names: the newest are asked for soon
+            self._move(block.names, waiting)
+            waiting.clear()
         self._waiting.setdefault(block.names, []).append(block)
 
     def update(self, name: str, value: float, iteration: int) -> None:
@@ -189,12 +191,16 @@ class Histories:
         if not self._waiting:
             return
         for names, blocks in self._waiting.items():
-            values = np.concatenate([block.values for block in blocks]).T.copy()  # (K, n)
-            iterations = np.concatenate([block.iterations for block in blocks])
-            for name, of_name in zip(names, values, strict=True):
-                self._buffer(name).extend(of_name, iterations)
+            self._move(names, blocks)
         self._waiting = {}
         self._is_settled_known = False
+
+    def _move(self, names: tuple[str, ...], blocks: Sequence[Block]) -> None:
+        """Append what waits under some names to their buffers."""
+        values = np.concatenate([block.values for block in blocks]).T.copy()  # (K, n)
+        iterations = np.concatenate([block.iterations for block in blocks])
+        for name, of_name in zip(names, values, strict=True):
+            self._buffer(name).extend(of_name, iterations)
 
     def _buffer(self, name: str) -> HistoryBuffer:
         buffer = self._buffers.get(name)

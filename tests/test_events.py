@@ -6,7 +6,7 @@ import torch
 
 from distrain import EventStorage, get_event_storage
 from distrain.histogram import count_values
-from distrain.histories import Block
+from distrain.histories import Block, Histories
 from distrain.reduction import ScalarReduction
 from distrain.rows import ScalarKind, meeting_device, stack
 
@@ -210,6 +210,27 @@ def test_rows_of_several_windows_at_once_are_those_one_by_one():
     assert at_once[1]["a"][0] == np.median([v for v, _ in storage.history("a").values()][-4:])
     assert rows_of(storage, [7, 11])[0] == rows_of(storage, [7, 11])[1]  # long in the buffers
     assert "c" not in rows_of(storage, [7, 11])[0][0]
+
+
+def test_rows_are_never_read_one_by_one_while_other_names_move(monkeypatch):
+    """In the middle of a run, such a window once cost 50 to 150 ms."""
+    kinds = {name: ScalarKind("mean", True) for name in "abc"}
+    histories = Histories(kinds)
+    monkeypatch.setattr(histories, "until", None)
+    draw = np.random.default_rng(0)
+    values = draw.random((9_000, 3))
+    histories.append(Block(("c",), values[:100, 2:], np.arange(100)))  # it is a window ahead
+    for start in range(100, 9_000, 100):  # more than wait at once
+        at = np.arange(start, start + 100)
+        histories.append(Block(("a", "b"), values[start : start + 100, :2], at))
+        histories.append(Block(("c",), values[start : start + 100, 2:], at))
+        dues = [*range(start + 19, start + 100, 20)]
+        for due, row in zip(dues, histories.until_each(dues, window_size=20), strict=True):
+            medians = np.median(values[due - 19 : due + 1], axis=0).tolist()
+            assert row == {name: (m, due) for name, m in zip("abc", medians, strict=True)}
+    for column, name in enumerate("abc"):
+        begin = 0 if name == "c" else 100
+        assert np.array_equal(histories.buffers()[name].arrays()[0], values[begin:, column])
 
 
 def test_a_row_with_nan_or_infinity_is_told_as_it_is():
