@@ -127,6 +127,9 @@ def print_saves(
     stall, usual = estimate(hook.stalls_ms), estimate(hook.usual_ms)
     writing, copying = estimate(hook.while_writing_ms), estimate(copies_ms)
     ratio = writing.median / usual.median
+    written_ms = "longer than from save to save"
+    if hook.written_s:
+        written_ms = f"{estimate(s * 1e3 for s in hook.written_s):.0f}"
     is_quick = f"<= {target_ms}: {_yes(stall.median <= target_ms)}" if target_ms else ""
     print_table(
         f"{title} ({len(hook.stalls_ms)} saves; 95 %)",
@@ -141,7 +144,7 @@ def print_saves(
                 f"{writing:.1f}",
                 f"<= 1.05 of the usual: {ratio:.3f}, {_yes(ratio <= 1.05)}",
             ],
-            ["from save to disk", f"{estimate(s * 1e3 for s in hook.written_s):.0f}", ""],
+            ["from save to disk", written_ms, ""],
         ],
     )
 

@@ -101,7 +101,7 @@ def gpt_case(batch_size: int, *, length: int = 1024) -> Case:
         new_batch=new_batch,
         per_batch=batch_size * length,
         flops=6 * 124e6 + 12 * 12 * length * 768,
-        save_period=400,
+        save_period=250,
         channels_last=False,
         compile=True,
     )
