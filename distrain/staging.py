@@ -84,9 +84,12 @@ class Staging:
             (str(t.source.dtype), tuple(t.source.shape), offset)
             for t, offset in zip(tensors, offsets, strict=True)
         ]
-        if places != self._places:
-            views = [_view(self._memory, t, o) for t, o in zip(tensors, offsets, strict=True)]
-            self._places, self._views = places, views
+        num_same = min(len(places), len(self._places))
+        num_same = next((n for n in range(num_same) if places[n] != self._places[n]), num_same)
+        # what grows, as histories do, lies behind the model and the optimizer: those views stay
+        rest = zip(tensors[num_same:], offsets[num_same:], strict=True)
+        self._views[num_same:] = [_view(self._memory, t, offset) for t, offset in rest]
+        self._places = places
         devices = {t.source.device for t in tensors if isinstance(t.source, Tensor)}
         cuda = [device for device in devices if device.type == "cuda"]
         if cuda and self._pinned is None:

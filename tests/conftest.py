@@ -55,7 +55,7 @@ def nothing_is_left():
         name
         for name in environment.keys() | os.environ.keys()
         if environment.get(name) != os.environ.get(name)
-        and not name.startswith(("PYTEST_", "TORCHINDUCTOR_"))  # torch sets it when it is imported
+        and not name.startswith(("PYTEST_", "TORCHINDUCTOR_", "TRITON_"))  # torch sets these itself
     }
     for name in changed:
         if name in environment:

@@ -63,6 +63,25 @@ def test_the_memory_stays_where_it_is_until_it_is_too_small(staging: Staging) ->
     assert os.pread(staging.fd, size, offset) == large.numpy().tobytes()
 
 
+def test_what_lies_before_something_that_grows_is_not_looked_for_again(staging: Staging) -> None:
+    weight = torch.arange(100.0)
+    for length in (3, 40, 0, 7):
+        job = fill(staging, {"w": weight, "history": np.arange(float(length)), "last": weight + 1})
+        if length == 3:
+            view = staging._views[0]
+        assert staging._views[0] is view
+        for (*_, offset, size), values in zip(
+            sorted(job["files"]["training.safetensors"]),
+            (np.arange(float(length)), weight.numpy() + 1, weight.numpy()),
+            strict=True,
+        ):
+            assert os.pread(staging.fd, size, offset) == values.tobytes()
+    job = fill(staging, {"w": weight})
+    assert len(staging._views) == 1
+    fill(staging, {"w": weight, "history": np.arange(3.0)})
+    assert len(staging._views) == 2
+
+
 def test_equal_places_with_other_dtypes_are_told_apart(staging: Staging) -> None:
     for tensor in (torch.ones(4), torch.ones(4, dtype=torch.int32), torch.ones(2, 2), None):
         state = {"a": torch.ones(4).numpy() if tensor is None else tensor}
