@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distrain.history import Floats, HistoryBuffer, Ints
 from distrain.rows import ScalarKind
 
-_MAX_WAITING = 4000  # iterations of one set of names, before they move into the histories
+_MAX_WAITING = 1000  # iterations of one set of names, before they move into the histories
 
 
 class Block(NamedTuple):

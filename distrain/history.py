@@ -20,7 +20,7 @@ class HistoryBuffer:
             `global_avg` counts the older ones too.
     """
 
-    def __init__(self, max_length: int = 100_000) -> None:
+    def __init__(self, max_length: int = 10_000) -> None:
         if max_length < 1:
             raise ValueError(f"max_length={max_length}; a history keeps at least one value")
         self._max_length = max_length

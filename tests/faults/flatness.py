@@ -6,8 +6,8 @@ Two ranks with the default hooks run the command. From the end of a warm-up on, 
 (USS) and the open files of every process are looked at once a second. The rest of the run is cut
 into two halves; of each process the most memory in the second half less the most in the first is
 its growth, and likewise the median of open files, for a file may be open just then. A history keeps
-up to 200,000 values of a scalar, of which it then drops the older half: so the warm-up is 200,000
-iterations, and each half a whole number of 100,000, unless --history sets another bound.
+up to 20,000 values of a scalar, of which it then drops the older half: so the warm-up is 20,000
+iterations, and each half a whole number of 10,000, unless --history sets another bound.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def growth(samples: Sequence[Sample], *, warmup: int, iterations: int) -> Growth
     return Growth(more_mb, more_fds, max(each.uss_mb for each in samples))
 
 
-def write(folder: Path, *, iterations: int, history: int = 100_000) -> None:
+def write(folder: Path, *, iterations: int, history: int = 10_000) -> None:
     """Write the project of a run into an empty folder."""
     (folder / "conf" / "experiment").mkdir(parents=True)
     conf = CONF.replace("ITERATIONS", str(iterations))
@@ -177,7 +177,7 @@ def measure(
     folder: Path,
     *,
     iterations: int,
-    history: int = 100_000,
+    history: int = 10_000,
     overrides: Sequence[str] = (),
     every_s: float = 1.0,
 ) -> dict[str, list[Sample]]:
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=400_000)
     parser.add_argument("--warmup", type=int, help="iterations; by default 2 histories")
-    parser.add_argument("--history", type=int, default=100_000, help="values kept of a scalar")
+    parser.add_argument("--history", type=int, default=10_000, help="values kept of a scalar")
     parser.add_argument("--leak", type=int, help="bytes that a hook keeps in each iteration")
     options = parser.parse_args(arguments)
     warmup = 2 * options.history if options.warmup is None else options.warmup
