@@ -49,7 +49,7 @@ flatness: $(VENV)/installed-dev
 BENCH := .bench-venv
 
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m benchmarks.overhead --max-s 9 --rounds 11
+	$(BENCH)/bin/python -m benchmarks.overhead --max-s 7 --rounds 9
 	$(BENCH)/bin/python -m benchmarks.peers --rounds 9
 	$(BENCH)/bin/python -m benchmarks.options --rounds 7
 	$(BENCH)/bin/python -m benchmarks.scaling --rounds 3

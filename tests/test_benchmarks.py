@@ -15,9 +15,10 @@ print("cost", scaling.one_rank_of(64, lambda: scaling.loop_cost(30)).cpu_s)
 """
 OVERHEAD = """
 from benchmarks import overhead
-case = overhead.CASES[2]
-for measured in overhead.measure(case, 0.1, 1e9), overhead.measure_on_two_ranks(case, 1):
-    print("rounds", len(measured.rounds), len(overhead.describe(case, measured)))
+case = overhead.CASES[2]._replace(in_a_row=40)
+alone = overhead.measure(case, 0.1, 1e9).rounds, overhead.slow_ratio(case)
+for rounds, slow_ratio in alone, overhead.measure_on_two_ranks(case, 1):
+    print("rounds", len(rounds), len(overhead.describe(case, rounds, slow_ratio)))
 """
 
 
