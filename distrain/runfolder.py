@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from distrain import folderlock
+from distrain import folderlock, schema
 from distrain.checkpoint_found import find_all, newest_valid
 from distrain.errors import ConfigError, ExitCode
 from distrain.provenance import git_state, start_record
@@ -173,7 +173,7 @@ class RunFolder:
         Raises:
             ConfigError: one of them may not.
         """
-        changed = differences(frozen, conf)
+        changed = differences(_with_defaults(frozen), conf)
         refused = {k: v for k, v in changed.items() if not _covers((*FREE_KEYS, *HORIZON_KEYS), k)}
         if refused:
             lines = [f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in refused.items()]
@@ -248,6 +248,13 @@ def await_run(run_dir: str | Path, *, timeout_s: float = 600.0) -> None:
         if time.monotonic() > deadline:
             raise ConfigError(f"run.dir={run_dir}: rank 0 has made no run in {timeout_s:g} s")
         time.sleep(0.1)
+
+
+def _with_defaults(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a frozen configuration with the keys that did not exist yet when it was written."""
+    with contextlib.suppress(ConfigError):  # it has keys that exist no more: these are told
+        return schema.check(dict(frozen))
+    return frozen
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

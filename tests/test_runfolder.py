@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, what is frozen into it, and that nothing of others is lost."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -16,6 +17,7 @@ from distrain import folderlock
 from distrain.errors import ConfigError
 from distrain.provenance import git_state
 from distrain.runfolder import RunFolder, await_run, differences
+from distrain.schema import check
 
 HOLD = """
 import sys
@@ -151,6 +153,28 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
     assert "launch" not in text
     assert "\n" not in text
     assert contents(path) == before
+
+
+def test_keys_that_are_newer_than_a_run_have_their_defaults_in_it(tmp_path):
+    whole = {
+        "run": {"name": "a", "dir": "runs/a"},
+        "data": {"batch_size": 8, "train": {"_target_": "my.Data"}},
+        "trainer": {"max_iter": 30},
+        "model": {"_target_": "my.Model"},
+        "launch": {"_target_": "my.Launcher"},
+    }
+    with RunFolder(tmp_path / "a") as folder:
+        folder.freeze(check(copy.deepcopy(whole)), ("x=1",))
+    file = tmp_path / "a" / "run.yaml"
+    frozen = yaml.safe_load(file.read_text())
+    del frozen["trainer"]["deterministic"]  # as an earlier version had it
+    file.write_text(yaml.safe_dump(frozen))
+    with RunFolder(tmp_path / "a") as folder:
+        folder.freeze(check(copy.deepcopy(whole)), ("x=1",))
+    whole["trainer"]["deterministic"] = True
+    with pytest.raises(ConfigError, match=r"trainer\.deterministic: False -> True"):
+        with RunFolder(tmp_path / "a") as folder:
+            folder.freeze(check(whole), ("x=1",))
 
 
 def test_of_many_keys_five_are_named(tmp_path):
