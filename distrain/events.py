@@ -144,7 +144,7 @@ class EventStorage:
         row, types = self._row, set(map(type, scalars.values()))
         if types == _TENSORS:
             row.put_block(stack(scalars), *scalars)  # type: ignore[arg-type]
-        elif types == _FLOATS and (not row.tensors or row.tensors.keys().isdisjoint(scalars)):
+        elif types == _FLOATS and row.tensors.keys().isdisjoint(scalars.keys()):
             row.floats.update(scalars)  # type: ignore[arg-type]
         else:
             self._put_mixed(scalars)
