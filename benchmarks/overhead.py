@@ -90,7 +90,7 @@ def measure(case: Case, max_s: float, precision_us: float = 0.0, min_rounds: int
 
 
 def slow_ratio(case: Case) -> float:
-    """Return the slowest 1 % of our steps over the slowest 1 % of the bare ones, many in a row each.
+    """Return the slowest 1 % of our steps over that of the bare ones, of many in a row each.
 
     What we do once a second would come twice as often if we had to wait for a bare loop meanwhile.
     """
