@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by torch and by cuBLAS when the firs
 
 @contextmanager
 def numerics(
-    *, deterministic: bool, float32_matmul: Literal["highest", "high", "medium"]
+    *, deterministic: bool, float32_matmul: Literal["highest", "high", "medium"] | None
 ) -> Iterator[None]:
-    """Set torch's switches, and put them back at the end.
+    """Set torch's switches where asked to, and put them back at the end.
 
     Args:
         deterministic: only kernels that give the same bits each time, as resuming bit for bit on a
@@ -25,21 +26,28 @@ def numerics(
             let GPUs of Ampere and later round the factors to TF32 or less, which is several times
             as fast. See `torch.set_float32_matmul_precision`.
     """
+    with contextlib.ExitStack() as stack:
+        if float32_matmul is not None:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision(float32_matmul)
+        if deterministic:
+            stack.enter_context(_deterministic())
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
     cudnn = torch.backends.cudnn
-    was_deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
+    was, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    precision, workspace = torch.get_float32_matmul_precision(), os.environ.get(_CUBLAS)
-    torch.set_float32_matmul_precision(float32_matmul)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-        cudnn.benchmark = False
-        os.environ.setdefault(_CUBLAS, ":4096:8")
+    workspace = os.environ.get(_CUBLAS)
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = False
+    os.environ.setdefault(_CUBLAS, ":4096:8")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        if deterministic:
-            torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
-            cudnn.benchmark = benchmark
-            if workspace is None:
-                os.environ.pop(_CUBLAS, None)
+        torch.use_deterministic_algorithms(was, warn_only=warn_only)
+        cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)

@@ -70,7 +70,7 @@ class TrainerKeys:
     clip_norm: Annotated[float, Positive()] | None = None
     clip_value: Annotated[float, Positive()] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    float32_matmul: Literal["highest", "high", "medium"] = "highest"
+    float32_matmul: Literal["highest", "high", "medium"] | None = None
     deterministic: bool = False
     compile: bool = False
     channels_last: bool = False

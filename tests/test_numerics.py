@@ -35,6 +35,14 @@ def test_switches_are_set_and_put_back(benchmarking):
     assert switches() == before
 
 
+def test_what_is_not_asked_for_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", None)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
+    before = switches()
+    with numerics(deterministic=False, float32_matmul=None):
+        assert switches() == before
+
+
 def test_they_are_put_back_when_training_fails(benchmarking):
     before = switches()
     with pytest.raises(KeyError):
@@ -52,6 +60,6 @@ def test_what_the_user_has_set_stays(benchmarking, monkeypatch):
 
 def test_an_operation_that_does_not_repeat_is_refused():
     table, index = torch.zeros(4), torch.tensor([0, 0])
-    with numerics(deterministic=True, float32_matmul="highest"):
+    with numerics(deterministic=True, float32_matmul=None):
         with pytest.raises(RuntimeError, match="deterministic"):
             table.put_(index, torch.ones(2))

@@ -168,7 +168,7 @@ def conf_of(
             "window": 4,
             "accumulation": 1,
             "sync_batchnorm": True,
-            "float32_matmul": "highest",
+            "float32_matmul": None,
             "deterministic": False,
             **trainer,
         },
