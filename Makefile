@@ -61,7 +61,7 @@ bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.gpu
 
 bench-quick: $(VENV)/installed
-	$(BIN)/python -m benchmarks.overhead --max-s 3 --rounds 0
+	$(BIN)/python -m benchmarks.overhead --max-s 3 --rounds 0 --no-slowest
 	$(BIN)/python -m benchmarks.optimizer --rounds 3
 	$(BIN)/python -m benchmarks.checkpoint --saves 4 --period 20
 	$(BIN)/python -m benchmarks.stream --rounds 3

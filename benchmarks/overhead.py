@@ -113,7 +113,7 @@ def measure_on_two_ranks(case: Case, rounds: int) -> tuple[list[Round], float]:
     return both, max(ratio, other_ratio)
 
 
-def describe(case: Case, rounds: list[Round], slow_ratio: float) -> list[object]:
+def describe(case: Case, rounds: list[Round], slow_ratio: float | None) -> list[object]:
     """Return the row of a case."""
     over = estimate(r.over_us for r in rounds)
     ratio = estimate(r.ours.cpu_s / r.bare.cpu_s for r in rounds)
@@ -125,7 +125,7 @@ def describe(case: Case, rounds: list[Round], slow_ratio: float) -> list[object]
         f"{over:.1f}",
         f"{estimate(r.over_wall_us for r in rounds):.1f}",
         f"{ratio:.3f}",
-        f"{slow_ratio:.2f}",
+        "" if slow_ratio is None else f"{slow_ratio:.2f}",
         len(rounds),
         _verdict(case, over, ratio),
     ]
@@ -150,13 +150,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-s", type=float, default=20, help="for each row")
     parser.add_argument("--precision-us", type=float, default=1.0, help="end a row sooner")
+    parser.add_argument(
+        "--slowest",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look for the slowest steps of a row, too, which takes several seconds",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="on two ranks; 0 leaves them out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, over_us = [], {}
     for case in CASES:
         rounds = measure(case, options.max_s, options.precision_us).rounds
-        rows.append(describe(case, rounds, slow_ratio(case)))
+        rows.append(describe(case, rounds, slow_ratio(case) if options.slowest else None))
         if case.model == "mlp":
             over_us[case] = estimate(r.over_us for r in rounds).median
     print_table("A step of ours over a bare one, one process, batch 32", COLUMNS, rows)
