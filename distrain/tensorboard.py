@@ -218,13 +218,16 @@ class TensorBoardWriter:
             if len(self._events) >= _MAX_EVENTS:
                 self._events.clear()
             event = self._events[names] = _ScalarsEvent(names)
-        self._file.append(record(event.serialized(list(scalars.values()), step=step)))
+        self._append(event.serialized(list(scalars.values()), step=step))
 
     def _add_values(self, values: list[Summary.Value], *, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _add(self, event: Event) -> None:
-        self._file.append(record(event.SerializeToString()))
+        self._append(event.SerializeToString())
+
+    def _append(self, event: bytes) -> None:
+        self._file.append(record(event))
 
 
 class _ScalarsEvent:

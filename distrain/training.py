@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,6 +41,7 @@ from distrain.trainer import Trainer
 
 Conf = dict[str, Any]
 
+_OF_NUMERICS = ("deterministic", "float32_matmul")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -57,7 +58,8 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
     """
     heartbeat.of_this_process().beat(Phase.START)
     log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
-    with _listening() as stop, process_group() as where, _numerics(conf["trainer"]):
+    exactness = {key: conf["trainer"][key] for key in _OF_NUMERICS}
+    with _listening() as stop, process_group() as where, numerics(**exactness):
         checkpoints = CheckpointStore(
             Path(run_dir, "checkpoints"), attempt=_attempt(), **conf["checkpoint"]
         )
@@ -126,8 +128,8 @@ def build_parts(
         ConfigError: a part cannot be built; names its key.
     """
     settings = dict(conf["trainer"])
-    for of_the_process in ("max_iter", "float32_matmul", "deterministic"):
-        del settings[of_the_process]
+    for not_of_the_trainer in ("max_iter", *_OF_NUMERICS):
+        del settings[not_of_the_trainer]
     model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
     if state is None and conf.get("init", {}).get("weights"):
         start_from(model, **conf["init"])
@@ -236,10 +238,6 @@ def _build_hooks(**context: Any) -> dict[str, HookBase]:
                 "distrain.HookBase"
             )
     return hooks
-
-
-def _numerics(keys: Conf) -> AbstractContextManager[None]:
-    return numerics(deterministic=keys["deterministic"], float32_matmul=keys["float32_matmul"])
 
 
 def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf | None]:

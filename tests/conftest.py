@@ -43,8 +43,11 @@ def short_windows(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
+def nothing_is_left(request):
     """Fail a test that leaves an environment variable, a process group or a process."""
+    variables, lasting = ["PYTEST_", "TORCHINDUCTOR_"], ["resource_tracker"]  # of pytest and Python
+    if request.node.get_closest_marker("gpu"):  # torch.compile keeps its compilers
+        variables, lasting = [*variables, "TRITON_"], [*lasting, "compile_worker"]
     environment = dict(os.environ)
     children = set(psutil.Process().children(recursive=True))
     yield
@@ -55,7 +58,7 @@ def nothing_is_left():
         name
         for name in environment.keys() | os.environ.keys()
         if environment.get(name) != os.environ.get(name)
-        and not name.startswith(("PYTEST_", "TORCHINDUCTOR_", "TRITON_"))  # torch sets these itself
+        and not name.startswith(tuple(variables))  # torch sets it when it is imported
     }
     for name in changed:
         if name in environment:
@@ -64,8 +67,7 @@ def nothing_is_left():
             del os.environ[name]
     new = set(psutil.Process().children(recursive=True)) - children
     _, left = psutil.wait_procs(new, timeout=5.0)
-    # multiprocessing's tracker of shared memory and torch's compilers live as long as this process
-    lasting = ("resource_tracker", "compile_worker")
+    # multiprocessing's tracker of shared memory lives as long as this process
     left = [c for c in left if not any(name in " ".join(_words_of(c)) for name in lasting)]
     names = [child.name() for child in left if child.is_running()]
     for child in left:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_one_gpu import ForbidsWaiting, Net, fresh
+from test_one_gpu import Net, batches, fresh
 from test_strategy import against_ddp, check_against_ddp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer, get_event_storage, reduction
 from distrain.batchnorm import convert_sync_batchnorm
@@ -29,14 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 WORLD_SIZE = 2
-
-
-def images(seed, num=20, size=8):
-    g = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 3, 8, 8, generator=g).pin_memory(), (torch.arange(size) % 10))
-        for _ in range(num)
-    ]
 
 
 def plain_ddp(data, *, precision="fp32"):
@@ -58,7 +51,7 @@ def against_plain_ddp(rank, folder):
     """Return for each precision the names of the tensors that differ, of all there are."""
     different = {}
     for precision in ("fp32", "bf16"):
-        data = images(rank)
+        data = batches(20, size=8, seed=rank)
         torch.manual_seed(rank)  # what dropout draws begins alike in both, see `fresh`
         expected = plain_ddp(data, precision=precision)
         model, optimizer = fresh()
@@ -87,7 +80,7 @@ class Loss(nn.Module):
 
 def with_sync_batchnorm(rank, folder):
     """Return the state after training on this rank's halves, and that of one GPU on the whole."""
-    whole = images(seed=9, size=8)
+    whole = batches(20, size=8, seed=9)
     half = slice(4 * rank, 4 * rank + 4)
     model = convert_sync_batchnorm(Loss().cuda())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -115,9 +108,10 @@ def without_waiting(rank, folder):
     """Train with all default hooks where waiting for the device raises; return the rows."""
     model, optimizer = fresh()
     hooks = default_hooks(optimizer, folder / "rows")
-    hooks |= {"puts": PutsRank(), "forbids": ForbidsWaiting()}
+    hooks |= {"puts": PutsRank(), "forbids": ForbidsSynchronisation()}
     hooks["guard"] = ReplicaGuard(10)
-    trainer = Trainer(model, optimizer, images(rank), hooks=hooks, window=5, clip_norm=1.0)
+    data = batches(20, size=8, seed=rank)
+    trainer = Trainer(model, optimizer, data, hooks=hooks, window=5, clip_norm=1.0)
     try:
         trainer.train(0, 200)
     finally:
@@ -128,7 +122,7 @@ def without_waiting(rank, folder):
     return [json.loads(line) for line in lines]
 
 
-def resumed(rank, folder, *, comm_hook="bf16"):
+def resumed(rank, folder):
     """Return the names of the tensors in which a run that was resumed differs from a straight."""
 
     def leg(place, *, stop, resume=0):
@@ -138,8 +132,8 @@ def resumed(rank, folder, *, comm_hook="bf16"):
         store = CheckpointStore(folder / place)
         hooks = [PeriodicCheckpointer(4, checkpoints=store), ReplicaGuard(3)]
         hooks += [CallbackHook(before_step=lambda t: torch.manual_seed(100 * t.iter + rank))]
-        data = images(rank, num=stop)[resume:]
-        trainer = Trainer(model, optimizer, data, hooks=hooks, comm_hook=comm_hook)
+        data = batches(stop, seed=rank)[resume:]
+        trainer = Trainer(model, optimizer, data, hooks=hooks, comm_hook="bf16")
         if resume:
             trainer.load_state_dict(store.load(resume))
         trainer.train(resume, stop)
@@ -161,7 +155,7 @@ CHECKS = (against_plain_ddp, with_sync_batchnorm, against_ddp, without_waiting, 
 
 
 def be_rank(rank, port, shares_gpu, folder, pipe):
-    """Do all checks as one of the ranks; send what each returned, or how it failed."""
+    """Do all checks as one of the ranks; send what each returned."""
     local_rank = 0 if shares_gpu else rank
     os.environ |= {
         "RANK": str(rank),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu import proves_it_would_raise
+from benchmarks.gpu import WARM_UP_STEPS, ForbidsSynchronisation, proves_it_would_raise
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
 from distrain.hooks import TorchMemoryStats
@@ -41,13 +41,11 @@ class Net(nn.Module):
         return F.cross_entropy(self.net(x), y)
 
 
-def batches(num=5):
+def batches(num=5, *, size=16, seed=0):
     """Return batches in pinned memory, as the loader's are."""
-    g = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(16, 3, 8, 8, generator=g).pin_memory(), (torch.arange(16) % 10).pin_memory())
-        for _ in range(num)
-    ]
+    g = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(size) % 10).pin_memory()
+    return [(torch.randn(size, 3, 8, 8, generator=g).pin_memory(), labels) for _ in range(num)]
 
 
 def fresh():
@@ -111,20 +109,6 @@ def test_it_equals_a_plain_loop_bit_for_bit(settings, repeatable):
     assert ours == pytest.approx(losses, rel=1e-6)
 
 
-class ForbidsWaiting(HookBase):
-    """Lets torch raise, from a step on, where the host waits for the device."""
-
-    order = 0
-
-    def before_step(self):
-        if self.trainer.iter == 20:
-            torch.cuda.set_sync_debug_mode("error")
-
-    def after_step(self):
-        if self.trainer.iter_done == self.trainer.max_iter:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.fixture
 def waiting_allowed_again():
     yield
@@ -138,7 +122,7 @@ def test_an_ordinary_step_does_not_wait(settings, tmp_path, short_windows, waiti
     proves_it_would_raise(torch.device("cuda"))
     model, optimizer = fresh()
     hooks = default_hooks(optimizer, tmp_path)
-    hooks |= {"memory": TorchMemoryStats(), "forbids": ForbidsWaiting()}
+    hooks |= {"memory": TorchMemoryStats(), "forbids": ForbidsSynchronisation()}
     trainer = Trainer(model, optimizer, batches(), hooks=hooks, window=5, **settings)
     trainer.train(0, 100)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -153,10 +137,11 @@ def test_nor_does_a_waiting_hook_pass(tmp_path, waiting_allowed_again):
             self.trainer.module.net[0].bias.sum().item()
 
     model, optimizer = fresh()
-    trainer = Trainer(model, optimizer, batches(), hooks=[ForbidsWaiting(), Waits()], window=5)
+    hooks = [ForbidsSynchronisation(), Waits()]
+    trainer = Trainer(model, optimizer, batches(), hooks=hooks, window=5)
     with pytest.raises(RuntimeError, match="synchroniz"):
         trainer.train(0, 100)
-    assert trainer.iter == 20
+    assert trainer.iter == WARM_UP_STEPS
 
 
 def python(*words, cwd):
@@ -185,14 +170,8 @@ def test_the_command_resumes_bit_for_bit(tmp_path, precision):
 
 def test_the_command_tells_of_the_gpu(tmp_path):
     done = python(
-        *(
-            "-m",
-            "distrain",
-            "+experiment=digits",
-            "launch.ranks=1",
-            "trainer.max_iter=400",
-            "run.dir=run",
-        ),
+        *("-m", "distrain", "+experiment=digits"),
+        *("launch.ranks=1", "trainer.max_iter=400", "run.dir=run"),
         *("hooks=[default,throughput,memory,profiler]", "hooks.gpu.period_s=0.05"),
         cwd=tmp_path,
     )
