@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from distrain.errors import ConfigError
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -73,21 +70,3 @@ def to_channels_last(batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_channels_last(part) for part in batch)
     return batch
-
-
-def endless(data: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of an iterable over and over; a DistributedSampler learns of each epoch.
-
-    Raises:
-        ConfigError: there is no batch in it.
-    """
-    for epoch in itertools.count():
-        set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        is_empty = True
-        for batch in data:
-            is_empty = False
-            yield batch
-        if is_empty:
-            raise ConfigError("the data has no batch; training needs at least one")

@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from distrain.batches import endless, to_channels_last, to_device
+from distrain.batches import to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
 from distrain.distributed import local_device, random_states, restore_random_states
+from distrain.epochs import repeat
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
 from distrain.heartbeat import Phase
@@ -59,8 +60,8 @@ class Trainer(TrainerBase):
             `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element, or
             several by name, whose sum is minimised.
         optimizer: over parameters of the model.
-        data: an iterable of this rank's batches, started again when it ends; or a `TrainLoader`,
-            whose stream starts at any iteration.
+        data: an iterable of this rank's batches, started again when it ends (see `epochs.repeat`);
+            or a `TrainLoader`, whose stream starts at any iteration.
         hooks: see `TrainerBase`.
         device: where to train; None is this rank's GPU, or the CPU.
         window: see `TrainerBase`.
@@ -161,7 +162,7 @@ class Trainer(TrainerBase):
         if isinstance(self.data, Seekable):
             self._batches = self.data.batches(self.start_iter)
         else:
-            self._batches = endless(self.data)
+            self._batches = repeat(self.data, start=self.start_iter * self.accumulation)
         if self.where.world_size > 2 and not self.is_sharded and self.start_iter < self.max_iter:
             batch = next(self._batches)
             self._settle_buckets(batch)
