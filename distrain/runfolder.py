@@ -174,7 +174,9 @@ class RunFolder:
             ConfigError: one of them may not.
         """
         changed = differences(_with_defaults(frozen), conf)
-        refused = {k: v for k, v in changed.items() if not _covers((*FREE_KEYS, *HORIZON_KEYS), k)}
+        moved = {key for key, values in changed.items() if _is_data_path(key, *values)}
+        allowed = (*FREE_KEYS, *HORIZON_KEYS, *moved)
+        refused = {k: v for k, v in changed.items() if not _covers(allowed, k)}
         if refused:
             lines = [f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in refused.items()]
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -182,9 +184,8 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration ({', '.join(lines[:5])}{more}); "
                 "give another run.name, or the old values to continue it"
             )
-        for key in HORIZON_KEYS:
-            if key in changed:
-                old, new = changed[key]
+        for key, (old, new) in changed.items():
+            if key in HORIZON_KEYS or key in moved:
                 self.notices.append(f"{key}: {old} -> {new} from here on")
         return {key: list(values) for key, values in changed.items()}
 
@@ -272,6 +273,12 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _is_data_path(key: str, old: Any, new: Any) -> bool:
+    """Return whether a key of the data holds the path of a file or folder, before and now."""
+    # data on a node's own disk has another path in each job ($SLURM_TMPDIR)
+    return key.startswith("data.") and all(isinstance(v, str) and os.sep in v for v in (old, new))
 
 
 def _covers(keys: Sequence[str], key: str) -> bool:

@@ -135,6 +135,29 @@ def test_a_run_may_be_made_longer_and_the_user_is_told(tmp_path):
     assert yaml.safe_load((path / "run.yaml").read_text())["trainer"]["max_iter"] == 60
 
 
+def test_the_data_may_lie_elsewhere_and_the_user_is_told(tmp_path):
+    path = freeze(tmp_path / "a", data__train={"root": "/job_a/data", "split": "train"}).path
+    moved = {"root": "/job_b/data", "split": "train"}
+    folder = freeze(path, data__train=moved)
+    assert folder.notices == ["data.train.root: /job_a/data -> /job_b/data from here on"]
+    assert starts(path)[1]["changed"] == {"data.train.root": ["/job_a/data", "/job_b/data"]}
+    assert yaml.safe_load((path / "run.yaml").read_text())["data"]["train"] == moved
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"data__train": {"split": "train"}}, {"data__train": {"split": "test"}}),  # no path
+        ({"data__train": {"root": None}}, {"data__train": {"root": "/data"}}),  # none before
+        ({"model": {"vocabulary": "/a/words"}}, {"model": {"vocabulary": "/b/words"}}),  # no data
+    ],
+)
+def test_other_texts_are_no_paths_of_data_and_may_not_change(tmp_path, before, now):
+    path = freeze(tmp_path / "a", **before).path
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(path, **now)
+
+
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
     path = freeze(tmp_path / "a").path
     before = contents(path)
