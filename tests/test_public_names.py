@@ -27,7 +27,7 @@ DOCUMENTS = [
     *sorted((ROOT / "conf").rglob("*.yaml")),
     *sorted((ROOT / "examples").rglob("*.yaml")),
 ]
-_TARGET = re.compile(r"\btarget_?[:=]\s*['\"]?(distrain\.[\w.]+)")
+_TARGET = re.compile(r"\b_?target_?[:=]\s*['\"]?(distrain\.[\w.]+)")
 
 
 @pytest.mark.parametrize(
