@@ -173,13 +173,16 @@ class EventStorage:
         elif tensors:
             self._row.put_block(stack(tensors), *tensors)
 
-    def put_losses(self, losses: Mapping[str, Tensor]) -> None:
+    def put_losses(
+        self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None = None
+    ) -> None:
         """Put what is minimised: training stops on all ranks if one is not finite on any.
 
         What an operation made anew is not copied, for nobody overwrites it later.
 
         Args:
             losses: by name, tensors with one element.
+            counts: weights in the mean over ranks, of the names whose weight is not 1.
         """
         if not self.combined_by_trainer and not self._row.is_empty():
             self.histories()
@@ -191,6 +194,8 @@ class EventStorage:
             is_new = not loss.is_leaf and not loss._is_view()
             block = loss.detach() if is_new else own_copy(name, loss)
             row.put_block(block, name)
+        if counts:
+            row.counts.update({prefix + name: count for name, count in counts.items()})
 
     def _declare(self, name: str, kind: ScalarKind) -> None:
         if kind.reduce not in OPERATIONS:

@@ -61,7 +61,11 @@ class HookBase:
         """Run before each iteration."""
 
     def after_backward(self) -> None:
-        """Run between backward and update: gradients are complete, summed up and averaged."""
+        """Run between backward and update: gradients are complete, summed up and averaged.
+
+        With trainer.precision=fp16 they are unscaled already; where the scaled loss overflowed,
+        they hold inf or NaN, and the update is left out.
+        """
 
     def after_step(self) -> None:
         """Run after each iteration."""

@@ -74,6 +74,27 @@ def total_loss(output: Any) -> dict[str, Tensor]:
     )
 
 
+def mean_losses(
+    parts: Sequence[Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the mean of each loss over the forwards that returned it, and the weights below 1.
+
+    A loss that only some forwards returned weighs less in the mean over ranks: the weight is the
+    fraction of forwards that returned it. Example: {loss: 1, a: 1}, {loss: 5, a: 3, b: 2} give
+    {loss: 3, a: 2, b: 2} and {b: 0.5}.
+
+    Args:
+        parts: losses by name, () each, per forward of one step.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {
+        name: [part[name].detach().reshape(()) for part in parts if name in part] for name in names
+    }
+    means = {name: torch.stack(losses).mean() for name, losses in found.items()}
+    rare = {name: len(found[name]) / len(parts) for name in names if len(found[name]) < len(parts)}
+    return means, rare
+
+
 def _zero_dim(loss: Tensor) -> Tensor:
     return loss.reshape(()) if loss.dim() else loss  # a reshape costs a node of the graph
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from distrain.errors import ConfigError
 from distrain.groups import GroupRow, explain_groups, format_groups, param_groups
@@ -24,9 +23,9 @@ __all__ = [
     "format_groups",
     "param_groups",
     "representative_group",
+    "start_momentum",
 ]
 
-FUSED = (SGD, Adam, AdamW, Adagrad)
 OWN_KEYS: tuple[str, ...] = (
     "weight_decay_norm",
     "bias_lr_factor",
@@ -35,7 +34,7 @@ OWN_KEYS: tuple[str, ...] = (
     "layer_decay",
     "layers",
     "target",
-)
+)  # of `optim`, not of the optimizer's class
 
 
 def build_optimizer(
@@ -55,22 +54,22 @@ def build_optimizer(
 ) -> Optimizer:
     """Return an optimizer of any class over the model's parameter groups.
 
-    `fused=None` takes the fused implementation wherever it is right: on the CPU it is the fastest,
-    on CUDA it was not measured here. Elsewhere torch chooses; foreach, the slowest on the CPU, is
-    never forced. What was found of torch 2.13's fused kernels on the CPU:
+    The implementation is torch's own choice (the loop over tensors on the CPU, foreach on CUDA): it
+    is right in every case. No fused kernel is, so none is chosen unasked. Found in torch 2.13:
 
-    - They follow the same formulas but round in another order. SGD without momentum gives the bits
-      of the plain loop; SGD with momentum, Adam, AdamW and Adagrad differ from it in the last bits
-      (20 steps in float32: up to 2e-7 of the largest value). They repeat themselves exactly, with
-      any number of threads.
-    - SGD in float16 and bfloat16 leaves most elements untouched (pytorch issue 191763), so half
-      precision parameters are not fused here.
-    - They walk through memory without regard to strides: a gradient, or a loaded momentum, that
-      lies in memory otherwise than its parameter changes the wrong elements, silently. Autograd
-      lays out a gradient like its parameter where that is dense, in channels_last too, so only
-      dense parameters are fused. Whoever puts state into the optimizer must keep the strides.
+    - All of them on the CPU walk through memory without regard to strides: a gradient that lies in
+      memory otherwise than its parameter changes the wrong elements, silently. Autograd lays out a
+      gradient like its parameter where that is dense; code that assigns `grad` may not.
+    - SGD and Adagrad refuse sparse gradients, which their loops take; SGD in float16 and bfloat16
+      leaves most elements untouched (pytorch issue 191763).
+    - SGD with momentum keeps uninitialised memory as momentum if its first step overflows, and
+      raises if a parameter gets its first gradient later than others. `Trainer` prevents both, see
+      `start_momentum`.
 
-    Sparse gradients (`Embedding(sparse=True)`) are not fused either: the kernels refuse them.
+    `fused=True` is the fastest on the CPU, and right for dense float32 parameters whose gradients
+    come from autograd. It rounds in another order than the loop: SGD with momentum, Adam, AdamW and
+    Adagrad differ in the last bits (20 steps in float32: up to 2e-7 of the largest value), and
+    repeat themselves exactly with any number of threads.
 
     Args:
         model: the model, plain or wrapped; on its device already.
@@ -83,7 +82,7 @@ def build_optimizer(
         rules: see `param_groups`; they may set any keyword of the optimizer.
         layer_decay: see `param_groups`.
         layers: see `param_groups`.
-        fused: True or False decides; None as said above.
+        fused: True asks for the fused kernels, False forbids them; None is torch's own choice.
         **keywords: of the optimizer, such as `momentum` or `betas`; lists become tuples.
 
     Raises:
@@ -92,9 +91,9 @@ def build_optimizer(
     optimizer_class = _optimizer_class(target)
     create: Callable[..., Optimizer] = optimizer_class
     keywords = {key: plain(value) for key, value in keywords.items()}
-    if fused is not None:
-        keywords["fused"] = fused
     allowed = _allowed_keywords(optimizer_class)
+    if fused or (fused is not None and (allowed is None or "fused" in allowed)):
+        keywords["fused"] = fused
     _check_keywords(target, allowed, keywords, rules)
     groups = param_groups(
         model,
@@ -111,8 +110,6 @@ def build_optimizer(
         keywords["weight_decay"] = float(weight_decay)
     elif any(group.pop("weight_decay") for group in groups):
         raise ConfigError(f"{target} has no weight decay; leave weight_decay and its kin at 0")
-    if fused is None and _can_fuse(optimizer_class, model, keywords):
-        keywords["fused"] = True
     try:
         return create(groups, lr=float(lr), **keywords)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -162,6 +159,28 @@ def representative_group(optimizer: Optimizer) -> int:
         return sizes.index(max(sizes))
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     return rates.index(Counter(rates).most_common(1)[0][0])
+
+
+def start_momentum(optimizer: Optimizer) -> None:
+    """Give a fused SGD momenta of zero before its first step; any other optimizer stays as it is.
+
+    Without them torch makes the momenta of all parameters in the first step, only if no parameter
+    has one, and of memory that stays uninitialised where that step overflows. The update is the
+    same: 0 * momentum + g = g.
+
+    Raises:
+        ConfigError: dampening is set: the first momentum would be (1 - dampening) * g, not g.
+    """
+    if type(optimizer) is not SGD:
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        if group["dampening"]:
+            raise ConfigError("optim.fused=true: expected no dampening; set optim.fused=false")
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _optimizer_class(target: str) -> type[Optimizer]:
@@ -216,28 +235,6 @@ def _check_keywords(
                 f"{where}: {target} takes no {key!r} ({near(key, known)}); "
                 f"allowed: {', '.join(known)}"
             )
-
-
-def _can_fuse(
-    optimizer_class: type[Optimizer], model: nn.Module, keywords: Mapping[str, Any]
-) -> bool:
-    """Return whether the fused implementation exists and is right for this model."""
-    chosen = keywords.get("foreach") is not None or keywords.get("differentiable")
-    if optimizer_class not in FUSED or chosen:
-        return False
-    if any(getattr(module, "sparse", False) is True for module in model.modules()):
-        return False
-    return all(_fuses(p) for p in model.parameters() if p.requires_grad)
-
-
-def _fuses(parameter: Tensor) -> bool:
-    if is_lazy(parameter) or not parameter.is_floating_point():
-        return False
-    if parameter.device.type != "cpu":
-        return parameter.device.type == "cuda"
-    # empty_like keeps the strides of a tensor that is dense and does not overlap, of no other
-    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-    return dense and parameter.dtype in (torch.float32, torch.float64)
 
 
 def _check_limit(key: str, limit: Any) -> None:

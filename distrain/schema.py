@@ -118,6 +118,7 @@ class OptimKeys:
     rules: dict[str, Any] | list[Any] = field(default_factory=dict)
     layer_decay: Annotated[float, Positive()] | None = None
     layers: str | None = None
+    fused: bool | None = None
 
 
 OPEN: tuple[type, ...] = (OptimKeys,)

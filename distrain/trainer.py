@@ -20,9 +20,9 @@ from distrain.events import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
-from distrain.losses import caller, takes_whole_batch, total_loss
+from distrain.losses import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.nonfinite import SkippedUpdates
-from distrain.optim import clip_gradients
+from distrain.optim import clip_gradients, start_momentum
 from distrain.replicas import replicate
 from distrain.shardable import find_blocks
 from distrain.strategy import (
@@ -65,7 +65,8 @@ class Trainer(TrainerBase):
         hooks: see `TrainerBase`.
         device: where to train; None is this rank's GPU, or the CPU.
         window: see `TrainerBase`.
-        accumulation: A, forwards in one step; the loss is their mean.
+        accumulation: A, forwards in one step; the loss is their mean. A named loss that some of
+            them do not return is averaged over those that do.
         clip_norm: scale gradients down to this global norm.
         clip_value: clamp gradients to this magnitude.
         precision: "bf16" and "fp16" run forward under autocast, "fp16" with a scaled loss.
@@ -159,6 +160,7 @@ class Trainer(TrainerBase):
     def prepare(self) -> None:
         """Start the stream at `start_iter`; with three ranks or more settle DDP's buckets."""
         self.module.train()
+        start_momentum(self.optimizer)
         if isinstance(self.data, Seekable):
             self._batches = self.data.batches(self.start_iter)
         else:
@@ -173,12 +175,14 @@ class Trainer(TrainerBase):
         self.data_s = 0.0
         if self._skipped is not None:
             self._skipped.keep_buffers()
-        losses = self._forward_backward() if self.accumulation == 1 else self._accumulate()
-        self.storage.put_losses(losses)
+        losses, weights = (
+            self._accumulate() if self.accumulation > 1 else (self._forward_backward(), None)
+        )
+        self.storage.put_losses(losses, weights)
+        if self._scales:
+            self.scaler.unscale_(self.optimizer)
         self._call("after_backward")
         self.pulse.beat(Phase.OPTIMIZER)
-        if self._clip or self._skipped is not None:
-            self.scaler.unscale_(self.optimizer)
         if self._may_update(losses):
             if self._clip:
                 self._clip_gradients()
@@ -208,16 +212,14 @@ class Trainer(TrainerBase):
         self.storage.put_scalar("skipped_update", float(not may), smoothing_hint=False)
         return may
 
-    def _accumulate(self) -> dict[str, Tensor]:
+    def _accumulate(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         with without_sync(self.model):
             parts: list[dict[str, Tensor]] = []
             for _ in range(self.accumulation - 1):
                 parts.append(self._forward_backward())
                 self.pulse.beat(Phase.DATA)
         parts.append(self._forward_backward())
-        return {
-            name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]
-        }
+        return mean_losses(parts)
 
     def _forward_backward(self) -> dict[str, Tensor]:
         begin = time.perf_counter()

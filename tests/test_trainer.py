@@ -107,6 +107,75 @@ def test_accumulation_is_the_mean_over_micro_batches():
     assert trainer.storage.latest()["loss"] == pytest.approx(loss.item())
 
 
+class Varying(nn.Module):
+    """Returns the losses that a batch of (name, value) names, times a weight of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, losses):
+        return {name: value * self.w for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_accumulation_over_forwards_with_other_losses(turned):
+    parts = [{"a": 1.0}, {"a": 3.0, "b": 2.0}]
+    model = Varying()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = Trainer(model, optimizer, parts[::-1] if turned else parts, accumulation=2)
+    trainer.train(0, 1)
+    assert trainer.storage.latest() == {"loss": 3.0, "a": 2.0, "b": 2.0}  # loss: (1 + 5) / 2
+    assert model.w.item() == 1.0 - (1.0 + 5.0) / 2
+
+
+def losses_of_some_forwards(rank):
+    """B is in one forward of two on rank 0, in both on rank 1."""
+    parts = [[{"a": 1.0}, {"a": 1.0, "b": 1.0}], [{"a": 1.0, "b": 4.0}, {"a": 1.0, "b": 10.0}]]
+    model = Varying()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = Trainer(model, optimizer, parts[rank], accumulation=2)
+    trainer.train(0, 1)
+    return trainer.storage.latest()["b"]
+
+
+@pytest.mark.ranks
+def test_each_forward_with_a_loss_counts_once_in_its_mean_over_ranks():
+    assert run_ranks(losses_of_some_forwards, 2) == [(1.0 + 4.0 + 10.0) / 3] * 2
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 100.0}, {"clip_value": 100.0}], ids=str)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hooks_see_unscaled_gradients(clip, accumulation):
+    seen = []
+    model = Named(lambda w: w * 0.25)
+    look = CallbackHook(after_backward=lambda trainer: seen.append(model.w.grad.item()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer = Trainer(
+        model,
+        optimizer,
+        [torch.ones(1)],
+        precision="fp16",
+        hooks=[look],
+        accumulation=accumulation,
+        **clip,
+    )
+    trainer.train(0, 3)
+    assert trainer.scaler.get_scale() == 2.0**16
+    assert seen == [0.25] * 3
+    assert model.w.item() == 1 - 3 * 0.5 * 0.25
+
+
+def test_hooks_see_an_overflow_and_the_update_is_left_out():
+    seen = []
+    model = Named(lambda w: w * 1e38)
+    look = CallbackHook(after_backward=lambda trainer: seen.append(model.w.grad.item()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    Trainer(model, optimizer, [torch.ones(1)], precision="fp16", hooks=[look]).train(0, 1)
+    assert seen == [math.inf]
+    assert model.w.item() == 1.0
+
+
 def ddp_steps(rank, world_size, accumulation=1):
     data = batches(20 * accumulation, seed=rank)
     model, optimizer = fresh()

@@ -79,16 +79,12 @@ class Histograms(HookBase):
         }
         if not named:
             return
-        scale = None
-        if self.trainer.scaler.is_enabled():  # as a tensor: its number would be read back
-            scale = self.trainer.scaler.scale(torch.ones((), device=self.trainer.device))
         norms = torch.stack(torch._foreach_norm([*named.values()]))  # (num_parameters,)
-        norms = norms if scale is None else norms / scale
         self._norm = torch.linalg.vector_norm(norms)
         if self._is_due() and self._gradients:
             self._put("gradient_norms", norms)
             for name in self._names & named.keys():
-                self._put(f"gradients/{name}", named[name], scale)
+                self._put(f"gradients/{name}", named[name])
 
     def after_step(self) -> None:
         """Put the norm, and the histograms of the new weights if it is time."""
@@ -105,6 +101,5 @@ class Histograms(HookBase):
         due = iteration % (self.trainer.window * self._windows) == 0
         return due and self.trainer.where.is_main
 
-    def _put(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
-        values = values.detach() if scale is None else values / scale
-        self.trainer.storage.put_histogram(name, values, bins=self._bins)
+    def _put(self, name: str, values: Tensor) -> None:
+        self.trainer.storage.put_histogram(name, values.detach(), bins=self._bins)
