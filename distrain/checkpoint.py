@@ -44,7 +44,7 @@ class Stall(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best checkpoint so far, and its metric."""
+    """The best checkpoint of a metric so far, and its value."""
 
     iteration: int
     metric: float
@@ -99,7 +99,6 @@ class CheckpointStore:
         self._requests: Requests | None = None
         self._newest = -1  # the iteration of the newest save, unless it failed
         self._to_raise: SaveFailed | None = None
-        self._best: Best | None = None  # marked, its checkpoint not asked for yet
 
     def reserve(self, state: Mapping[str, Any]) -> None:
         """Let the writer start and get memory for such a state, so that the first save is fast too.
@@ -122,7 +121,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         *,
         world_size: int,
-        metric: float | None = None,
+        best: Mapping[str, float] | None = None,
     ) -> Stall:
         """Save the state after `iteration` finished iterations; only its copy is waited for.
 
@@ -133,37 +132,40 @@ class CheckpointStore:
             state: parts by name: model, optimizer, ...; see `snapshot.ALLOWED` for what they may
                 hold. It may change as soon as this returns.
             world_size: the number of ranks; noted in the manifest.
-            metric: the metric's value; noted in the manifest unless it is not finite.
+            best: the metrics, by name, that are better than ever before. The checkpoint and that it
+                is their best one are published together, and it is kept until a better one is.
 
         Raises:
+            ValueError: a metric is not finite.
             TypeError: the state holds something that cannot be saved.
             SaveFailed: this save or the one before it failed, see `on_error`.
         """
         from distrain.snapshot import encode
 
         start = time.perf_counter()
+        best = {name: float(value) for name, value in (best or {}).items()}
+        for name, value in best.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value}: the best checkpoint needs a finite metric")
         if iteration == self._newest:
             return Stall(0.0, 0.0)
         self.wait()
         waited = time.perf_counter()
         snapshot = encode(state)
-        best = self._best if self._best and self._best.iteration == iteration else None
         scratch = durable.scratch_name(fmt.folder_name(iteration))
         job = {
             "folder": str(self.folder),
             "iteration": iteration,
             "scratch": scratch,
             "keep": self._keep,
-            "best": best and best._asdict(),
             "manifest": {
                 "world_size": world_size,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "attempt": self._attempt,
-                "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+                "best": best,
             },
         }
         self._newest = iteration
-        self._best = None if best else self._best
         try:
             place = self._staged().fill(snapshot, job)
             self._send(Request("save", {"save": place}, iteration, scratch))
@@ -172,28 +174,9 @@ class CheckpointStore:
         self._settle(wait=not self._background)
         return Stall(waited - start, time.perf_counter() - waited)
 
-    def mark_best(self, iteration: int, metric: float) -> None:
-        """Keep the checkpoint of an iteration as the best one, instead of the one so far.
-
-        Args:
-            iteration: one that is saved already, or else will be: then it counts from then on.
-            metric: its metric; finite.
-        """
-        if not math.isfinite(metric):
-            raise ValueError(f"metric={metric}: the best checkpoint needs a finite metric")
-        self._best = Best(iteration, float(metric))
-        if iteration != self._newest and not self._path(iteration).is_dir():
-            return
-        message = {"best": self._best._asdict(), "folder": str(self.folder)}
-        try:
-            self._send(Request("best", message, iteration))
-        except OSError as error:
-            _log.warning("the best checkpoint could not be noted: %s", error)
-        self._best = None
-
-    def best(self) -> Best | None:
-        """Return which checkpoint is noted as the best; None if none is."""
-        return Best(**best) if (best := read_best(str(self.folder))) else None
+    def best(self) -> dict[str, Best]:
+        """Return which checkpoint is the best by the name of the metric."""
+        return {name: Best(**best) for name, best in read_best(str(self.folder)).items()}
 
     def poll(self) -> bool:
         """Take note of what the writer has done, without waiting; True if it has done all."""
@@ -280,8 +263,6 @@ class CheckpointStore:
             durable.remove(str(self.folder / scratch))  # a writer that was killed leaves it,
             clear_leftovers(self.folder, patience_s=0.0)  # or what it was deleting
             self._save_failed(iteration, outcome.error)
-        elif kind == "best" and outcome.error is not None:
-            _log.warning("checkpoint %d was not noted as the best: %s", iteration, outcome.error)
         # memory that could not be reserved is reported by the save that needs it
 
     def _save_failed(self, iteration: int, why: str | None) -> None:

@@ -31,7 +31,7 @@ class Found:
         bytes: the size of its files together.
         created: when, in UTC.
         attempt: how often the run was started before.
-        metric: the metric's value if one was given.
+        best: the metrics, by name, that were the best so far in it.
         run_id: the id of the run that wrote it.
         digests: a sha256 of each part, equal for equal parts.
     """
@@ -44,7 +44,7 @@ class Found:
     bytes: int = 0
     created: str = ""
     attempt: int = 0
-    metric: float | None = None
+    best: Mapping[str, float] = field(default_factory=dict)
     run_id: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ def describe(path: str | Path) -> Found:
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         created=manifest["created"],
         attempt=manifest["attempt"],
-        metric=manifest["metric"],
+        best=manifest["best"],
         run_id=manifest["run_id"],
         digests=manifest["parts"],
     )

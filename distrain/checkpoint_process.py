@@ -149,7 +149,7 @@ class Request(NamedTuple):
         scratch: the name of the folder that the writer works in.
     """
 
-    kind: Literal["reserve", "save", "best"]
+    kind: Literal["reserve", "save"]
     message: dict[str, Any]
     iteration: int = -1
     scratch: str = ""

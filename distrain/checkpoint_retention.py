@@ -58,45 +58,81 @@ def _delete(path: str) -> None:
     durable.remove(scratch)
 
 
-def mark_best(folder: str, best: dict[str, Any], notes: list[str]) -> None:
-    """Write `best.json`, unless its checkpoint could not be saved."""
-    name = fmt.folder_name(best["iteration"])
-    if os.path.isdir(os.path.join(folder, name)):
-        durable.write_small(folder, BEST_FILE, json.dumps(best) + "\n")
-    else:
-        notes.append(f"{name} is not there and was not marked as the best checkpoint")
+def read_best(folder: str) -> dict[str, dict[str, Any]]:
+    """Return `{"iteration": ..., "metric": ...}` of the best checkpoint by the metric's name.
 
-
-def read_best(folder: str) -> dict[str, Any] | None:
-    """Return `{"iteration": ..., "metric": ...}` of the best checkpoint, None if none is marked."""
+    The manifests decide: a metric's best checkpoint is the newest that says so. `best.json` repeats
+    it for people and tools.
+    """
     try:
-        with open(os.path.join(folder, BEST_FILE), encoding="utf-8") as file:
-            best = json.loads(file.read(1 << 16))
-        return {"iteration": int(best["iteration"]), "metric": float(best["metric"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        with open(os.path.join(folder, RUN_ID_FILE), encoding="ascii") as file:
+            run_id = file.read().strip()
+    except (OSError, ValueError):
+        return {}
+    return _best_of(_own(folder, run_id))
 
 
-def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any]) -> None:
-    """Delete this run's checkpoints that are no longer kept.
+def _own(folder: str, run_id: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return iteration, path and manifest of each checkpoint that the run wrote, newest first."""
+    own = []
+    for name in os.listdir(folder):
+        iteration = fmt.iteration_of(name)
+        path = os.path.join(folder, name)
+        if iteration is None or os.path.islink(path):
+            continue
+        try:
+            manifest = fmt.read_manifest(path)
+        except fmt.CheckpointDamaged:
+            continue
+        if manifest["run_id"] == run_id:
+            own.append((iteration, path, manifest))
+    return sorted(own, key=lambda each: each[0], reverse=True)
+
+
+def _best_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    best: dict[str, dict[str, Any]] = {}
+    for iteration, _, manifest in own:
+        for name, metric in manifest["best"].items():
+            best.setdefault(name, {"iteration": iteration, "metric": metric})
+    return dict(sorted(best.items()))
+
+
+def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
+    """Bring `best.json` up to date: `{"metrics": {name: {"iteration", "metric"}}}`.
+
+    Of a single metric, "iteration" and "metric" are there at the top as well.
+    """
+    if not best:
+        return
+    fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
+    text = json.dumps(fields) + "\n"
+    try:
+        with open(os.path.join(folder, BEST_FILE), "rb") as file:
+            if file.read() == text.encode():
+                return
+    except OSError:
+        pass  # it is written, whatever is in its place
+    durable.write_small(folder, BEST_FILE, text)
+
+
+def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: list[str]) -> None:
+    """Note which checkpoints are the best, then delete those that are no longer kept.
 
     Those after `newest` neither count nor are deleted: a run that resumed before a damaged
     checkpoint will replace it, and must not take it for one of its last good ones until then.
     """
-    ours = []
-    for name in os.listdir(folder):
-        iteration = fmt.iteration_of(name)
-        path = os.path.join(folder, name)
-        if iteration is not None and iteration <= newest and _is_ours(path, run_id):
-            ours.append((iteration, path))
-    ours.sort(reverse=True)
-    best = read_best(folder)
+    own = [each for each in _own(folder, run_id) if each[0] <= newest]
+    best = _best_of(own)
+    try:
+        _write_best(folder, best)
+    except OSError as error:
+        notes.append(f"{BEST_FILE} could not be written: {error}")
     kept = 0
-    for iteration, path in ours:
+    for iteration, path, _ in own:
         if kept < keep["last"] and _is_whole(path):
             kept += 1
-        elif (keep["every"] and iteration % keep["every"] == 0) or (
-            best is not None and iteration == best["iteration"]
+        elif (keep["every"] and iteration % keep["every"] == 0) or any(
+            iteration == one["iteration"] for one in best.values()
         ):
             continue
         else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distrain.checkpoint_found import Found, describe, find_all
 from distrain.checkpoint_retention import read_best
@@ -78,7 +79,7 @@ def show(run: Path, *, iteration: int | None = None) -> int:
     print(f"{'iteration':>12} {'ranks':>6} {'size':>10}  state")
     for one in found:
         state = "valid" if one.valid else f"damaged: {one.why_not}"
-        state += " (best)" if best is not None and best["iteration"] == one.iteration else ""
+        state += best_mark(best, one.iteration)
         print(f"{one.iteration:>12} {one.world_size or '?':>6} {_size(one.bytes):>10}  {state}")
     if iteration is None and not any(one.valid for one in found):
         return 1
@@ -150,6 +151,19 @@ def checkpoint_folder(run: Path) -> Path:
         raise NothingFound(f"{run}: no such run folder")
     folder = run / "checkpoints"
     return folder if folder.is_dir() or not find_all(run) else run
+
+
+def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
+    """Return " (best)" for the best checkpoint; of several metrics, with their names.
+
+    Args:
+        best: see `checkpoint_retention.read_best`.
+        iteration: of the checkpoint.
+    """
+    names = [name for name, one in best.items() if one["iteration"] == iteration]
+    if not names:
+        return ""
+    return " (best)" if len(best) == 1 else f" (best {', '.join(names)})"
 
 
 def _newest_first(run: Path) -> Iterator[Found]:

@@ -6,7 +6,6 @@ requests from its standard input and answers on its standard output, one JSON ob
     {"reserve": bytes}                    make the staging memory that large, its pages in place
     {"save": [offset, length]}            write the checkpoint that the job, JSON text at that
                                           place of the staging memory, describes
-    {"best": {...}, "folder": path}       note which checkpoint is the best
 
 When the training process dies it finishes what it was asked for, and ends. Standard library only:
 it starts in 30 ms and needs a few MB.
@@ -49,8 +48,6 @@ def perform(request: dict[str, Any], staging_fd: int) -> dict[str, Any]:
     try:
         if "reserve" in request:
             reserve(staging_fd, request["reserve"])
-        elif "best" in request:
-            retention.mark_best(request["folder"], request["best"], notes)
         else:
             offset, length = request["save"]
             with mmap.mmap(staging_fd, 0, prot=mmap.PROT_READ) as memory:
@@ -95,10 +92,8 @@ def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
         except BaseException:
             durable.remove(scratch)
             raise
-    if job["best"] is not None:
-        retention.mark_best(folder, job["best"], notes)
     try:
-        retention.prune(folder, run_id, job["iteration"], job["keep"])
+        retention.prune(folder, run_id, job["iteration"], job["keep"], notes)
     except OSError as error:
         notes.append(f"old checkpoints could not be deleted: {error}")
 

@@ -48,6 +48,7 @@ class EventStorage:
         self._checked_calls: set[tuple[object, ...]] = set()
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
+        self._taken: list[ScalarRow] = []  # rows of the current iteration that were taken already
         self._histories = Histories(self._kinds)
         self._images: list[tuple[str, NDArray[Any], int]] = []
         self._histograms: list[tuple[str, PendingHistogram, int]] = []
@@ -245,10 +246,14 @@ class EventStorage:
         return found
 
     def put_now(self, name: str) -> float | None:
-        """Return what this rank put under a name in the current iteration, None if nothing."""
-        if self._row.iteration != self._iter or name not in self._row:
-            return None
-        return self._row.read()[name]
+        """Return what this rank put under a name in the current iteration, None if nothing.
+
+        Whether the row was taken meanwhile, to be combined over ranks, makes no difference.
+        """
+        for row in (self._row, *self._taken):
+            if row.iteration == self._iter and name in row:
+                return row.read()[name]
+        return None
 
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, float]:
         """Return for every scalar in the histories its latest value, or its median.
@@ -339,6 +344,8 @@ class EventStorage:
         taken = self._rows
         if self._row.is_empty():
             taken = taken[:-1]
+        now = [row for row in [*reversed(taken), *self._taken] if row.iteration == self._iter]
+        self._taken = now
         self._row = ScalarRow(self._iter)
         self._rows = [self._row]
         return taken

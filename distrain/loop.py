@@ -60,6 +60,7 @@ class TrainerBase:
         self._stop_on_nonfinite = stop_on_nonfinite
         self._stop_requested = False
         self._histories: Mapping[str, Any] = {}
+        self._reported: tuple[int, dict[str, float]] = (-1, {})  # iter_done and its metrics
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
         self.register_hooks(hooks)
 
@@ -190,6 +191,27 @@ class TrainerBase:
     def run_step(self) -> None:
         """Do one iteration."""
         raise TypeError(f"{type(self).__name__} does not say what a step is: override run_step")
+
+    def report_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Put the results of an evaluation, and hand them to the hooks that decide on a metric.
+
+        Args:
+            metrics: by the scalars' full names, as "eval/accuracy"; equal on all ranks.
+        """
+        for name, value in metrics.items():
+            self.storage.put_scalar(name, value, smoothing_hint=False, reduce="local")
+        done, before = self._reported
+        self._reported = (
+            self.iter_done,
+            {**(before if done == self.iter_done else {}), **metrics},
+        )
+
+    def metric_now(self, name: str) -> float | None:
+        """Return a metric reported, or a scalar put by this rank, in this iteration, or None."""
+        done, metrics = self._reported
+        if done == self.iter_done and name in metrics:
+            return metrics[name]
+        return self.storage.put_now(name)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after one common iteration soon; safe in a signal handler."""

@@ -40,7 +40,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Checkpoint
 
 def test_the_state_may_change_as_soon_as_save_returns(store: CheckpointStore) -> None:
     state = small_state(1)
-    store.save(100, state, world_size=2, metric=0.5)
+    store.save(100, state, world_size=2)
     for parameter in state["model"].values():
         parameter.fill_(7)
     state["hooks"]["best"]["metric"] = 3.0
@@ -51,11 +51,11 @@ def test_the_state_may_change_as_soon_as_save_returns(store: CheckpointStore) ->
 
 def test_the_manifest_notes_what_save_was_given(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, background=False, attempt=3)
-    store.save(100, small_state(1), world_size=7, metric=0.5)
-    store.save(200, small_state(1), world_size=7, metric=float("nan"))
+    store.save(100, small_state(1), world_size=7, best={"accuracy": 0.5})
+    store.save(200, small_state(1), world_size=7)
     one, two = describe(path_of(tmp_path, 100)), describe(path_of(tmp_path, 200))
-    assert (one.iteration, one.world_size, one.metric, one.attempt) == (100, 7, 0.5, 3)
-    assert two.metric is None
+    assert (one.iteration, one.world_size, one.best, one.attempt) == (100, 7, {"accuracy": 0.5}, 3)
+    assert two.best == {}
     assert one.run_id == two.run_id == (tmp_path / "run_id").read_text().strip()
     assert one.bytes == sum((one.path / name).stat().st_size for name in fmt.FILES)
     assert one.digests == two.digests == state_digests(small_state(1))
@@ -282,8 +282,7 @@ def test_others_can_read_as_the_umask_says_and_never_write(
     before = os.umask(umask)
     try:
         store = CheckpointStore(tmp_path / "run" / "checkpoints")
-        store.save(100, small_state(), world_size=1)
-        store.mark_best(100, 1.0)
+        store.save(100, small_state(), world_size=1, best={"accuracy": 1.0})
         store.close()
     finally:
         os.umask(before)
@@ -303,6 +302,6 @@ def test_wrong_options_are_named(tmp_path: Path, options: dict) -> None:
 def test_nothing_to_find(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "none")
     assert store.newest_valid() is None
-    assert store.best() is None
+    assert store.best() == {}
     store.close()
     assert not store.folder.exists()

@@ -1,8 +1,11 @@
 """Which checkpoints stay: the last ones, every n-th, the best; and nothing foreign is deleted."""
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_cases import (
@@ -19,9 +22,9 @@ from distrain import checkpoint_retention, durable
 from distrain.checkpoint import CheckpointStore
 
 
-def save(store: CheckpointStore, *iterations: int) -> None:
+def save(store: CheckpointStore, *iterations: int, best: Mapping[str, float] | None = None) -> None:
     for iteration in iterations:
-        store.save(iteration, small_state(iteration), world_size=1)
+        store.save(iteration, small_state(iteration), world_size=1, best=best)
 
 
 def flip(path: Path) -> None:
@@ -42,52 +45,63 @@ def test_every_nth(tmp_path: Path) -> None:
     assert iterations_in(tmp_path) == [20, 40, 60]
 
 
-def test_the_best_marked_before_its_save(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     store = checkpoints(tmp_path, 10, keep_last=1)
-    store.mark_best(20, 0.5)
-    assert store.best() is None  # there is no such checkpoint yet
-    save(store, 20, 30, 40)
-    assert store.best() == (20, 0.5)
+    assert store.best() == {}
+    save(store, 20, best={"accuracy": 0.5})
+    save(store, 30, 40)
+    assert store.best() == {"accuracy": (20, 0.5)}
     assert iterations_in(tmp_path) == [20, 40]
-    store.mark_best(50, 0.7)
-    save(store, 50, 60)
-    assert store.best() == (50, 0.7)
+    save(store, 50, best={"accuracy": 0.7})
+    save(store, 60)
+    assert store.best() == {"accuracy": (50, 0.7)}
     assert iterations_in(tmp_path) == [50, 60]
+    fields = {"iteration": 50, "metric": 0.7}
+    text = json.loads((tmp_path / "best.json").read_text())
+    assert text == {**fields, "metrics": {"accuracy": fields}}
 
 
-def test_the_best_marked_after_its_save(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=1)
-    save(store, 10)
-    store.mark_best(10, 0.5)  # which is still being written
-    save(store, 20, 30)
-    assert store.wait()
-    assert store.best() == (10, 0.5)
-    assert iterations_in(tmp_path) == [10, 30]
-    store.close()
+def test_each_metric_has_a_best_of_its_own(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path, 10, keep_last=1)
+    save(store, 20, best={"accuracy": 0.5, "loss": 2.0})
+    save(store, 30, best={"loss": 1.0})
+    save(store, 40)
+    assert iterations_in(tmp_path) == [20, 30, 40]
+    assert store.best() == {"accuracy": (20, 0.5), "loss": (30, 1.0)}
+    save(store, 50, best={"accuracy": 0.6})
+    save(store, 60, 70)
+    assert iterations_in(tmp_path) == [30, 50, 70]
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "metrics": {
+            "accuracy": {"iteration": 50, "metric": 0.6},
+            "loss": {"iteration": 30, "metric": 1.0},
+        }
+    }
 
 
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path, 10, keep_last=1)
-    store.mark_best(10, 0.5)
+    store = checkpoints(tmp_path, keep_last=1)
+    save(store, 10, best={"accuracy": 0.5})
     store.close()
     resumed = checkpoints(tmp_path, keep_last=1)
-    assert resumed.best() == (10, 0.5)
+    assert resumed.best() == {"accuracy": (10, 0.5)}
     save(resumed, 20, 30)
     assert iterations_in(tmp_path) == [10, 30]
-    resumed.mark_best(30, 0.6)
-    assert resumed.best() == (30, 0.6)
+    save(resumed, 40, best={"accuracy": 0.6})
+    assert resumed.best() == {"accuracy": (40, 0.6)}
 
 
-def test_the_best_must_be_finite(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="metric=nan"):
-        checkpoints(tmp_path).mark_best(10, float("nan"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_best_must_be_finite(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match=f"accuracy={value}"):
+        save(checkpoints(tmp_path), 10, best={"accuracy": value})
 
 
 def test_a_best_that_could_not_be_saved_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = checkpoints(tmp_path, 10, keep_last=1, on_error="warn")
-    store.mark_best(10, 0.5)
+    store = checkpoints(tmp_path, keep_last=1, on_error="warn")
+    save(store, 10, best={"accuracy": 0.5})
     store.wait()
 
     def full(folder: str) -> None:
@@ -95,22 +109,80 @@ def test_a_best_that_could_not_be_saved_changes_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(durable, "sync_folder", full)
-        store.mark_best(20, 0.7)
-        save(store, 20)
+        save(store, 20, best={"accuracy": 0.7})
     assert not store.wait()
-    assert store.best() == (10, 0.5)
+    assert store.best() == {"accuracy": (10, 0.5)}
     save(store, 30)
     assert iterations_in(tmp_path) == [10, 30]
     assert "checkpoint 20" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"iteration": "x", "metric": 1}', "[" * 9999])
-def test_a_damaged_best_file_is_as_none(tmp_path: Path, text: str) -> None:
-    store = checkpoints(tmp_path, 10)
+def test_the_manifests_decide_whatever_the_best_file_holds(tmp_path: Path, text: str) -> None:
+    store = checkpoints(tmp_path, keep_last=1)
+    save(store, 10, best={"accuracy": 0.5})
+    right = (tmp_path / "best.json").read_text()
     (tmp_path / "best.json").write_text(text)
-    assert store.best() is None
-    save(store, 20)
-    assert iterations_in(tmp_path) == [10, 20]
+    assert store.best() == {"accuracy": (10, 0.5)}
+    save(store, 20, 30)
+    assert iterations_in(tmp_path) == [10, 30]
+    assert (tmp_path / "best.json").read_text() == right
+
+
+class Killed(BaseException):
+    pass
+
+
+FILE_OPERATIONS = ("open", "mkdir", "rename", "fsync", "unlink", "rmdir")
+
+
+def killed_after(number: int, patched: pytest.MonkeyPatch) -> None:
+    """Let the process die at a file operation; nothing that it would clean up is cleaned up."""
+    count = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in FILE_OPERATIONS:
+        patched.setattr(os, name, counted(getattr(os, name)))
+
+
+def test_killed_at_any_file_operation_the_best_is_marked_and_there(tmp_path: Path) -> None:
+    outcomes = []
+    for number in range(200):
+        folder = tmp_path / str(number)
+        store = checkpoints(folder, keep_last=1)
+        save(store, 10, best={"accuracy": 0.5})
+        save(store, 20)
+        with pytest.MonkeyPatch.context() as patched:
+            killed_after(number, patched)
+            try:
+                save(store, 30, best={"accuracy": 0.7})
+                break
+            except Killed:
+                pass
+        resumed = checkpoints(folder, keep_last=1)
+        newest = resumed.newest_valid()
+        assert newest is not None
+        best = resumed.best()["accuracy"]
+        # the state in the newest checkpoint says which value is the best, and so do the marks
+        assert best == {20: (10, 0.5), 30: (30, 0.7)}[newest.iteration]
+        save(resumed, 40, 50)
+        assert iterations_in(folder) == [best.iteration, 50]
+        assert resumed.best() == {"accuracy": best}
+        assert json.loads((folder / "best.json").read_text())["iteration"] == best.iteration
+        assert scratch_in(folder) == []
+        outcomes.append(newest.iteration)
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(20) > 10, "killed before the checkpoint has its name"
+    assert outcomes.count(30) > 10, "and after it"
 
 
 def test_what_another_run_wrote_is_not_deleted(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from distrain.checkpoint_table import main
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Return a run's folder with checkpoints of the iterations 100 and 200, the first the best."""
-    store = checkpoints(tmp_path / "run" / "checkpoints", 100, 200)
-    store.mark_best(100, 0.5)
+    store = checkpoints(tmp_path / "run" / "checkpoints")
+    store.save(100, small_state(100), world_size=2, best={"accuracy": 0.5})
+    store.save(200, small_state(200), world_size=2)
     store.close()
     return tmp_path / "run"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint import CheckpointStore
@@ -9,7 +10,7 @@ from distrain.distributed import gather_to_main, random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
-from distrain.hooks.early_stopping import Improvement
+from distrain.hooks.metric import MetricHook
 from distrain.loop import TrainerBase
 from distrain.progressbar import waiting
 
@@ -49,8 +50,11 @@ class PeriodicCheckpointer(HookBase):
                 self._checkpoints.close()
 
 
-class BestCheckpointer(HookBase):
+class BestCheckpointer(MetricHook):
     """Saves whenever a metric is better than ever before, and keeps the best checkpoint.
+
+    There may be several, each for a metric of its own: a checkpoint that is the best of two is
+    saved once.
 
     Args:
         metric: the scalar's name, such as "eval/accuracy"; equal on all ranks.
@@ -69,37 +73,64 @@ class BestCheckpointer(HookBase):
         min_delta: float = 0.0,
         checkpoints: CheckpointStore,
     ) -> None:
-        self._improvement = Improvement(metric, mode=mode, min_delta=min_delta)
+        super().__init__(metric, mode=mode, min_delta=min_delta)
         self._checkpoints = checkpoints
+        self._unsaved: float | None = None  # the best value, while no checkpoint is marked with it
+
+    def before_train(self) -> None:
+        """Check that no other keeps the best checkpoint of the same metric."""
+        for name, hook in self.trainer.hooks.items():
+            if not isinstance(hook, BestCheckpointer) or hook is self:
+                continue
+            if hook.metric == self.metric:
+                raise ConfigError(
+                    f"hooks.{name}.metric={self.metric}: expected a metric that no other "
+                    "BestCheckpointer has; remove one of the two"
+                )
 
     def after_step(self) -> None:
-        """Save if the metric was put in this iteration and is the best so far."""
-        value = self.trainer.storage.put_now(self._improvement.metric)
-        if value is not None and self._improvement.update(value):
-            save(self.trainer, self._checkpoints)
-            if self.trainer.where.is_main:
-                self._checkpoints.mark_best(self.trainer.iter_done, value)
+        """Save if the metric of this hook, or of another of its kind, is the best so far."""
+        hooks = [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
+        marks = {h.metric: h._unsaved for h in hooks if h._look() and h._unsaved is not None}
+        if not marks:
+            return
+        for hook in hooks:  # what is saved says that nothing is left to save
+            hook._unsaved = None
+        save(self.trainer, self._checkpoints, best=marks)
 
     def after_train(self) -> None:
         """Look at the metric of the final evaluation."""
-        if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
+        if self.trainer.error is None:
             self.after_step()
+
+    def _look(self) -> bool:
+        """Take the metric's value, if there is a new one; whether a best one is not saved."""
+        value = self.new_value()
+        if value is not None and self.is_best(value):
+            self._unsaved = value
+        return self._unsaved is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value."""
-        return {"best": self._improvement.best}
+        return {"best": self.best, "unsaved": self._unsaved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the best value back."""
-        self._improvement.best = state["best"]
+        self.best, self._unsaved = state["best"], state["unsaved"]
 
 
-def save(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
+def save(
+    trainer: TrainerBase,
+    checkpoints: CheckpointStore,
+    *,
+    best: Mapping[str, float] | None = None,
+) -> None:
     """Save all that a resumed run needs. A collective; training waits for the copy only.
 
     Args:
         trainer: whose state it is.
         checkpoints: where to; only rank 0's is used.
+        best: see `CheckpointStore.save`.
     """
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
@@ -110,4 +141,4 @@ def save(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
         if random is None:
             return
         state["rng"] = {"ranks": random}
-        checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size)
+        checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size, best=best)

@@ -5,39 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
+from distrain.hooks.metric import MetricHook
 
 
-class Improvement:
-    """Says whether a metric is better than ever before.
-
-    Args:
-        metric: the scalar's name.
-        mode: "max" if larger is better, "min" if smaller is.
-        min_delta: how much better it has to be.
-    """
-
-    def __init__(
-        self, metric: str, *, mode: Literal["max", "min"] = "max", min_delta: float = 0.0
-    ) -> None:
-        if mode not in ("max", "min"):
-            raise ConfigError(f"mode={mode!r}; choose max or min")
-        self.metric = metric
-        self.best: float | None = None
-        self._sign = 1.0 if mode == "max" else -1.0
-        self._min_delta = min_delta
-
-    def update(self, value: float) -> bool:
-        """Take a new value; return whether it is the best so far (NaN never is)."""
-        if self.best is not None and not (value - self.best) * self._sign > self._min_delta:
-            return False
-        if value != value:
-            return False
-        self.best = value
-        return True
-
-
-class EarlyStopping(HookBase):
+class EarlyStopping(MetricHook):
     """Ends training on all ranks when a metric has not improved for a while.
 
     The end is that of the period of `trainer.window` iterations in which this was found, so that
@@ -62,7 +33,7 @@ class EarlyStopping(HookBase):
     ) -> None:
         if patience < 1:
             raise ConfigError(f"patience={patience}; it is at least 1 evaluation")
-        self._improvement = Improvement(metric, mode=mode, min_delta=min_delta)
+        super().__init__(metric, mode=mode, min_delta=min_delta)
         self._patience = patience
         self._num_bad = 0
 
@@ -72,17 +43,22 @@ class EarlyStopping(HookBase):
 
     def after_step(self) -> None:
         """Look at the metric if it was put in this iteration."""
-        value = self.trainer.storage.put_now(self._improvement.metric)
+        value = self.new_value()
         if value is None:
             return
-        self._num_bad = 0 if self._improvement.update(value) else self._num_bad + 1
+        self._num_bad = 0 if self.is_best(value) else self._num_bad + 1
         if self._num_bad >= self._patience:
             self.trainer.storage.early_stop = True
 
+    def after_train(self) -> None:
+        """Count the final evaluation, for a run that goes on later."""
+        if self.trainer.error is None:
+            self.after_step()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and how long it is ago."""
-        return {"best": self._improvement.best, "num_bad": self._num_bad}
+        return {"best": self.best, "num_bad": self._num_bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self._improvement.best, self._num_bad = state["best"], state["num_bad"]
+        self.best, self._num_bad = state["best"], state["num_bad"]

@@ -89,10 +89,7 @@ class EvalHook(HookBase):
             assert self._eval_loader is not None
             with trainer.gathered():
                 results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
-        for name, value in results.items():
-            trainer.storage.put_scalar(
-                f"{prefix}/{name}", value, smoothing_hint=False, reduce="local"
-            )
+        trainer.report_metrics({f"{prefix}/{name}": value for name, value in results.items()})
 
 
 def is_finished(trainer: Trainer) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint_found import find_all
 from distrain.checkpoint_retention import read_best
+from distrain.checkpoint_table import best_mark
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
 from distrain.runs.files import Files, Start, all_rows, last_values
 from distrain.runs.summary import Summary, summarize_one
@@ -80,8 +81,7 @@ def _checkpoints(files: Files) -> str:
             text = f"{manifest['world_size']} ranks, {size / 1e6:.1f} MB, {manifest['created']}"
         except (CheckpointDamaged, KeyError, TypeError) as error:
             text = f"damaged: {error}"
-        mark = " (best)" if best is not None and best["iteration"] == iteration else ""
-        lines.append(f"{iteration}: {text}{mark}")
+        lines.append(f"{iteration}: {text}{best_mark(best, iteration or 0)}")
     return "\n".join(lines) or "none"
 
 

@@ -1,0 +1,154 @@
+"""BestCheckpointer and EarlyStopping: which value counts, where it comes from, what is kept."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from checkpoint_cases import iterations_in
+
+from distrain import HookBase, TrainerBase
+from distrain.checkpoint import CheckpointStore
+from distrain.errors import ConfigError
+from distrain.hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    EvalHook,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+)
+
+
+class Steps(TrainerBase):
+    def run_step(self):
+        self.storage.put_scalar("square", float(self.iter**2))
+
+
+class Put(HookBase):
+    """A hook of a user, which works out a metric by itself."""
+
+    def __init__(self, values, *, at_end=None):
+        self.values, self.at_end = values, at_end
+
+    def after_step(self):
+        if self.trainer.iter_done in self.values:
+            self.trainer.storage.put_scalar("mine", self.values[self.trainer.iter_done])
+
+    def after_train(self):
+        if self.at_end is not None:
+            self.trainer.storage.put_scalar("mine", self.at_end)
+
+
+def scores(*values, names=("score",)):
+    """Return a function for EvalHook: its n-th call gives the n-th value of each name."""
+    calls = iter(values)
+
+    def evaluate():
+        value = next(calls)
+        return dict(zip(names, value if isinstance(value, tuple) else (value,), strict=True))
+
+    return evaluate
+
+
+def train(folder, *, iters=30, keep_last=1, period=None, metrics=("eval/score",), **hooks):
+    """Train with a writer, which drains the storage before the best checkpoint is looked for."""
+    store = CheckpointStore(folder / "checkpoints", background=False, keep_last=keep_last)
+    best = {f"best_{m}": BestCheckpointer(m, checkpoints=store) for m in metrics}
+    trainer = Steps(
+        {
+            "writer": PeriodicWriter(run_dir=str(folder)),
+            "checkpoint": PeriodicCheckpointer(period, checkpoints=store),
+            **best,
+            **hooks,
+        },
+        window=10,
+    )
+    trainer.train(0, iters)
+    return store
+
+
+def test_the_final_evaluation_counts(tmp_path):
+    store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, 0.4, 0.9)))
+    assert store.best() == {"eval/score": (30, 0.9)}
+    assert iterations_in(store.folder) == [30]
+
+
+def test_a_final_evaluation_that_is_worse_does_not(tmp_path):
+    store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, 0.8, 0.7)))
+    assert store.best() == {"eval/score": (20, 0.8)}
+    assert iterations_in(store.folder) == [20, 30]
+
+
+@pytest.mark.parametrize(
+    ("values", "at_end", "expected"),
+    [({10: 0.1, 20: 0.3, 25: 0.2}, None, (20, 0.3)), ({10: 0.1, 30: 0.3}, None, (30, 0.3))]
+    + [({10: 0.1}, 0.3, (30, 0.3))],
+)
+def test_a_metric_may_be_a_scalar_that_a_hook_puts(tmp_path, values, at_end, expected):
+    store = train(tmp_path, metrics=["mine"], put=Put(values, at_end=at_end))
+    assert store.best() == {"mine": expected}
+
+
+def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, monkeypatch):
+    saved = []
+    real = CheckpointStore.save
+
+    def save(store, iteration, state, **keywords):
+        saved.append((iteration, dict(keywords["best"] or {})))
+        return real(store, iteration, state, **keywords)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    values = (0.5, 1.0), (0.7, 2.0), (0.6, 3.0), (0.6, 2.0)
+    evaluation = EvalHook(10, function=scores(*values, names=("score", "other")))
+    names = ("eval/score", "eval/other")
+    store = train(tmp_path, iters=40, period=1000, metrics=names, eval=evaluation)
+    assert store.best() == {"eval/score": (20, 0.7), "eval/other": (30, 3.0)}
+    assert iterations_in(store.folder) == [20, 30, 40]
+    assert saved == [
+        (10, {"eval/score": 0.5, "eval/other": 1.0}),
+        (20, {"eval/score": 0.7, "eval/other": 2.0}),
+        (30, {"eval/other": 3.0}),
+        (40, {}),
+    ]
+    state = store.load(30)["hooks"]
+    assert (state["best_eval/score"]["best"], state["best_eval/other"]["best"]) == (0.7, 3.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_the_best(tmp_path, value):
+    store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, value, value)))
+    assert store.best() == {"eval/score": (10, 0.5)}
+
+
+def test_two_for_one_metric_are_refused(tmp_path):
+    store = CheckpointStore(tmp_path)
+    hooks = [BestCheckpointer("a", checkpoints=store), BestCheckpointer("a", checkpoints=store)]
+    with pytest.raises(
+        ConfigError, match=r"hooks\.BestCheckpointer_2\.metric=a: expected a metric"
+    ):
+        Steps(hooks).train(0, 1)
+
+
+def test_the_final_evaluation_counts_for_a_stop_of_a_run_that_goes_on(tmp_path):
+    stop = EarlyStopping("eval/score", patience=9)
+    train(tmp_path, eval=EvalHook(10, function=scores(0.5, 0.4, 0.3)), stop=stop)
+    assert stop.state_dict() == {"best": 0.5, "num_bad": 2}
+
+
+def test_the_demo_keeps_its_last_and_best(tmp_path):
+    """The best of the two evaluations is the second."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "distrain", "+experiment=digits", "launch.ranks=1"]
+    command += ["trainer.max_iter=40", "hooks.eval.period=20", f"run.dir={run}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seen = {
+        line["iteration"] + 1: line["eval/accuracy"] for line in lines if "eval/accuracy" in line
+    }
+    assert sorted(seen) == [20, 40]
+    assert seen[40] > seen[20]
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert (best["iteration"], best["metric"]) == (40, seen[40])
