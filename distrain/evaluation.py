@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,72 +10,107 @@ import torch
 from torch import Tensor, nn
 
 from distrain import heartbeat, progressbar
+from distrain.batches import to_channels_last
 from distrain.data import EvalLoader, batch_length, to_device
 from distrain.distributed import gather_to_all
+from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.losses import call, takes_whole_batch, total_loss
+from distrain.module_state import buffers_of_rank_0, eval_mode, kept_generators
+from distrain.numerics import Precision, autocast
 
 
-def evaluate(model: nn.Module, loader: EvalLoader, *, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    *,
+    device: torch.device,
+    precision: Precision = "fp32",
+    channels_last: bool = False,
+    max_batches: int | None = None,
+) -> dict[str, float]:
     """Return the mean over all samples of all ranks of each metric of the model. A collective.
 
-    The model is put into eval mode and back. Its metrics are those of its method `metrics`, called
-    like its forward, which returns (B,) values by name, one a sample; without such a method they
-    are its losses, weighted by the size of the batch.
+    The model's metrics are those of its method `metrics`, called like its forward, which returns
+    (B,) values by name, one per sample; without such a method they are its losses, weighted by the
+    size of the batch. A metric that is in some batches only is divided by the samples of those.
+
+    The model is in eval mode meanwhile, on all ranks with the buffers of rank 0, which are those
+    of a checkpoint. Afterwards each submodule's mode, the buffers of each rank and the random
+    generators are as before.
 
     Args:
         model: not wrapped: ranks may have different numbers of batches.
         loader: this rank's share.
         device: where the model is.
+        precision: "bf16" and "fp16" evaluate under autocast.
+        channels_last: give images in that memory format.
+        max_batches: stop after that many of each rank; None takes all.
 
     Raises:
-        ValueError: a metric is not one value a sample.
+        ConfigError: a metric is not one value per sample.
     """
-    with heartbeat.of_this_process().phase(Phase.EVALUATION):
-        num, sums = _share(model, loader, device)
-        shares = gather_to_all((num, {name: float(total) for name, total in sums.items()}))
-    num_all = sum(share for share, _ in shares)
-    names = {name for _, share in shares for name in share}
+    with (
+        heartbeat.of_this_process().phase(Phase.EVALUATION),
+        kept_generators(),
+        buffers_of_rank_0(model),
+        eval_mode(model),
+        torch.no_grad(),
+    ):
+        totals = _Totals(model)
+        batches = itertools.islice(iter(loader), max_batches)
+        num = len(loader) if max_batches is None else min(len(loader), max_batches)
+        for batch in progressbar.counted(batches, "evaluation", total=num):
+            heartbeat.of_this_process().beat(Phase.EVALUATION)
+            length = batch_length(batch)
+            batch = to_device(batch, device)
+            if channels_last:
+                batch = to_channels_last(batch)
+            with autocast(device, precision):
+                totals.add(batch, length)
+        shares = gather_to_all(
+            {name: (totals.counts[name], float(total)) for name, total in totals.sums.items()}
+        )
     return {
-        name: sum(share.get(name, 0.0) for _, share in shares) / num_all for name in sorted(names)
+        name: sum(share[name][1] for share in shares if name in share)
+        / sum(share[name][0] for share in shares if name in share)
+        for name in sorted({name for share in shares for name in share})
     }
 
 
-def _share(
-    model: nn.Module, loader: EvalLoader, device: torch.device
-) -> tuple[int, dict[str, Tensor]]:
-    """Return the number of samples of this rank and the sums of their metrics."""
-    was_training = model.training
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    num = 0
-    metrics = getattr(model, "metrics", None)
-    whole = takes_whole_batch(model)
-    pulse = heartbeat.of_this_process()
-    try:
-        with torch.no_grad():
-            for batch in progressbar.counted(loader, "evaluation", total=len(loader)):
-                pulse.beat(Phase.EVALUATION)
-                length = batch_length(batch)
-                batch = to_device(batch, device)
-                if metrics is None:
-                    losses = total_loss(call(model, batch, whole=whole))
-                    totals = {name: loss.double() * length for name, loss in losses.items()}
-                else:
-                    totals = _sums(call(metrics, batch, whole=whole), length)
-                for name, total in totals.items():
-                    sums[name] = sums[name] + total if name in sums else total
-                num += length
-    finally:
-        model.train(was_training)
-    return num, sums
+class _Totals:
+    """Sums of a model's metrics over batches, and over how many samples each is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self._model = model
+        self._metrics = getattr(model, "metrics", None)
+        self._whole = takes_whole_batch(model)
+
+    def add(self, batch: Any, length: int) -> None:
+        """Call the model with a batch of `length` samples."""
+        if self._metrics is None:
+            losses = total_loss(call(self._model, batch, whole=self._whole))
+            sums = {name: loss.double() * length for name, loss in losses.items()}
+        else:
+            sums = _sums(call(self._metrics, batch, whole=self._whole), length)
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + length
 
 
-def _sums(values: Mapping[str, Any], length: int) -> dict[str, Tensor]:
+def _sums(values: Any, length: int) -> dict[str, Tensor]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"metrics() returned {type(values).__name__}: expected a dict with one value per "
+            f"sample, [{length}], by name"
+        )
     for name, value in values.items():
         if not isinstance(value, Tensor) or value.shape != (length,):
             shape = [*value.shape] if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"metric {name!r} is {shape}; metrics() returns one value a sample, [{length}]"
+            raise ConfigError(
+                f"metric {name!r} is {shape}: expected one value per sample, [{length}]; return "
+                "what metrics() computes before its mean over the batch"
             )
     return {name: value.double().sum() for name, value in values.items()}

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by torch and by cuBLAS when the first product is made
 
 
@@ -33,6 +35,15 @@ def numerics(
         if deterministic:
             stack.enter_context(_deterministic())
         yield
+
+
+def autocast(
+    device: torch.device, precision: Precision
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a model is called for a precision."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase
 from distrain.losses import caller, mean_losses, takes_whole_batch, total_loss
+from distrain.module_state import train_mode
 from distrain.nonfinite import SkippedUpdates
+from distrain.numerics import Precision
 from distrain.optim import clip_gradients, start_momentum
 from distrain.replicas import replicate
 from distrain.shardable import find_blocks
@@ -37,8 +39,6 @@ from distrain.strategy import (
 from distrain.update import clear_gradients, update
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @runtime_checkable
@@ -82,7 +82,8 @@ class Trainer(TrainerBase):
         fsdp: further keywords of `strategy.shard`.
 
     Attributes:
-        model: what is called in a step. module: the model itself, unwrapped.
+        model: what is called in a step. module: the model itself, unwrapped. Parts of it that are
+            in eval mode stay there; if it is as a whole, `train` puts all of it into train mode.
         data_s: seconds that the last step waited for its data.
         grad_norm: () global norm before clipping, on the device; None without clip_norm.
 
@@ -137,7 +138,7 @@ class Trainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self._clip = {key: limit for key, limit in clip.items() if limit is not None}
-        self._channels_last = channels_last
+        self.channels_last = channels_last
         self._takes_whole = takes_whole_batch(self.module)
         self._batch_type: type = type(None)
         self._moves = self.device.type != "cpu"
@@ -159,7 +160,7 @@ class Trainer(TrainerBase):
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`; with three ranks or more settle DDP's buckets."""
-        self.module.train()
+        train_mode(self.module)
         start_momentum(self.optimizer)
         if isinstance(self.data, Seekable):
             self._batches = self.data.batches(self.start_iter)
@@ -249,7 +250,7 @@ class Trainer(TrainerBase):
         """
         if self._moves:
             batch = to_device(batch, self.device)
-        if self._channels_last:
+        if self.channels_last:
             batch = to_channels_last(batch)
         if batch.__class__ is not self._batch_type:
             self._batch_type = batch.__class__

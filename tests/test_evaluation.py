@@ -1,10 +1,22 @@
+"""Evaluation: each sample once, as training calls the model, and no trace of it in training."""
+
+import random
+
+import numpy as np
 import pytest
 import torch
+from checkpoint_cases import identical
 from ranks import run_ranks
 from torch import nn
 
-from distrain.data import EvalLoader
+from distrain import HookBase, Trainer
+from distrain.checkpoint import CheckpointStore
+from distrain.data import EvalLoader, TrainLoader
+from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
+from distrain.hooks import EMA, BestCheckpointer, EvalHook, PeriodicCheckpointer, PreciseBN
+
+CPU = torch.device("cpu")
 
 
 class Samples(torch.utils.data.Dataset):
@@ -30,7 +42,7 @@ class Model(nn.Module):
 def evaluate_on(rank, num, batch_size, model):
     world_size = torch.distributed.get_world_size()
     loader = EvalLoader(Samples(num), batch_size=batch_size, rank=rank, world_size=world_size)
-    return evaluate(model.train(), loader, device=torch.device("cpu")), model.training
+    return evaluate(model.train(), loader, device=CPU), model.training
 
 
 @pytest.mark.ranks
@@ -48,7 +60,7 @@ def test_without_metrics_losses_are_weighted_by_the_batch():
             return batch.mean()
 
     loader = EvalLoader(Samples(7), batch_size=3)
-    assert evaluate(Plain(), loader, device=torch.device("cpu")) == {"loss": 3.0}
+    assert evaluate(Plain(), loader, device=CPU) == {"loss": 3.0}
 
 
 def test_a_metric_is_one_value_a_sample():
@@ -56,5 +68,234 @@ def test_a_metric_is_one_value_a_sample():
         def metrics(self, batch):
             return {"accuracy": batch.mean()}
 
-    with pytest.raises(ValueError, match=r"'accuracy' is \[\].*\[3\]"):
-        evaluate(Wrong(), EvalLoader(Samples(7), batch_size=3), device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"'accuracy' is \[\]: expected one value.*\[3\]"):
+        evaluate(Wrong(), EvalLoader(Samples(7), batch_size=3), device=CPU)
+
+
+class Rare(nn.Module):
+    """Gives one metric only where a batch has samples from 4 on."""
+
+    def forward(self, batch):
+        return batch.mean()
+
+    def metrics(self, batch):
+        metrics = {"all": torch.ones(len(batch))}
+        return metrics | ({"rare": batch} if batch.max() >= 4 else {})
+
+
+def test_a_metric_of_some_batches_is_divided_by_their_samples():
+    loader = EvalLoader(Samples(8), batch_size=4)
+    assert evaluate(Rare(), loader, device=CPU) == {"all": 1.0, "rare": 5.5}
+
+
+@pytest.mark.ranks
+def test_and_so_it_is_over_ranks():
+    # shares 0-2, 3-5, 6-8: the first rank has no such batch, the second one, the third all
+    expected = {"all": 1.0, "rare": (4 + 5 + 6 + 7 + 8) / 5}
+    assert run_ranks(evaluate_on, 3, 9, 1, Rare()) == [(expected, True)] * 3
+
+
+def test_metrics_is_to_return_a_dict():
+    class Wrong(Model):
+        def metrics(self, batch):
+            return batch
+
+    with pytest.raises(ConfigError, match=r"metrics\(\) returned Tensor: expected a dict"):
+        evaluate(Wrong(), EvalLoader(Samples(7), batch_size=3), device=CPU)
+
+
+class Points(torch.utils.data.Dataset):
+    """Points that draw from every generator without a seed of their own."""
+
+    def __init__(self, num=24, draws=False):
+        self.x = torch.randn(num, 4, generator=torch.Generator().manual_seed(0))
+        self.draws = draws
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        if self.draws:
+            random.random(), np.random.rand(), torch.rand(())
+        return self.x[index]
+
+
+class Net(nn.Module):
+    """A network whose first normalisation is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.frozen, self.norm = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.out, self.drop = nn.Linear(4, 1), nn.Dropout(0.5)
+        self.frozen.eval()
+        self.seen = []
+
+    def values(self, x):
+        y = self.out(self.drop(self.norm(self.frozen(x))))
+        self.seen.append((self.training, y.dtype))
+        return y[:, 0].float()
+
+    def forward(self, x):
+        return self.values(x).square().mean()
+
+    def metrics(self, x):
+        random.random(), np.random.rand(), torch.rand(())
+        return {"value": self.values(x)}
+
+
+def trained(rank=0, world_size=1, *, evaluates=True, draws=True, hooks=None, iters=4, **settings):
+    """Train with an evaluation after each iteration; return the trainer."""
+    random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
+    net = Net()
+    share = {"rank": rank, "world_size": world_size, "seed_samples": False}
+    more = {
+        "ema": EMA(0.5),
+        "precise_bn": PreciseBN(2, period=2),
+        "eval": EvalHook(1, eval_loader=EvalLoader(Points(draws=draws), batch_size=5, **share)),
+    }
+    trainer = Trainer(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        TrainLoader(Points(draws=draws), batch_size=12, **share),
+        hooks=(hooks or {}) | (more if evaluates else {}),
+        **settings,
+    )
+    trainer.train(0, iters)
+    return trainer
+
+
+def test_each_part_of_a_model_keeps_its_own_mode():
+    module = trained().module
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert modes == {"": True, "frozen": False, "norm": True, "out": True, "drop": True}
+    assert module.frozen.running_mean.tolist() == [0.0] * 4
+    assert module.norm.running_mean.abs().sum() > 0
+
+
+def test_a_model_that_is_in_eval_mode_as_a_whole_is_trained():
+    net = Net().eval()
+    data = [torch.randn(4, 4)]
+    Trainer(net, torch.optim.SGD(net.parameters(), lr=0.1), data).train(0, 1)
+    assert all(part.training for part in net.modules())
+
+
+def test_a_train_method_that_freezes_parts_has_its_way():
+    class Freezing(Net):
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    net = Freezing()
+    assert net.norm.training
+    Trainer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(4, 4)]).train(0, 1)
+    modes = {name: part.training for name, part in net.named_modules()}
+    assert modes == {"": True, "frozen": False, "norm": False, "out": True, "drop": True}
+
+
+class Folded(nn.Linear):
+    """Changes with its mode, as layers do that fold weights for inference."""
+
+    folded = False
+
+    def train(self, mode=True):
+        self.folded = not mode
+        return super().train(mode)
+
+
+def test_a_train_method_of_the_users_own_is_called():
+    layer = Folded(1, 1)
+    model = nn.Sequential(layer)
+    model.forward = lambda batch: batch.mean() + float(layer.folded)
+    loader = EvalLoader(Samples(1), batch_size=1)
+    assert evaluate(model, loader, device=CPU) == {"loss": 1.0}
+    assert not layer.folded
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_evaluation_is_under_the_autocast_of_training(precision, dtype):
+    hooks = {"eval": EvalHook(1, eval_loader=EvalLoader(Points(), batch_size=24))}
+    trainer = trained(evaluates=False, hooks=hooks, iters=2, precision=precision)
+    assert set(trainer.module.seen) == {(True, dtype), (False, dtype)}
+
+
+def test_evaluation_has_the_memory_format_of_training():
+    class Images(Points):
+        def __getitem__(self, index):
+            return self.x[index].reshape(1, 2, 2).repeat(3, 1, 1)
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.formats = []
+
+        def forward(self, x):
+            is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            self.formats.append((self.training, is_last))
+            return self.conv(x).mean()
+
+    net = Seen()
+    hook = EvalHook(eval_loader=EvalLoader(Images(), batch_size=6))
+    data = TrainLoader(Images(), batch_size=6)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    Trainer(net, optimizer, data, hooks=[hook], channels_last=True).train(0, 1)
+    assert set(net.formats) == {(True, True), (False, True)}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_with_evaluation_or_without_training_is_the_same(world_size):
+    def weights(rank):
+        with_it, without = (
+            trained(rank, world_size, evaluates=e, draws=True, hooks={"state": Draws()})
+            for e in (True, False)
+        )
+        del with_it.module.norm, without.module.norm  # PreciseBN is to change its statistics
+        drawn = [t.hooks["state"].drawn for t in (with_it, without)]
+        return drawn[0] == drawn[1] and len(drawn[0]) == 4
+
+    assert run_ranks(weights, world_size) == [True] * world_size
+
+
+class Draws(HookBase):
+    """Notes what the generators give, behind an evaluation."""
+
+    order = 85
+
+    def __init__(self):
+        self.drawn = []
+
+    def after_step(self):
+        self.drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+
+def local_norm(rank, folder):
+    """Train with statistics of each rank's own; return what was logged, and those of this rank."""
+    store = CheckpointStore(folder, background=False)
+    hooks = {
+        "checkpoint": PeriodicCheckpointer(checkpoints=store),
+        "best": BestCheckpointer("eval/value", checkpoints=store),
+        "eval": EvalHook(
+            2, eval_loader=EvalLoader(Points(), batch_size=5, rank=rank, world_size=2)
+        ),
+    }
+    trainer = trained(
+        rank, 2, evaluates=False, draws=False, hooks=hooks, ddp={"broadcast_buffers": False}
+    )
+    return trainer.storage.history("eval/value").latest(), trainer.module.norm.running_mean.tolist()
+
+
+@pytest.mark.ranks
+def test_what_is_logged_is_what_the_checkpoint_gives(tmp_path):
+    (logged, mean), (also, other_mean) = run_ranks(local_norm, 2, tmp_path)
+    assert logged == also
+    assert mean != other_mean, "each rank has its own again"
+    net = Net().eval()
+    net.load_state_dict(CheckpointStore(tmp_path).load(4)["model"])
+    assert identical(net.norm.running_mean, torch.tensor(mean))
+    with torch.no_grad():
+        assert logged == pytest.approx(net.values(Points().x).double().mean().item(), rel=1e-6)

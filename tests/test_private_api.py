@@ -67,7 +67,6 @@ def _optimizer():
 
 # attribute of an instance -> how to make one, why
 ATTRIBUTES = {
-    "_asdict": (None, "documented method of named tuples"),
     "_modules": (lambda: nn.Linear(1, 1), "a walk that sees names, also of shared modules"),
     "_parameters": (lambda: nn.Linear(1, 1), "a walk that sees names, also of shared tensors"),
     "_compiled_call_impl": (lambda: nn.Linear(1, 1), "whether a module is compiled"),

@@ -9,6 +9,7 @@ from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
 from distrain.hook import HookBase
 from distrain.hooks.ema import EMA
+from distrain.module_state import kept_generators
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
@@ -81,15 +82,27 @@ class EvalHook(HookBase):
         self._last_done = self.trainer.iter_done
 
     def _put(self, prefix: str) -> None:
-        """Evaluate the weights that the model has now."""
+        """Evaluate the weights that the model has now, as training calls the model."""
         trainer = self.trainer
         if self._function is not None:
-            results = self._function()
+            with kept_generators():
+                results: Mapping[str, float] = self._function()
         else:
-            assert self._eval_loader is not None
-            with trainer.gathered():
-                results = evaluate(trainer.module, self._eval_loader, device=trainer.device)
+            results = self._evaluated()
         trainer.report_metrics({f"{prefix}/{name}": value for name, value in results.items()})
+
+    def _evaluated(self, max_batches: int | None = None) -> dict[str, float]:
+        trainer = self.trainer
+        assert self._eval_loader is not None
+        with trainer.gathered():
+            return evaluate(
+                trainer.module,
+                self._eval_loader,
+                device=trainer.device,
+                precision=trainer.precision,
+                channels_last=trainer.channels_last,
+                max_batches=max_batches,
+            )
 
 
 def is_finished(trainer: Trainer) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.batchnorm import channel_moments, merged_moments
-from distrain.distributed import random_states, restore_random_states
 from distrain.errors import ConfigError
-from distrain.events import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
+from distrain.module_state import no_trace
 from distrain.progressbar import counted
 from distrain.trainer import Seekable, Trainer
 
@@ -90,7 +88,7 @@ class PreciseBN(HookBase):
         if not layers:
             return
         with trainer.pulse.phase(Phase.EVALUATION), torch.no_grad():
-            with _no_trace(trainer.module):
+            with no_trace(trainer.module):
                 moments = self._moments(layers)
             for layer, (count, mean, squares) in zip(layers, moments, strict=True):
                 if count > 1:
@@ -145,18 +143,3 @@ def _note(rows: list[Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> N
     """Add the moments of what comes into a layer."""
     x = inputs[0]
     rows.append(channel_moments(x if x.dtype is torch.float64 else x.float()))
-
-
-@contextlib.contextmanager
-def _no_trace(module: nn.Module) -> Iterator[None]:
-    """Run forwards inside `with` that leave buffers, random generators and storage alone."""
-    random, buffers = random_states(), [buffer.clone() for buffer in module.buffers()]
-    with contextlib.ExitStack() as inside:
-        inside.enter_context(EventStorage())
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            # with hooks and without gradients it would be compiled anew, which takes a minute
-            inside.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-    for buffer, old in zip(module.buffers(), buffers, strict=True):
-        buffer.copy_(old)
-    restore_random_states(random)
