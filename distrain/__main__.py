@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distrain import completion, config
+from distrain import completion, composition, config, overrides
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
@@ -79,6 +79,7 @@ class Command:
             self.codes.append(ExitCode.STOPPED)  # who stops a sweep means all of it
             return
         try:
+            cfg = composition.clean(cfg, HydraConfig.get())
             self.codes.append(self._start(config.resolve(cfg)))
         except (ConfigError, RankFailed, NonFiniteLoss) as error:
             self.codes.append(self._tell(error, error))
@@ -156,7 +157,7 @@ def main() -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
-    sys.argv[1:] = from_here(sys.argv[1:])
+    sys.argv[1:] = overrides.readable(from_here(sys.argv[1:]))
     script = completion.script(sys.argv[1:])
     if script is not None:
         print(script, end="")

@@ -21,6 +21,7 @@ from distrain.checkpoint_found import Found, clear_leftovers, describe, find_all
 from distrain.checkpoint_process import Outcome, Request, Requests
 from distrain.checkpoint_retention import read_best
 from distrain.errors import ConfigError
+from distrain.schema import refuse_url
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ class CheckpointStore:
             raise ConfigError(f"keep_every={keep_every}: give a number of iterations, or null")
         if on_error not in ("warn", "raise"):
             raise ConfigError(f"on_error={on_error!r}: give 'warn' or 'raise'")
+        refuse_url("folder", folder)
         self.folder = Path(os.path.abspath(folder))
         self.last_error: str | None = None
         self.last_saved: int | None = None

@@ -55,8 +55,16 @@ def near(word: str, known: Iterable[str], *, first: int = 3) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a YAML value as optimizers want it: lists become tuples, at any depth."""
-    return tuple(plain(item) for item in value) if isinstance(value, list | tuple) else value
+    """Return a YAML value as optimizers want it: lists become tuples, at any depth.
+
+    Integers beside floats become floats, as torch refuses `betas: [0, 0.9]` otherwise.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    items = tuple(plain(item) for item in value)
+    if {type(item) for item in items} == {int, float}:
+        return tuple(float(item) for item in items)
+    return items
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
+        schema.refuse_url("run.dir", run_dir)
         self.path = Path(run_dir).absolute()
         self.is_new = False
         self.done_iter: int | None = None

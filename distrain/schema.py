@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from distrain.errors import ConfigError
+
+_URL = re.compile(r"^([A-Za-z][\w+.-]+):/|\w://")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Printable:
     """A text must not be empty, nor hold control characters or surrounding blanks."""
 
 
+class LocalPath:
+    """A text must be a path of a mounted file system, no URL."""
+
+
 class Target(dict[str, Any]):
     """A node that `config.build` makes an object of: `_target_` and the object's own keywords."""
 
@@ -36,8 +44,8 @@ class Target(dict[str, Any]):
 class RunKeys:
     """`run.*`: where the run lies."""
 
-    name: Annotated[str, Printable()]
-    dir: Annotated[str, Printable()]
+    name: Annotated[str, Printable(), LocalPath()]
+    dir: Annotated[str, Printable(), LocalPath()]
 
 
 @dataclass
@@ -97,7 +105,7 @@ class CheckpointKeys:
 class InitKeys:
     """`init.*`: weights that a new run starts from."""
 
-    weights: Annotated[str, Printable()] | None = None
+    weights: Annotated[str, Printable(), LocalPath()] | None = None
     ema: str | None = None
     prefix: str | None = None
     into: str | None = None
@@ -169,6 +177,30 @@ def similar(word: str, words: list[str]) -> str:
 def wrong(key: str, value: object, expected: str) -> ConfigError:
     """Return the error that says `key=value: expected`."""
     return ConfigError(f"{key}={_short(value)}: {expected}")
+
+
+def refuse_url(key: str, path: object) -> None:
+    """Raise ConfigError for `s3://...` and other URLs, which would become folders of that name.
+
+    Args:
+        key: what the user calls the path, for the error.
+        path: a path-like object too, which has one slash left of two: `s3:/...`.
+    """
+    found = _URL.search(str(path))
+    if found is not None:
+        fix = "leave file:// out" if found[1].lower() == "file" else "mount the store, or copy"
+        expected = f"expected a path of a mounted file system; URLs are not supported: {fix}"
+        raise wrong(key, path, expected)
+
+
+def number(value: Any) -> Any:
+    """Number that a text stands for, as `${oc.env:LR}` gives one; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _node(value: Any, cls: type, key: str) -> Any:
@@ -262,14 +294,15 @@ def _plain(value: Any, hint: type, key: str) -> Any:
         if isinstance(value, bool):
             return value
         raise wrong(key, value, "true or false is needed")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) < math.inf:
+    found = number(value)
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not is_number or not abs(found) < math.inf:
         raise wrong(key, value, "a number is needed")
-    if (isinstance(value, int) or hint is int) and abs(value) >= 2**63:
+    if (isinstance(found, int) or hint is int) and abs(found) >= 2**63:
         raise wrong(key, value, "a number of less than 64 bits is needed")
-    if hint is int and value != int(value):
+    if hint is int and found != int(found):
         raise wrong(key, value, "a whole number is needed")
-    return hint(value)
+    return hint(found)
 
 
 def _in_range(value: Any, limit: object, key: str) -> None:
@@ -280,6 +313,8 @@ def _in_range(value: Any, limit: object, key: str) -> None:
         )
     if isinstance(limit, Printable) and not value:
         raise ConfigError(f"{key}: a value is needed, {key}=...")
+    if isinstance(limit, LocalPath):
+        refuse_url(key, value)
     if isinstance(limit, AtLeast) and value < limit.limit:
         raise wrong(key, value, f"at least {limit.limit} is needed")
     if isinstance(limit, Positive) and value <= 0:

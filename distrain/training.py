@@ -32,6 +32,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
+from distrain.instantiate import placed
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer
 from distrain.progressbar import waiting
@@ -192,7 +193,10 @@ def _optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
     """Return the optimizer and the schedule that are configured, or without optim the model's."""
     own = None
     if conf["optim"] is not None:
-        optimizer = build_optimizer(model, **conf["optim"])
+        try:
+            optimizer = build_optimizer(model, **conf["optim"])
+        except ConfigError as error:
+            raise ConfigError(placed(str(error), "optim", conf["optim"])) from error
     elif callable(configure := getattr(model, "configure_optimizers", None)):
         optimizer, own = configure()
     else:

@@ -27,6 +27,7 @@ PARTS = {
     "Optimizer and schedule": ("optim", "groups", "rules", "schedule", "warmup", "curve"),
     "Data": ("data", "loading", "permutation", "batches"),
     "Checkpoints": ("checkpoint", "restore", "snapshot", "staging", "durable"),
+    "Configuration": ("config", "composition", "overrides", "instantiate", "schema"),
     "Launching": ("launch",),
     "Runs": ("runs", "runfolder"),
     "Models of other trainers": ("adapters",),

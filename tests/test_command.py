@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import distrain.run
-from distrain import config
+from distrain import config, overrides
 from distrain.__main__ import Command, from_here
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.sweep import folder_name, worst
@@ -129,6 +129,16 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         ((*DIGITS, "launch.rank=3"), "launch.rank: no such key; did you mean launch.ranks?"),
         ((*DIGITS, "launch.ranks=0"), "launch.ranks=0: at least 1 is needed"),
         ((*DIGITS, "run.dir=/proc/none"), "run.dir=/proc/none: "),
+        ((*DIGITS, "run.dir=s3://bucket/a"), "run.dir=s3://bucket/a: expected a path of a mounted"),
+        ((*DIGITS, "run.name=s3://bucket/a"), "run.name=s3://bucket/a: expected a path of a"),
+        ((*DIGITS, "init.weights=gs://b/a.pt"), "init.weights=gs://b/a.pt: expected a path of a"),
+        ((*DIGITS, "optim.rules.f={lr:1}"), "optim.rules.f: no such key; +optim.rules.f=... adds"),
+        (("-m", *DIGITS, "optim=null,sgd"), "a group cannot be null in a sweep; expected ~GROUP"),
+        ((*DIGITS, "run.name=(x"), "cannot read 'run.name=(x': "),
+        (
+            (*DIGITS, "schedule._target_=torch.optim.lr_scheduler.StepLR", "schedule.warmup=3"),
+            "schedule.warmup: no such key; did you mean schedule.warmup_iters",
+        ),
         ((*DIGITS, "--config-dir", "none"), "Additional config directory"),
         (("--config-name", "none"), "--config-name=none: no such file"),
         (
@@ -230,6 +240,106 @@ def test_a_config_path_is_relative_to_here(tmp_path, monkeypatch):
 
 def test_multirun_may_stand_anywhere():
     assert from_here(["a=1", "-m", "b=1,2"]) == ["-m", "a=1", "b=1,2"]
+
+
+HEAD = "# @package _global_\n"
+TRAINS = """
+model: {_target_: my.Model}
+data: {batch_size: 8, train: {_target_: my.Data}}
+trainer: {max_iter: 5}
+launch: {in_process: true}
+"""
+OWN_PARTS = """
+optim: {target: torch.optim.NAdam, lr: 1e-3, weight_decay: 0.05}
+schedule: {_target_: torch.optim.lr_scheduler.StepLR, step_size: 1000}
+"""
+MINE = ("--config-dir", "conf", "+experiment=mine")
+
+
+def test_another_target_is_not_given_the_keywords_of_the_default(command, tmp_path):
+    write_conf(tmp_path / "conf", "experiment/mine", HEAD + TRAINS + OWN_PARTS)
+    assert command(*MINE) == (ExitCode.FINISHED, "", "")
+    conf = STARTED[0].conf
+    assert conf["schedule"] == {
+        "_target_": "torch.optim.lr_scheduler.StepLR",
+        "step_size": 1000,
+    }
+    assert "momentum" not in conf["optim"]
+    assert (conf["optim"]["lr"], conf["optim"]["weight_decay_norm"]) == (0.001, 0.0)
+
+
+def test_the_users_own_keywords_are_all_kept(command, tmp_path):
+    own = OWN_PARTS.replace("lr: 1e-3", "lr: 1e-3, momentum: 0.9")
+    write_conf(tmp_path / "conf", "experiment/mine", HEAD + TRAINS + own)
+    assert command(*MINE, "schedule.warmup_iters=0")[0] is ExitCode.FINISHED
+    assert STARTED[0].conf["optim"]["momentum"] == 0.9  # refused where the optimizer is built
+    assert STARTED[0].conf["schedule"].keys() == {"_target_", "step_size", "warmup_iters"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "has", "has_not"),
+    [
+        (("optim.target=torch.optim.NAdam",), {"lr"}, {"momentum", "nesterov"}),
+        (("optim.target=torch.optim.RMSprop",), {"momentum"}, {"nesterov"}),
+        (("optim=adamw",), {"betas"}, {"momentum", "nesterov"}),
+        (("optim=adamw", "optim.target=torch.optim.Adam"), {"betas"}, {"momentum"}),
+        (("optim.target=torch.optim.NAdam", "+optim.eps=1"), {"eps"}, {"momentum"}),
+        ((), {"momentum", "nesterov"}, set()),
+    ],
+)
+def test_another_optimizer_for_an_experiment_of_ours(command, argv, has, has_not):
+    code, _, err = command(*DIGITS, *argv)
+    assert (code, err) == (ExitCode.FINISHED, "")
+    assert has <= STARTED[0].conf["optim"].keys()
+    assert not has_not & STARTED[0].conf["optim"].keys()
+
+
+def test_another_schedule_by_the_command_line(command):
+    steps = "schedule._target_=torch.optim.lr_scheduler.StepLR"
+    assert command(*DIGITS, steps, "+schedule.step_size=4")[0] is ExitCode.FINISHED
+    assert STARTED[0].conf["schedule"].keys() == {"_target_", "step_size"}
+
+
+def test_null_leaves_a_group_out(command, monkeypatch):
+    argv = overrides.readable([*DIGITS, "optim=null", "schedule=null"])
+    assert command(*argv)[0] is ExitCode.FINISHED
+    assert (STARTED[0].conf["optim"], STARTED[0].conf["schedule"]) == (None, None)
+
+
+def test_a_name_in_any_script_needs_no_quotes(command, tmp_path):
+    argv = overrides.readable([*DIGITS, "run.name=日本語", "vars.x='é'", "+vars.y=[a]"])
+    assert argv[2:] == ["run.name='日本語'", "vars.x='é'", "+vars.y=[a]"]
+    assert command(*DIGITS, argv[2])[0] is ExitCode.FINISHED
+    assert os.listdir(tmp_path / "runs") == ["日本語"]
+
+
+def test_a_file_without_a_package_is_one_line(command, tmp_path):
+    write_conf(tmp_path / "conf", "experiment/mine", TRAINS)
+    code, _, err = command(*MINE)
+    assert code is ExitCode.BAD_CONFIG
+    assert err == (
+        f"distrain: experiment=mine: the keys of {tmp_path}/conf/experiment/mine.yaml land below "
+        "experiment.; expected '# @package _global_' as its first line\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["experiment/digits", "optim/sgd"])
+def test_a_file_that_is_never_read_is_one_line(command, tmp_path, name):
+    write_conf(tmp_path / "conf", name, HEAD + TRAINS)
+    code, _, err = command("--config-dir", "conf", *DIGITS)
+    assert code is ExitCode.BAD_CONFIG
+    choice = name.replace("/", "=")
+    assert err == (
+        f"distrain: {choice}: {tmp_path}/conf/{name}.yaml is shadowed by distrain's own file of "
+        "the same name; expected another name: rename it\n"
+    )
+    assert os.listdir(tmp_path) == ["conf"]
+
+
+def test_an_experiment_that_is_not_found_names_the_folders(command, tmp_path):
+    assert "; --config-dir FOLDER adds files of yours" in command("+experiment=mine")[2]
+    write_conf(tmp_path / "conf", "experiment/other", HEAD)
+    assert f"; searched, too: {tmp_path}/conf\n" in command(*MINE)[2]
 
 
 # sweeps

@@ -1,11 +1,13 @@
 """Keys are checked, nodes become objects, and every mistake is one line with its key."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distrain import schema
 from distrain.config import build, explain, locate, resolve
@@ -61,6 +63,15 @@ def test_values_have_the_type_of_their_key():
     assert conf["run"]["name"] == "7"
 
 
+def test_text_that_is_a_number_is_one(monkeypatch):
+    monkeypatch.setenv("LR", "1e-3")
+    monkeypatch.setenv("STEPS", "30")
+    conf = resolve(with_keys(optim__lr="${oc.env:LR}", trainer__max_iter="${oc.env:STEPS}"))
+    assert (conf["optim"]["lr"], conf["trainer"]["max_iter"]) == (0.001, 30)
+    hook = build({"_target_": "distrain.hooks.EvalHook", "period": "20"})
+    assert hook._period == 20
+
+
 def test_what_is_referred_to_is_looked_up():
     conf = with_keys(vars={"width": 3}, model={"_target_": "my.Model", "width": "${vars.width}"})
     assert resolve(conf)["model"]["width"] == 3
@@ -86,6 +97,8 @@ def test_a_hook_may_be_taken_out():
     ("keys", "text"),
     [
         ({"optim__lr": "abc"}, "optim.lr=abc: a number is needed"),
+        ({"optim__lr": "nan"}, "optim.lr=nan: a number is needed"),
+        ({"seed": "1.5"}, "seed=1.5: a whole number is needed"),
         ({"optim__lr": float("nan")}, "optim.lr=nan: a number is needed"),
         ({"optim__lr": 10**400}, "optim.lr=1000"),
         ({"seed": 2**63}, "seed=9223372036854775808: a number of less than 64 bits is needed"),
@@ -113,6 +126,10 @@ def test_a_hook_may_be_taken_out():
         ({"run__name": None}, "run.name: a value is needed"),
         ({"run__name": ""}, "run.name: a value is needed"),
         ({"run__name": "a\nb"}, "run.name='a\\nb': a text without control characters"),
+        ({"run__dir": "s3://b/x"}, "run.dir=s3://b/x: expected a path of a mounted file system"),
+        ({"run__dir": "file:///x"}, "run.dir=file:///x: expected a path of a mounted file system"),
+        ({"run__name": "gs://b"}, "run.name=gs://b: expected a path of a mounted file system"),
+        ({"init": {"weights": "hdfs://b"}}, "init.weights=hdfs://b: expected a path of a mounted"),
         ({"run__dir": " a"}, "run.dir=' a': a text without control characters"),
         ({"model": None}, "nothing to train: give an experiment, +experiment="),
     ],
@@ -193,6 +210,172 @@ def test_partial():
     make = build(node(_partial_=True, depth=5), "model", device="cpu")
     assert isinstance(make, functools.partial)
     assert (make(width=1).depth, make(width=1).device) == (5, "cpu")
+
+
+# as hydra.utils.instantiate
+
+
+def remembers(*args, **keywords):
+    """What it is called with, comparable."""
+    return args, keywords
+
+
+@dataclasses.dataclass
+class Pair:
+    a: object = None
+    b: object = None
+
+
+class Base:
+    def __init__(self, width, *, depth=1):
+        self.made = {"width": width, "depth": depth}
+
+
+class Wrapped(Base):
+    """As configurations of transformers: the decorator takes more than the function inside."""
+
+    def _init(self, width=1):
+        super().__init__(width)
+
+    @functools.wraps(_init)
+    def __init__(self, *args, num_labels=2, **keywords):
+        self._init(*args, **{k: v for k, v in keywords.items() if k != "free"})
+        self.made |= {"num_labels": num_labels, "free": keywords.get("free")}
+
+
+class Forwards(Base):
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+
+
+class Made(type):
+    """A metaclass that takes keywords away."""
+
+    def __call__(cls, *args, free=None, **keywords):
+        return super().__call__(*args, **keywords)
+
+
+class FromMade(Base, metaclass=Made):
+    def __init__(self, width):
+        super().__init__(width)
+
+
+class OwnNew(Base):
+    def __new__(cls, *args, **keywords):
+        return super().__new__(cls)
+
+
+@functools.wraps(Base)
+def gives_width(**keywords):
+    return Base(3, **keywords)
+
+
+def here(name, **keys):
+    return {"_target_": f"{__name__}.{name}", **keys}
+
+
+def as_it_is(value):
+    """Value with its containers' types, and objects by what they hold."""
+    if isinstance(value, Base):
+        return type(value).__name__, value.made
+    if isinstance(value, Pair):
+        return "Pair", as_it_is(value.a), as_it_is(value.b)
+    if isinstance(value, functools.partial):
+        return "partial", value.func, as_it_is(value.args), as_it_is(value.keywords)
+    if isinstance(value, dict | DictConfig):
+        return type(value), {k: as_it_is(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | ListConfig):
+        return type(value), [as_it_is(v) for v in value]
+    return value
+
+
+INNER = {"_target_": f"{__name__}.remembers", "x": 1}
+NESTED = [
+    {"x": [1, {"y": 2}], "z": {"k": INNER}},
+    {"x": [INNER, {"y": INNER}]},
+    {"x": INNER | {"_args_": [1, [2]]}},
+]
+
+
+@pytest.mark.parametrize("convert", ["none", "partial", "object", "all", "ALL"])
+@pytest.mark.parametrize("recursive", [True, False])
+@pytest.mark.parametrize("keys", NESTED)
+def test_containers_and_nodes_inside_are_as_hydra_makes_them(keys, convert, recursive):
+    node = here("remembers", _convert_=convert, _recursive_=recursive, **keys)
+    assert as_it_is(build(node)) == as_it_is(instantiate(node))
+
+
+@pytest.mark.parametrize("outer", ["none", "all"])
+@pytest.mark.parametrize("inner", ["none", "all"])
+def test_nodes_inside_inherit_and_may_differ(outer, inner):
+    child = here("remembers", x=[1], _convert_=inner)
+    for node in (
+        here("remembers", a=child, b=here("remembers", x=[1]), _convert_=outer),
+        here("remembers", a={"k": here("remembers", x={"y": [1]})}, _convert_=outer),
+        here("remembers", a=here("remembers", x=INNER, _recursive_=False), _convert_=outer),
+        here("remembers", a=here("remembers", x=INNER, _recursive_=True), _recursive_=False),
+    ):
+        node = {"_convert_": "all"} | node
+        assert as_it_is(build(node)) == as_it_is(instantiate(node))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        here("remembers", _args_=[1, 2], x=3),
+        here("remembers", _args_=[INNER, [INNER]]),
+        here("remembers", _args_=[]),
+        here("Base", _args_=[1], depth=2),
+        here("Base", width=1),
+        here("Pair", a=INNER, b=here("Pair", _args_=[1, 2])),
+        {"_target_": "datetime.timedelta", "_args_": [1], "hours": 2},
+        {"_target_": "builtins.int", "_args_": ["7"]},
+        {"_target_": "builtins.dict", "a": 1},
+        here("Wrapped", num_labels=5),
+        here("Wrapped", width=4, num_labels=5, free=1),
+        here("Forwards", width=4, depth=5),
+        here("FromMade", width=4, free=5),
+        here("OwnNew", width=4),
+        here("gives_width", depth=4),
+        here("gives_width"),
+    ],
+    ids=str,
+)
+def test_what_hydra_builds_is_built(node):
+    node = {"_convert_": "all"} | node
+    assert as_it_is(build(node)) == as_it_is(instantiate(node))
+
+
+def test_partial_with_arguments():
+    node = here("remembers", _partial_=True, _args_=[1, INNER], x=INNER, _convert_="all")
+    assert build(node)(5, y=6) == instantiate(node)(5, y=6)
+    inside = here("remembers", f=here("remembers", _partial_=True, _args_=[1]))
+    assert build(inside)[1]["f"](2) == ((1, 2), {})
+
+
+def test_a_positional_argument_takes_the_place_of_the_context():
+    assert build(here("Base", _args_=[1]), "model", width=2, depth=3).made == {
+        "width": 1,
+        "depth": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        (here("Base", _args_=[1, 2]), "model._args_: Base takes at most 1 positional arguments"),
+        (here("Base", _args_=[1], width=2), "model.width: given by _args_ already"),
+        (here("Base", _args_=3), "model._args_=3: a list is needed"),
+        (here("Base", width=1, _convert_="some"), "model._convert_=some: one of none, partial"),
+        (here("Base", width=1, _recursive_=3), "model._recursive_=3: true or false is needed"),
+        (here("Base", width=1, _partial_="x"), "model._partial_=x: true or false is needed"),
+        (here("Forwards", width=1, dept=1), "model: Base.__init__() got an unexpected keyword"),
+        (here("OwnNew"), "model: Base.__init__() missing 1 required positional argument"),
+        (here("Base", _args_=[here("Base")]), "model._args_.0.width: a value is needed, for Base"),
+    ],
+)
+def test_mistakes_in_arguments(node, text):
+    assert message(build, node, "model").startswith(text)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ NAMES = {
     "LocalElasticAgent._monitor_workers": "overridden: hang detection, stop requests",
     "torch.distributed.elastic.agent.server.local_elastic_agent:"
     "LocalElasticAgent._shutdown": "overridden: ranks are killed at once",
+    "hydra._internal.defaults_list:create_defaults_list": "which file set which key",
+    "hydra._internal.config_loader_impl:"
+    "ConfigLoaderImpl._parse_overrides_and_create_caching_repo": "all folders that are searched",
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl._embed_result_config": "its package",
     "torch._dynamo": "imported before the fork: DDP imports it in every rank",
     "torch._C._distributed_c10d:GradBucket": "type of the argument of a communication hook",
     "multiprocessing.popen_fork:Popen": "loader workers that SIGTERM does not end",

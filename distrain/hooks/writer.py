@@ -8,6 +8,7 @@ from typing import Any
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
+from distrain.schema import refuse_url
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class PeriodicWriter(HookBase):
     ) -> None:
         if writers is None and run_dir is None:
             raise ValueError("nowhere to write: give writers or run_dir")
+        refuse_url("run_dir", run_dir)
         self._given = writers
         self._run_dir = run_dir
         self._conf = conf

@@ -1,0 +1,164 @@
+"""Origin of a composed configuration's keys: what Hydra merged silently is refused or repaired.
+
+- A file whose name is that of a file of distrain is never read: refused.
+- A file without `# @package _global_` puts its keys below its own group: refused.
+- An optimizer or a schedule named by its import path is merged over the keywords that a group file
+  has for another one: those that it does not take are dropped. Keys of the user's own files and of
+  the command line are kept, and checked where they are used.
+- A group that was left out (`~optim`) keeps no keys that an experiment has for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra._internal.defaults_list import create_defaults_list
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from distrain import schema
+from distrain.errors import ConfigError
+from distrain.instantiate import keywords_of, locate
+
+_CONF = Path(__file__).parent / "conf"
+_PACKAGE = re.compile(r"^\s*#\s*@package\b", re.MULTILINE)
+_TARGET_KEY = {"optim": "target", "schedule": "_target_"}
+
+
+class _Part(NamedTuple):
+    """One file of the defaults list, such as `optim/sgd`, and the keys that it sets."""
+
+    name: str
+    is_ours: bool
+    keys: DictConfig
+
+
+def clean(cfg: DictConfig, hydra_conf: Any) -> DictConfig:
+    """Return the configuration with only those keys that belong to it.
+
+    Args:
+        cfg: what Hydra composed; changed in place.
+        hydra_conf: Hydra's own configuration of this run.
+
+    Raises:
+        ConfigError: a file of the user is shadowed, or lands below its own group.
+    """
+    # not resolved: an override may be `seed=${vars.seed}`
+    given: Any = OmegaConf.to_container(hydra_conf.overrides, resolve=False)
+    overrides = given["task"]
+    folders = [source.path for source in hydra_conf.runtime.config_sources]
+    for group, choices in hydra_conf.runtime.choices.items():
+        for choice in choices if isinstance(choices, ListConfig) else [choices]:
+            if choice is not None and not group.startswith("hydra/"):
+                _check_file(group.partition("@")[0], choice, folders)
+    with open_dict(cfg):
+        for group, target_key in _TARGET_KEY.items():
+            target = OmegaConf.select(cfg, f"{group}.{target_key}")
+            choice = hydra_conf.runtime.choices.get(group)
+            if _is_left_out(group, overrides):
+                cfg[group] = None
+            elif target is not None and (
+                _was_chosen(group, overrides) or target != _own_target(group, choice, target_key)
+            ):
+                parts = list(_parts(hydra_conf.job.config_name, given["hydra"] + overrides))
+                _drop_keywords_of_others(cfg[group], group, target_key, parts, overrides)
+    return cfg
+
+
+def _check_file(group: str, choice: str, folders: Sequence[str]) -> None:
+    """Raise ConfigError for a file that is never read, or whose keys land below its own group."""
+    own = [Path(folder, group, f"{choice}.yaml") for folder in folders if "://" not in folder]
+    own = [path for path in own if path.is_file()]
+    if not own:
+        return
+    is_after_ours = "distrain.conf" in folders and folders.index("distrain.conf") < folders.index(
+        str(own[0].parents[group.count("/") + 1])
+    )
+    if is_after_ours and (_CONF / group / f"{choice}.yaml").is_file():
+        raise ConfigError(
+            f"{group}={choice}: {own[0]} is shadowed by distrain's own file of the same name; "
+            "expected another name: rename it"
+        )
+    known = [field.name for field in dataclasses.fields(schema.Keys)]
+    if group not in known and not _PACKAGE.search(own[0].read_text()):
+        raise ConfigError(
+            f"{group}={choice}: the keys of {own[0]} land below {group}.; expected "
+            "'# @package _global_' as its first line"
+        )
+
+
+def _own_target(group: str, choice: Any, target_key: str) -> Any:
+    """Target that our own file of a choice names, or None."""
+    path = _CONF / group / f"{choice}.yaml"
+    keys = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return keys.get(target_key)
+
+
+def _parts(config_name: str, overrides: Sequence[str]) -> Iterator[_Part]:
+    """Files of the defaults list, in the order in which they are merged."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    # not public, but the only repository that searches the folders of hydra.searchpath, too
+    parsed, repo = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
+    found = create_defaults_list(repo, config_name, parsed, prepend_hydra=True, skip_missing=False)
+    for default in found.defaults:
+        name = default.config_path
+        if name is not None and not name.startswith("hydra/"):
+            result = repo.load_config(name)
+            embedded = loader._embed_result_config(result, default.package).config
+            yield _Part(name, result.path.startswith("pkg://distrain.conf"), embedded)
+
+
+def _was_chosen(group: str, overrides: Sequence[str]) -> bool:
+    return any(override.startswith(f"{group}=") for override in overrides)
+
+
+def _is_left_out(group: str, overrides: Sequence[str]) -> bool:
+    """Whether `~group` is the last word of the command line on a group."""
+    own = [each for each in overrides if each.lstrip("+~").partition("=")[0].split(".")[0] == group]
+    return bool(own) and own[-1].partition("=")[0] == f"~{group}"
+
+
+def _drop_keywords_of_others(
+    node: DictConfig,
+    group: str,
+    target_key: str,
+    parts: Sequence[_Part],
+    overrides: Sequence[str],
+) -> None:
+    """Drop the keywords that our files set for another target and that this one does not take."""
+    final, target = node[target_key], None
+    is_chosen = _was_chosen(group, overrides)
+    target_of: dict[str, Any] = {}  # of each key: the target beside or before which it was set
+    for part in parts:
+        keys = OmegaConf.select(part.keys, group)
+        if not isinstance(keys, DictConfig):
+            continue
+        target = keys.get(target_key, target)
+        of = target
+        if not part.name.startswith(f"{group}/"):
+            of = final if not part.is_ours else None if is_chosen else target
+        target_of |= {str(key): of for key in keys}
+    for override in overrides:
+        path = override.lstrip("+~").partition("=")[0].split(".")
+        if path[0] == group and len(path) > 1:
+            target_of[path[1]] = final
+    service = {field.name for field in dataclasses.fields(schema.OptimKeys)}
+    others = {
+        key
+        for key, of in target_of.items()
+        if of != final and key in node and not (group == "optim" and key in service)
+    }
+    if not others:
+        return
+    try:
+        takes = keywords_of(locate(str(final)))
+    except ConfigError:  # a node that submits may lack what the ranks have; they check it
+        return
+    if takes is not None:
+        for key in others.difference(takes):
+            del node[key]
