@@ -56,7 +56,8 @@ class EventStorage:
         self.fold_arrived: Callable[[], object] | None = None
         self.spread_of: Callable[[str], Spread] | None = None
         self.combined_by_trainer = False  # True: rows wait for `take_rows` instead of folding
-        self.early_stop = False  # True on any rank ends training on all, at one iteration
+        # True on any rank ends training on all where the current period of the trainer ends
+        self.early_stop = False
 
     @property
     def iter(self) -> int:

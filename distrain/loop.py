@@ -60,6 +60,7 @@ class TrainerBase:
         self._stop_on_nonfinite = stop_on_nonfinite
         self._stop_requested = False
         self._histories: Mapping[str, Any] = {}
+        self._early_stop = False  # of the loaded state
         self._reported: tuple[int, dict[str, float]] = (-1, {})  # iter_done and its metrics
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
         self.register_hooks(hooks)
@@ -121,6 +122,8 @@ class TrainerBase:
         self.error = None
         with EventStorage(start_iter) as self.storage:
             self.storage.load_state_dict(self._histories)
+            # at the end of a period it was obeyed: more iterations were asked for since
+            self.storage.early_stop = self._early_stop and start_iter % self.window != 0
             self.reduction = ScalarReduction(
                 self.storage,
                 period=self.window,
@@ -237,8 +240,14 @@ class TrainerBase:
             call()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the hooks' states by part and name, the histories."""
-        state: dict[str, Any] = {"histories": self.storage.state_dict()}
+        """Return what a resumed run needs: the hooks' states by part and name, the histories.
+
+        With several ranks, `reduction.drain` comes first: it brings both up to date.
+        """
+        state: dict[str, Any] = {
+            "histories": self.storage.state_dict(),
+            "early_stop": bool(self.storage.early_stop),
+        }
         for name, hook in self.hooks.items():
             state.setdefault(hook.part, {})[name] = hook.state_dict()
         return state
@@ -252,6 +261,7 @@ class TrainerBase:
             state: with tensors on the CPU.
         """
         self._histories = state["histories"]
+        self._early_stop = state["early_stop"]
         for name, hook in self.hooks.items():
             saved = state.get(hook.part, {}).get(name)
             if saved:

@@ -7,6 +7,9 @@ waits: copy to the host, send, read. Stop requests ride in the maximum, and so d
 step, from which all ranks compute the same length for the next window: as many periods as pass in
 a second, so that short steps are charged as little as long ones, or part of a slow period.
 
+Whatever a window's length depends on, training does not. An early stop, which code sets by what it
+finds in training, is agreed on where a period ends, by a maximum of its own that all wait for.
+
 Ranks may put different names. A name travels from the window after the one in which it was first
 put, for all ranks must pack alike: whoever has new names publishes them in the process group's
 key-value store and sets a bit in the maximum; when the bit comes back all ranks read the same list.
@@ -33,7 +36,7 @@ from distrain.packing import Columns
 from distrain.rows import RowGroup, ScalarKind, ScalarRow, group_rows, meeting_device, read_blocks
 from distrain.sharednames import SharedNames, Store
 
-NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2  # the largest over ranks counts
+NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
 
 _HEADER = 3  # stop request, first iteration of new names (negative), nanoseconds of a step
 _NO_NEW_NAMES = np.iinfo(np.int64).min
@@ -93,9 +96,7 @@ class ScalarReduction:
 
     Attributes:
         stop: what all ranks agreed on: NO_STOP, STOP_EARLY or STOP_REQUESTED.
-        stop_request: what this rank asks for.
-        stops_at_period: set before the first iteration, on all ranks: an early stop comes where a
-            period ends, whatever the clock says. Each period is then waited for by itself.
+        stop_request: what this rank asks for: STOP_REQUESTED, soon by the clock; or NO_STOP.
         combined_iter: the last iteration that the histories hold whole.
         step_s: seconds of one step, the mean over the last window on the slowest rank.
     """
@@ -114,7 +115,6 @@ class ScalarReduction:
     ) -> None:
         self.stop = NO_STOP
         self.stop_request = NO_STOP
-        self.stops_at_period = False
         self.combined_iter = first_iter - 1
         self.step_s = float("inf")
         self._storage = storage
@@ -146,15 +146,18 @@ class ScalarReduction:
                 self._finish(self._window, iteration)
 
     def close_if_due(self, iteration: int) -> None:
-        """Close the window if it ends with this iteration; called when all scalars are put."""
-        if self.stops_at_period and (iteration + 1) % self._period == 0:
-            self._complete(iteration)
-            self._close(iteration)
-            self._complete(iteration)
-        elif iteration >= self._close_at and self._window is None:
+        """Close the window if it ends with this iteration; called when all scalars are put.
+
+        Where a period ends, agree on an early stop.
+        """
+        if iteration >= self._close_at and self._window is None:
             self._close(iteration)
             if self.step_s > _SLOW_STEP_S:
                 self._complete(iteration)
+        if (iteration + 1) % self._period == 0:
+            self._share_early_stop()
+            if self._storage.early_stop:  # also if a request came meanwhile: training is over
+                self.stop = STOP_EARLY
 
     def drain(self, iteration: int) -> None:
         """Combine all that was put, now, waiting for it: before a checkpoint and at the end.
@@ -167,6 +170,15 @@ class ScalarReduction:
         if self._complete(iteration):  # new names: their values have not travelled yet
             self._close(iteration)
             self._complete(iteration)
+        self._share_early_stop()  # for the checkpoint: the run that resumes from it stops, too
+
+    def _share_early_stop(self) -> None:
+        """Set the storage's early_stop where it is set on any rank."""
+        if self._world_size > 1:
+            # waiting, for a rank must not begin the next iteration before it knows
+            flag = torch.tensor([bool(self._storage.early_stop)], dtype=torch.uint8)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+            self._storage.early_stop = bool(flag.numpy()[0])
 
     def _complete(self, iteration: int) -> bool:
         """Bring what is in flight home, waiting; return whether names were learnt from it."""
@@ -211,12 +223,8 @@ class ScalarReduction:
         now = time.perf_counter()
         step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
         self._sent_time, self._sent_iter = now, window.last
-        is_early = self._storage.early_stop and (
-            not self.stops_at_period or (window.last + 1) % self._period == 0
-        )
-        stop = max(self.stop_request, STOP_EARLY if is_early else NO_STOP)
         held = max((-row.iteration for row in self._held), default=_NO_NEW_NAMES)
-        header = np.array([stop, held, int(step_s * 1e9)], dtype=np.int64)
+        header = np.array([self.stop_request, held, int(step_s * 1e9)], dtype=np.int64)
         extremes = self._columns.pack_extremes(unrolled, self._rank)
         sums = self._columns.pack_sums(unrolled)
         if self._world_size > 2:  # or the last bits would depend on the window's length

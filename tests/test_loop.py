@@ -142,21 +142,35 @@ def test_a_ctrl_c_at_the_end_leaves_at_once():
     assert seen == []
 
 
-def test_early_stop_ends_after_the_iteration_that_all_agree_on():
+def stops_at_six():
     def stop(trainer):
         if trainer.iter == 6:
             trainer.storage.early_stop = True
 
-    def stop_at_period(trainer):
-        trainer.reduction.stops_at_period = True
+    return Steps([CallbackHook(after_step=stop)], window=5)
 
-    trainer = Steps([CallbackHook(before_train=stop_at_period, after_step=stop)], window=5)
+
+def test_early_stop_ends_where_the_period_ends():
+    trainer = stops_at_six()
     trainer.train(0, 100)
     assert trainer.iter == trainer.iter_done == len(trainer.done)
     assert trainer.iter == 10
     assert trainer.storage.history("square").values() == [
         (float(i**2), i) for i in range(trainer.iter)
     ]
+
+
+def test_a_run_that_resumes_between_an_early_stop_and_its_iteration_stops_there():
+    first = stops_at_six()
+    first.train(0, 8)
+    second = Steps(window=5)
+    second.load_state_dict(first.state_dict())
+    second.train(8, 100)
+    assert second.iter == 10
+    third = Steps(window=5)  # it was obeyed: who starts the run again wants it to go on
+    third.load_state_dict(second.state_dict())
+    third.train(10, 100)
+    assert third.iter == 100
 
 
 def test_a_stop_requested_before_training_is_heeded():

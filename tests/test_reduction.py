@@ -131,53 +131,56 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_iteration():
     assert all(math.isnan(largest) and math.isnan(least) for *_, largest, least in results)
 
 
-def stop_asked_by(rank, asking, early):
+def stop_asked_by(rank, asking):
     storage = EventStorage(0)
     reduction = reduction_of(storage, rank, period=20)
 
     def put(i):
         storage.put_scalar("a", float(i))
         if rank == asking and i == 33:
-            if early:
-                storage.early_stop = True
-            else:
-                reduction.stop_request = STOP_REQUESTED
+            reduction.stop_request = STOP_REQUESTED
         if i > 33:
             time.sleep(0.01)  # the window, of a second of the steps before, ends some time
 
     return run(storage, reduction, range(100_000), put), reduction.stop
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_a_stop_asked_on_any_rank_is_agreed_by_all_at_one_iteration(early):
-    results = run_ranks(stop_asked_by, 3, 2, early)
+def test_a_stop_asked_on_any_rank_is_agreed_by_all_at_one_iteration():
+    results = run_ranks(stop_asked_by, 3, 2)
     assert len(set(results)) == 1
     iteration, stop = results[0]
     assert iteration is not None
     assert iteration >= 33
-    assert stop == (STOP_EARLY if early else STOP_REQUESTED)
+    assert stop == STOP_REQUESTED
 
 
-def stop_at_period(rank, asked_at, pause_s):
+def stop_early(rank, asked_at, step_s, requested_at=None):
+    now_s = 0.0
+    sys.modules[ScalarReduction.__module__].time = SimpleNamespace(perf_counter=lambda: now_s)
     storage = EventStorage(0)
     reduction = reduction_of(storage, rank, period=20)
-    reduction.stops_at_period = True
 
     def put(i):
+        nonlocal now_s
+        now_s += step_s
         storage.put_scalar("a", float(i))
         if rank == 1 and i == asked_at:
             storage.early_stop = True
-        time.sleep(pause_s)
+        if i == requested_at:
+            reduction.stop_request = STOP_REQUESTED
 
-    return run(storage, reduction, range(200), put)
+    return run(storage, reduction, range(200), put), reduction.stop
 
 
-@pytest.mark.parametrize(
-    ("asked_at", "pause_s", "expected"),
-    [(0, 0.0, 19), (19, 0.0, 19), (21, 0.0, 39), (1, 0.12, 19)],  # the last with shorter windows
-)
-def test_an_early_stop_that_does_not_depend_on_the_clock(asked_at, pause_s, expected):
-    assert run_ranks(stop_at_period, 2, asked_at, pause_s) == [expected, expected]
+@pytest.mark.parametrize("step_s", [1e-6, 0.001, 0.12, 0.6])  # windows of a second and of a step
+@pytest.mark.parametrize(("asked_at", "expected"), [(0, 19), (7, 19), (19, 19), (21, 39)])
+def test_an_early_stop_comes_where_its_period_ends_whatever_the_clock(asked_at, expected, step_s):
+    assert run_ranks(stop_early, 2, asked_at, step_s) == [(expected, STOP_EARLY)] * 2
+
+
+def test_an_early_stop_counts_more_than_a_request_of_the_same_iteration():
+    """The run is over: it is not to be started again."""
+    assert run_ranks(stop_early, 2, 7, 0.6, requested_at=19) == [(19, STOP_EARLY)] * 2
 
 
 def slow_steps(rank):
@@ -268,6 +271,9 @@ class CountReadBacks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+EARLY_STOPS = dict.fromkeys([19, 39, 59, 79, 99], 1)  # agreed on where a period of 20 ends
+
+
 def count_collectives(rank, num_scalars, step_s):
     """Return the collectives and read-backs of each iteration, counted below the Python API."""
     module = sys.modules[ScalarReduction.__module__]
@@ -316,7 +322,8 @@ def test_an_ordinary_step_has_no_collective_and_no_read_back(num_scalars, world_
             assert counts == {}
         else:
             # the first window is the first iteration; each later one is sent a step after its end
-            assert counts == {0: 2, 20: 2, 40: 2, 60: 2, 80: 2}
+            windows = {0: 2, 20: 2, 40: 2, 60: 2, 80: 2}
+            assert counts == windows | EARLY_STOPS
 
 
 @pytest.mark.parametrize(
@@ -329,7 +336,7 @@ def test_an_ordinary_step_has_no_collective_and_no_read_back(num_scalars, world_
 )
 def test_windows_last_as_long_as_a_step_lets_them(step_s, sent_at):
     for counts, _ in run_ranks(count_collectives, 2, 30, step_s):
-        assert counts == dict.fromkeys(sent_at, 2)
+        assert counts == Counter(dict.fromkeys(sent_at, 2)) + Counter(EARLY_STOPS)
 
 
 def test_windows_that_nobody_asks_for_do_not_pile_up(monkeypatch):

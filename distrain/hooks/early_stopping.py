@@ -37,23 +37,23 @@ class EarlyStopping(MetricHook):
         self._patience = patience
         self._num_bad = 0
 
-    def before_train(self) -> None:
-        """Let the iteration of the stop not depend on the clock."""
-        self.trainer.reduction.stops_at_period = True
-
     def after_step(self) -> None:
         """Look at the metric if it was put in this iteration."""
-        value = self.new_value()
-        if value is None:
-            return
-        self._num_bad = 0 if self.is_best(value) else self._num_bad + 1
-        if self._num_bad >= self._patience:
+        if self._count() and self._num_bad >= self._patience:
             self.trainer.storage.early_stop = True
 
     def after_train(self) -> None:
         """Count the final evaluation, for a run that goes on later."""
         if self.trainer.error is None:
-            self.after_step()
+            self._count()
+
+    def _count(self) -> bool:
+        """Take the metric's value; return whether there is a new one."""
+        value = self.new_value()
+        if value is None:
+            return False
+        self._num_bad = 0 if self.is_best(value) else self._num_bad + 1
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and how long it is ago."""
