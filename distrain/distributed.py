@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.errors import ConfigError
+from distrain.wire import decode, encode
 
 
 @dataclass(frozen=True)
@@ -168,30 +169,63 @@ def restore_random_states(states: dict[str, Any]) -> None:
 def gather_to_main(value: Any) -> list[Any] | None:
     """Return the values of all ranks in their order on rank 0, None elsewhere. A collective.
 
-    For rare moments such as a checkpoint: objects travel pickled between ranks of one run.
+    For rare moments such as a checkpoint. Values travel as `wire.encode` describes: tuples come
+    back as lists, tensors on the CPU, with one rank too.
+
+    Raises:
+        TypeError: a value that does not travel.
     """
     where = topology()
     if where.world_size == 1:
-        return [value]
-    values: list[Any] | None = [None] * where.world_size if where.is_main else None
-    dist.gather_object(value, values)
-    return values
+        return [decode(encode(value))]
+    mine, sizes = _padded(encode(value))
+    all_bytes = [torch.empty_like(mine) for _ in sizes] if where.is_main else None
+    dist.gather(mine, all_bytes)
+    if all_bytes is None:
+        return None
+    return [_value(data, size) for data, size in zip(all_bytes, sizes, strict=True)]
 
 
 def gather_to_all(value: Any) -> list[Any]:
     """Return the values of all ranks in their order, on all ranks. A collective, as above."""
-    world_size = topology().world_size
-    if world_size == 1:
-        return [value]
-    values = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
+    if topology().world_size == 1:
+        return [decode(encode(value))]
+    mine, sizes = _padded(encode(value))
+    all_bytes = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(all_bytes, mine)
+    return [_value(data, size) for data, size in zip(all_bytes, sizes, strict=True)]
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """Return rank 0's value on all ranks. A collective for rare moments."""
-    if topology().world_size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    """Return rank 0's value on all ranks. A collective for rare moments, as above."""
+    where = topology()
+    data = encode(value) if where.is_main else b""
+    if where.world_size == 1:
+        return decode(data)
+    size = torch.tensor([len(data)], device=_host_device())
+    dist.broadcast(size, 0)
+    sent = _tensor(data.ljust(int(size), b"\0"))
+    dist.broadcast(sent, 0)
+    return _value(sent, int(size))
+
+
+def _host_device() -> torch.device:
+    """Return the device of tensors for the default group: the CPU unless it is for CUDA alone."""
+    return torch.device("cpu") if "cpu" in dist.get_backend_config() else local_device()
+
+
+def _padded(data: bytes) -> tuple[torch.Tensor, list[int]]:
+    """Return this rank's bytes as a tensor as long as the longest, and the sizes of all ranks."""
+    size = torch.tensor([len(data)], device=_host_device())
+    sizes = [torch.empty_like(size) for _ in range(topology().world_size)]
+    dist.all_gather(sizes, size)
+    lengths = [int(each) for each in sizes]
+    return _tensor(data.ljust(max(lengths), b"\0")), lengths
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_host_device())
+
+
+def _value(data: torch.Tensor, size: int) -> Any:
+    return decode(data[:size].cpu().numpy().tobytes())

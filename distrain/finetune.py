@@ -49,7 +49,7 @@ def start_from(
     found, mistake = None, None
     if topology().is_main:
         try:
-            found = locate_weights(weights)
+            found = str(locate_weights(weights))
         except ConfigError as error:
             mistake = f"init.weights={error}"
     found, mistake = broadcast_from_main((found, mistake))

@@ -17,7 +17,7 @@ from distrain.strategy import gradient_norm
 class _Bad(NamedTuple):
     """One rank's part in an update that is left out."""
 
-    losses: tuple[str, ...]  # that are not finite here
+    losses: list[str]  # that are not finite here
     gradient_norm: float
 
 
@@ -84,8 +84,9 @@ class SkippedUpdates:
         with torch.no_grad():
             for kept, buffer in zip(self._kept, self._buffers, strict=True):
                 buffer.copy_(kept)
-        names = tuple(name for name, loss in losses.items() if not bool(torch.isfinite(loss)))
-        ranks = gather_to_all(_Bad(names, float(norm)))  # a collective: all ranks are here
+        names = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
+        # a collective: all ranks are here
+        ranks = [_Bad(*each) for each in gather_to_all([names, float(norm)])]
         self._in_a_row += 1
         lowers = self._scaler.is_enabled() and self._scaler.get_scale() > 1
         if not lowers or any(bad.losses for bad in ranks):
