@@ -35,10 +35,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if callable(getattr(value, "to", None)):
             return _moved_by_itself(value, device)
         if _holds_tensors(value):
-            kind = type(value)
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise ConfigError(
                 "batch: expected tensors in dicts, lists, tuples, dataclasses or objects with a "
-                f"method to(device), got {kind.__module__}.{kind.__qualname__}, whose tensors cannot "
+                f"method to(device), got {kind}, whose tensors cannot "
                 f"be moved to {device}; give it a method to(device) that returns a copy"
             )
         return value

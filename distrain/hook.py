@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from distrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from distrain.trainer import TrainerBase
@@ -16,6 +19,9 @@ MOMENTS: tuple[Moment, ...] = (
     "after_train",
 )
 STEP_MOMENTS: tuple[Moment, ...] = ("before_step", "after_backward", "after_step")
+
+
+_MISSPELT_RATIO = 0.88  # of difflib: after_setp is 0.90 like after_step, after_state 0.86
 
 
 class HookBase:
@@ -86,3 +92,20 @@ class HookBase:
         Args:
             state: as it was returned, with tensors on the CPU.
         """
+
+
+def check_moments(kind: type[HookBase]) -> None:
+    """Check that no method of a hook is named almost as a moment: it would never be called.
+
+    Raises:
+        ConfigError: one is; with both names.
+    """
+    for name in dir(kind):
+        if name.startswith("_") or hasattr(HookBase, name) or not callable(getattr(kind, name)):
+            continue
+        for moment in MOMENTS:
+            if SequenceMatcher(None, name.lower(), moment).ratio() >= _MISSPELT_RATIO:
+                raise ConfigError(
+                    f"hook {kind.__module__}.{kind.__qualname__}: {name} is never called: expected "
+                    f"{moment}; rename it, or give a helper another name"
+                )

@@ -11,7 +11,7 @@ from distrain.distributed import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events import EventStorage
 from distrain.heartbeat import Heard, Phase, Pulse
-from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment
+from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 from distrain.log import logger
 from distrain.reduction import STOP_REQUESTED, ScalarReduction
 
@@ -73,6 +73,7 @@ class TrainerBase:
 
         Raises:
             ValueError: a name is taken.
+            ConfigError: a method of a hook is named almost as a moment.
         """
         if not isinstance(hooks, Mapping):
             named: dict[str, HookBase] = {}
@@ -85,6 +86,7 @@ class TrainerBase:
                 named[name] = hook
             hooks = named
         for name, hook in hooks.items():
+            check_moments(type(hook))
             if name in self.hooks:
                 raise ValueError(f"there is a hook {name!r} already; choose another name")
             hook.trainer = self

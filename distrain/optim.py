@@ -149,16 +149,24 @@ def clip_gradients(
 def representative_group(optimizer: Optimizer) -> int:
     """Return the index of the group whose learning rate stands for the run.
 
-    It is the group with most parameters (tensors); where each group holds a single one, the first
-    of those with the most common initial learning rate. Example: groups of 1, 3, 2 tensors -> 1;
-    three groups of one tensor with 0.1, 0.2, 0.2 -> 1.
+    It is the group with most parameters (tensors) of those that are trained: a group whose initial
+    rate is 0 or whose parameters are all frozen counts only where there is no other. Where each
+    holds a single one, it is the first with the most common initial learning rate. Example: groups
+    of 1, 3, 2 tensors -> 1, and with a rate of 0 for the second -> 2; three groups of one tensor
+    with 0.1, 0.2, 0.2 -> 1.
     """
     groups = optimizer.param_groups
-    sizes = [len(group["params"]) for group in groups]
-    if max(sizes) > 1:
-        return sizes.index(max(sizes))
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    return rates.index(Counter(rates).most_common(1)[0][0])
+    trained = [
+        index
+        for index, group in enumerate(groups)
+        if rates[index] and any(p.requires_grad for p in group["params"])
+    ] or range(len(groups))
+    largest = max(trained, key=lambda index: len(groups[index]["params"]))
+    if len(groups[largest]["params"]) > 1:
+        return largest
+    common = Counter(rates[index] for index in trained).most_common(1)[0][0]
+    return next(index for index in trained if rates[index] == common)
 
 
 def start_momentum(optimizer: Optimizer) -> None:

@@ -15,7 +15,6 @@ from distrain.batches import to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
 from distrain.distributed import local_device, random_states, restore_random_states
 from distrain.epochs import repeat
-from distrain.errors import ConfigError
 from distrain.events import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
@@ -25,8 +24,9 @@ from distrain.module_state import train_mode
 from distrain.nonfinite import SkippedUpdates
 from distrain.numerics import Precision
 from distrain.optim import clip_gradients, start_momentum
-from distrain.replicas import replicate
+from distrain.replicas import Replicated, clear_all_gradients, replicate, settle_buckets, twin
 from distrain.shardable import find_blocks
+from distrain.step_options import check_step, check_strategy
 from distrain.strategy import (
     clip_sharded,
     gather_state,
@@ -36,6 +36,7 @@ from distrain.strategy import (
     shard,
     without_sync,
 )
+from distrain.thawed import check_still_frozen, frozen_parameters
 from distrain.update import clear_gradients, update
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
@@ -88,7 +89,8 @@ class Trainer(TrainerBase):
         grad_norm: () global norm before clipping, on the device; None without clip_norm.
 
     Raises:
-        ConfigError: a keyword has a value that is not allowed.
+        ConfigError: a keyword has a value that is not allowed; in training: a parameter that was
+            frozen requires gradients now, but would not be trained.
     """
 
     def __init__(
@@ -116,9 +118,9 @@ class Trainer(TrainerBase):
     ) -> None:
         super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
         clip = {"norm": clip_norm, "value": clip_value}
-        _check(precision, nonfinite, accumulation, clip)
+        check_step(precision, nonfinite, accumulation, clip, ddp or {})
         plain = not (compile or channels_last or precision == "fp16" or comm_hook != "none")
-        _check_strategy(strategy, plain=plain)
+        check_strategy(strategy, plain=plain)
         self.device = device or local_device()
         self.optimizer = optimizer
         self._shard(model, strategy == "fsdp", fsdp or {})
@@ -144,6 +146,7 @@ class Trainer(TrainerBase):
         self._moves = self.device.type != "cpu"
         self._scales = self.scaler.is_enabled()
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._frozen = frozen_parameters(self.module)
         self._skipped = None
         if nonfinite == "skip":
             self._skipped = SkippedUpdates(
@@ -167,13 +170,14 @@ class Trainer(TrainerBase):
         else:
             self._batches = repeat(self.data, start=self.start_iter * self.accumulation)
         if self.where.world_size > 2 and not self.is_sharded and self.start_iter < self.max_iter:
-            batch = next(self._batches)
-            self._settle_buckets(batch)
-            self._batches = itertools.chain([batch], self._batches)
+            self._settle_buckets()
 
     def run_step(self) -> None:
         """Forward, backward, `after_backward`, clipping, update."""
         self.data_s = 0.0
+        if self._frozen and (self.iter % self.window == 0 or self.iter + 1 == self.max_iter):
+            combined = getattr(self.model, "combined", None)
+            check_still_frozen(self._frozen, self.optimizer, combined)
         if self._skipped is not None:
             self._skipped.keep_buffers()
         losses, weights = (
@@ -260,21 +264,28 @@ class Trainer(TrainerBase):
         with torch.autocast(self.device.type, self._autocast):
             return total_loss(self._call_model(batch))
 
-    def _settle_buckets(self, batch: Any) -> None:
-        """Make one throw-away forward and backward, and leave no trace of it.
+    def _settle_buckets(self) -> None:
+        """Let DDP put its buckets into their final order before the first step, without a trace.
 
-        DDP orders its gradient buckets anew after the first backward. From three ranks on that
-        changes the order of additions, so a resumed run, which has a first backward of its own,
-        would differ from a straight one in the last bits.
+        DDP rebuilds its buckets once, after the first backward. From three ranks on that changes
+        the order of additions, so a resumed run, which has a first backward of its own, would
+        differ from a straight one in the last bits.
         """
-        random, buffers = random_states(), [b.clone() for b in self.module.buffers()]
-        with EventStorage(self.start_iter):
-            self.forward(batch)["loss"].backward()
-        clear_gradients(self.optimizer)
-        with torch.no_grad():
-            for buffer, old in zip(self.module.buffers(), buffers, strict=True):
-                buffer.copy_(old)
+        ddp = self.model
+        assert isinstance(ddp, Replicated)
+        if not ddp.static_graph:
+            settle_buckets(ddp)
+            return
+        # The graph that DDP records in the first backward must be that of the model; here the
+        # buckets are rebuilt after the second.
+        batch = next(self._batches)
+        self._batches = itertools.chain([batch], self._batches)
+        random = random_states()
+        with EventStorage(self.start_iter), twin(ddp):
+            for _ in range(2):
+                self.forward(batch)["loss"].backward()
         restore_random_states(random)
+        clear_all_gradients(self.module)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which ranks may call the module unequally often. A collective."""
@@ -315,29 +326,6 @@ class Trainer(TrainerBase):
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         super().load_state_dict(state)
-
-
-def _check(
-    precision: str, nonfinite: str, accumulation: int, clip: Mapping[str, float | None]
-) -> None:
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"trainer.precision={precision!r}; choose fp32, bf16 or fp16")
-    if nonfinite not in ("stop", "skip"):
-        raise ConfigError(f"trainer.nonfinite={nonfinite!r}; choose stop or skip")
-    if accumulation < 1:
-        raise ConfigError(f"trainer.accumulation={accumulation}; it is at least 1")
-    if None not in clip.values():
-        raise ConfigError("trainer.clip_norm and trainer.clip_value are both set; keep one")
-
-
-def _check_strategy(strategy: str, *, plain: bool) -> None:
-    if strategy not in ("ddp", "fsdp"):
-        raise ConfigError(f"trainer.strategy={strategy!r}; choose ddp or fsdp")
-    if strategy == "fsdp" and not plain:
-        raise ConfigError(
-            "trainer.strategy=fsdp does not go with trainer.compile, trainer.channels_last, "
-            "trainer.comm_hook or trainer.precision=fp16; leave them at their defaults (bf16 works)"
-        )
 
 
 def _same(state: Any) -> Any:

@@ -242,3 +242,35 @@ def test_a_hook_that_finds_itself_idle_is_called_at_both_ends_only():
     calls.clear()
     loop.train(0, 1)
     assert calls == ["before_train", "after_step", "after_train"]
+
+
+def named(name):
+    """Return a hook class with one method of this name."""
+    return type("Mine", (HookBase,), {name: lambda self: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("after_setp", "after_step"),
+        ("after_steps", "after_step"),
+        ("afterStep", "after_step"),
+        ("befor_step", "before_step"),
+        ("before_training", "before_train"),
+        ("after_trian", "after_train"),
+        ("after_bakward", "after_backward"),
+    ],
+)
+def test_a_misspelt_moment_is_refused(name, meant):
+    class Derived(named(name)):
+        pass
+
+    with pytest.raises(ConfigError, match=f"Derived: {name} is never called: expected {meant}"):
+        Steps([Derived()])
+
+
+@pytest.mark.parametrize(
+    "name", ["after_eval", "before_epoch", "after_save", "before_iter", "step", "_after_steps"]
+)
+def test_other_methods_of_a_hook_are_its_own(name):
+    Steps([named(name)()])

@@ -211,7 +211,7 @@ def test_wrong_limits(limits):
 
 def sgd(sizes, rates):
     groups = [
-        {"params": [torch.zeros(1) for _ in range(size)], "lr": rate}
+        {"params": [torch.zeros(1, requires_grad=True) for _ in range(size)], "lr": rate}
         for size, rate in zip(sizes, rates, strict=True)
     ]
     return torch.optim.SGD(groups)
@@ -221,6 +221,13 @@ def test_the_representative_group():
     assert representative_group(sgd([1, 3, 2], [0.1, 0.2, 0.3])) == 1
     assert representative_group(sgd([2, 2], [0.1, 0.2])) == 0
     assert representative_group(sgd([1, 1, 1], [0.1, 0.2, 0.2])) == 1
+    assert representative_group(sgd([1, 3, 2], [0.1, 0.0, 0.3])) == 2, "the second is frozen"
+    assert representative_group(sgd([1, 1, 1], [0.0, 0.0, 0.2])) == 2
+    assert representative_group(sgd([1, 3], [0.0, 0.0])) == 1
+    frozen = sgd([1, 3, 2], [0.1, 0.2, 0.3])
+    for p in frozen.param_groups[1]["params"]:
+        p.requires_grad = False
+    assert representative_group(frozen) == 2
     optimizer = sgd([1, 1, 1], [0.1, 0.1, 0.1])
     for group, initial in zip(optimizer.param_groups, [1.0, 2.0, 2.0], strict=True):
         group["initial_lr"] = initial

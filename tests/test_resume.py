@@ -199,7 +199,7 @@ def state_of(run_dir, iteration=ITERS):
 def interrupted_and_straight(rank, folder, settle=True, **settings):
     """Return both final states and ledgers as rank 0 has them, those of a stop half way too."""
     if not settle:
-        Trainer._settle_buckets = lambda self, batch: None
+        Trainer._settle_buckets = lambda self: None
     broken, whole = folder / "broken", folder / "whole"
     code, first = train(conf_of(stop={"after": CRASH}, **settings), broken)
     assert code is None, "it should have crashed"

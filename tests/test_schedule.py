@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as theirs
 
 import distrain.schedule as ours
 from distrain.errors import ConfigError
+from distrain.hooks import LRScheduler
 from distrain.schedule import (
     OneCycleLR,
     WarmupConstantLR,
@@ -273,3 +274,31 @@ def test_a_step_reads_nothing_back_and_warns_of_nothing(name):
         warnings.simplefilter("error")
         schedule.step()
         schedule.step()
+
+
+def test_the_hook_takes_a_schedule_alone_or_behind_its_optimizer():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = WarmupCosineLR(optimizer, 10)
+    for hook in (
+        LRScheduler(schedule),
+        LRScheduler(schedule=schedule),
+        LRScheduler(optimizer, schedule),
+        LRScheduler(optimizer, scheduler=schedule),
+        LRScheduler(optimizer=optimizer, scheduler=schedule),
+        LRScheduler(scheduler=schedule),
+    ):
+        assert hook.schedule is schedule
+
+
+def test_the_hook_refuses_what_it_cannot_step():
+    optimizer, other = (
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)
+    )
+    schedule = WarmupCosineLR(optimizer, 10)
+    with pytest.raises(ConfigError, match="expected the optimizer that the scheduler was made"):
+        LRScheduler(other, schedule)
+    for arguments in ((), (optimizer,), (schedule, schedule)):
+        with pytest.raises(ConfigError, match="LRScheduler: expected one schedule"):
+            LRScheduler(*arguments)
+    with pytest.raises(ConfigError, match="schedule=ReduceLROnPlateau: .* waits for a metric"):
+        LRScheduler(optimizer, theirs.ReduceLROnPlateau(optimizer))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain import Trainer, get_event_storage
+from distrain import HookBase, Trainer, get_event_storage
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.hooks import CallbackHook, EarlyStopping, EvalHook, IterationTimer, LRScheduler
 from distrain.schedule import WarmupCosineLR
@@ -289,36 +290,231 @@ def test_keywords_are_checked(keywords, message):
         Trainer(model, optimizer, batches(1), **keywords)
 
 
-def leaves_no_trace(rank):
+CALLS = []  # of Watched.forward
+
+
+class Watched(nn.Module):
+    """Counts its calls wherever a model may, and has buffers and random draws."""
+
+    total = 0
+
+    def __init__(self, parts=1):
+        super().__init__()
+        width = 300_000 // parts  # with several parts the gradients fill several buckets
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
+        self.wide = nn.ParameterList([torch.randn(width) * 1e-3 for _ in range(parts)])
+        self.num = 0
+        self.nested = {"num": [0]}
+        seen = self.seen = []
+        self.net.register_forward_hook(lambda *_: seen.append(0))
+
+    def forward(self, x, y):
+        CALLS.append(0)
+        Watched.total += 1
+        self.num += 1
+        self.nested["num"][0] += 1
+        get_event_storage().put_scalar("inside", 1.0)
+        return F.mse_loss(self.net(x), y) + sum(p.square().mean() for p in self.wide)
+
+    def counts(self):
+        return (len(CALLS), Watched.total, self.num, self.nested["num"][0], len(self.seen))
+
+
+class Ready:
+    """The state of everything before the first step."""
+
+    def __init__(self, trainer, model):
+        self.model = model
+        self.before = copy.deepcopy(model.state_dict())
+        trainer.max_iter = 1
+        torch_state, python = torch.get_rng_state(), random.getstate()
+        trainer.prepare()
+        self.same_random = torch.equal(torch_state, torch.get_rng_state()) and (
+            python == random.getstate()
+        )
+
+
+def leaves_no_trace(rank, ddp):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x, y):
-            get_event_storage().put_scalar("inside", 1.0)
-            return F.mse_loss(self.net(x), y)
-
-    model = Model()
-    before = copy.deepcopy(model.state_dict())
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), batches(4))
-    state = torch.get_rng_state()
-    trainer.prepare()
+    CALLS.clear()
+    model = Watched()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, batches(4), ddp=ddp)
+    ready = Ready(trainer, model)
     first = next(trainer._batches)
-    return (
-        equal(before, model.state_dict())
-        and torch.equal(state, torch.get_rng_state())
-        and torch.equal(first[0], batches(4)[0][0])
-        and all(p.grad is None for p in model.parameters())
-    )
+    assert ready.same_random
+    assert equal(ready.before, model.state_dict())
+    assert trainer.module is trainer.model.module is model
+    assert torch.equal(first[0], batches(4)[0][0])
+    assert all(p.grad is None for p in model.parameters())
+    assert not optimizer.state
+    return model.counts()
 
 
 @pytest.mark.ranks
 def test_settling_the_buckets_leaves_no_trace():
-    assert run_ranks(leaves_no_trace, 3) == [True] * 3
+    assert run_ranks(leaves_no_trace, 3, {}) == [(0, 0, 0, 0, 0)] * 3
+
+
+@pytest.mark.ranks
+def test_settling_the_buckets_of_a_static_graph_leaves_no_trace_in_the_model():
+    counts = run_ranks(leaves_no_trace, 3, {"static_graph": True})
+    assert [(num, nested) for _, _, num, nested, _ in counts] == [(0, 0)] * 3
+
+
+class Mixed(nn.Module):
+    """Parameters of every kind that DDP takes: sparse, shared, frozen, complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=True)
+        self.bag = nn.EmbeddingBag(5, 3, sparse=True)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.head = nn.Linear(3, 1)
+        self.tied = self.head
+        self.spectrum = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+    def forward(self, x):
+        h = self.frozen(self.table(x) + self.bag(x[:, None]))
+        return self.tied(h).mean() + self.spectrum.abs().sum() * 0.1
+
+
+def buckets_after_steps(rank, kind, ddp):
+    """Return whether DDP has its final buckets after each step, their sizes, and the calls."""
+    torch.manual_seed(0)
+    model = Watched(parts=5) if kind == "watched" else Mixed()
+    data = batches(4, seed=rank) if kind == "watched" else [torch.tensor([1, 2, 3])]
+    rebuilt = []
+
+    def look(trainer):
+        rebuilt.append(trainer.model._has_rebuilt_buckets)
+
+    options = {"bucket_cap_mb": 0.3} | ddp
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = [CallbackHook(after_step=look)]
+    trainer = Trainer(model, optimizer, data, hooks=hooks, ddp=options)
+    trainer.train(0, 3)
+    sizes = trainer.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    return rebuilt, sizes.split(","), model.num if kind == "watched" else 3
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("kind", "ddp"),
+    [
+        ("watched", {}),
+        ("mixed", {}),
+        ("watched", {"static_graph": True}),
+    ],
+)
+def test_buckets_are_final_from_the_first_step_on_and_the_model_sees_its_steps_only(kind, ddp):
+    for rebuilt, sizes, num in run_ranks(buckets_after_steps, 3, kind, ddp):
+        assert num == 3
+        assert rebuilt == [True] * 3
+        assert len(sizes) >= 3
+
+
+class Halves(nn.Module):
+    """Its second layer has no part in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x, y):
+        return self.a(self.frozen(x)).mean()
+
+
+def unused(rank, ddp):
+    model = Halves()
+    Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), batches(2), ddp=ddp).train(0, 3)
+
+
+@pytest.mark.ranks
+def test_unused_parameters_are_named():
+    with pytest.raises(
+        ConfigError,
+        match=r"on rank [01] \(b.weight, b.bias\).*"
+        "trainer.ddp.find_unused_parameters=true",
+    ) as caught:
+        run_ranks(unused, 2, {})
+    assert "\n" not in str(caught.value)
+    run_ranks(unused, 2, {"find_unused_parameters": True})
+
+
+class Unfreeze(HookBase):
+    def __init__(self, at, group=False):
+        self.at, self.group = at, group
+
+    def before_step(self):
+        if self.trainer.iter == self.at:
+            layer = self.trainer.module.frozen.requires_grad_(True)
+            if self.group:
+                self.trainer.optimizer.add_param_group({"params": [*layer.parameters()]})
+
+
+def unfrozen(rank, at, group=False, everything=False):
+    torch.manual_seed(0)
+    model = Halves()
+    model.b.requires_grad_(False)
+    some = [p for p in model.parameters() if everything or p.requires_grad]
+    optimizer = torch.optim.SGD(some, lr=0.1)
+    trainer = Trainer(model, optimizer, batches(2), hooks=[Unfreeze(at, group)], window=5)
+    trainer.train(0, 12)
+
+
+@pytest.mark.parametrize("at", [0, 3, 11])
+def test_a_parameter_that_is_unfrozen_but_not_trained_is_named(at):
+    message = r"in no group of the optimizer \(frozen.weight, frozen.bias\).*from the start"
+    with pytest.raises(ConfigError, match=message):
+        unfrozen(0, at)
+
+
+def test_a_parameter_that_is_unfrozen_and_in_a_group_is_trained():
+    unfrozen(0, 3, group=True)
+    unfrozen(0, 3, everything=True)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("keywords", [{"group": True}, {"everything": True}], ids=str)
+def test_a_parameter_that_is_unfrozen_but_not_combined_over_ranks_is_named(keywords):
+    with pytest.raises(ConfigError, match=r"not combined over ranks by DDP \(frozen.weight"):
+        run_ranks(unfrozen, 2, 3, **keywords)
+
+
+def thawed_by_its_gradient(rank):
+    """The advice of the message: frozen by a gradient of None until iteration 3."""
+    torch.manual_seed(0)
+    model = Halves()
+    model.frozen.requires_grad_(True)
+    model.b.requires_grad_(False)
+    seen = []
+
+    def freeze(trainer):
+        seen.append(model.frozen.weight.detach().clone())
+        if trainer.iter < 3:
+            for p in model.frozen.parameters():
+                p.grad = None
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    data = batches(2, seed=rank)
+    Trainer(model, optimizer, data, hooks=[CallbackHook(after_backward=freeze)]).train(0, 5)
+    return [torch.equal(seen[0], w) for w in seen], seen[-1]
+
+
+@pytest.mark.ranks
+def test_a_parameter_is_frozen_by_a_gradient_of_none():
+    (same, weight), (_, other) = run_ranks(thawed_by_its_gradient, 2)
+    assert same == [True] * 4 + [False]
+    assert torch.equal(weight, other)
+
+
+def test_a_static_graph_does_not_go_with_accumulation():
+    model, optimizer = fresh()
+    message = "trainer.ddp.static_graph=true: expected trainer.accumulation=1, not 2"
+    with pytest.raises(ConfigError, match=message):
+        Trainer(model, optimizer, batches(1), accumulation=2, ddp={"static_graph": True})
 
 
 def test_evaluation_and_early_stopping():

@@ -4,28 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from distrain.errors import ConfigError
 from distrain.hook import HookBase
 from distrain.optim import representative_group
 from distrain.warmup import WarmupLR
 
 
 class LRScheduler(HookBase):
-    """Steps a schedule once an iteration, after the update, and puts `lr`.
+    """Steps a schedule once per iteration, after the update, and puts `lr`.
 
-    The rate shown is that of the most representative group (`optim.representative_group`).
+    `LRScheduler(schedule)` and `LRScheduler(optimizer, scheduler)` are the same. The rate shown is
+    that of the most representative group (`optim.representative_group`).
 
     Args:
-        schedule: of ours or any of torch that steps once an iteration; None keeps the rates.
+        optimizer: that of the schedule, or the schedule itself.
+        scheduler: of ours, or any of torch that steps once per iteration.
+        schedule: another name of it.
+
+    Raises:
+        ConfigError: there is no schedule or more than one, it belongs to another optimizer, or it
+            waits for a metric.
     """
 
     order = 20
     part = "schedule"
 
-    def __init__(self, schedule: TorchScheduler) -> None:
-        self.schedule = schedule
-        self._group = representative_group(schedule.optimizer)
+    def __init__(
+        self,
+        optimizer: Optimizer | TorchScheduler | None = None,
+        scheduler: TorchScheduler | None = None,
+        *,
+        schedule: TorchScheduler | None = None,
+    ) -> None:
+        given: list[TorchScheduler] = [s for s in (scheduler, schedule) if s is not None]
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            given.append(optimizer)
+        if len(given) != 1:
+            raise ConfigError(
+                f"LRScheduler: expected one schedule, got {len(given)}; "
+                "LRScheduler(schedule) or LRScheduler(optimizer, scheduler)"
+            )
+        self.schedule = given[0]
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            raise ConfigError(
+                "schedule=ReduceLROnPlateau: expected a schedule that depends on the iteration "
+                "alone, this one waits for a metric; take another, as schedule=cosine"
+            )
+        if isinstance(optimizer, Optimizer) and self.schedule.optimizer is not optimizer:
+            raise ConfigError(
+                "LRScheduler(optimizer, scheduler): expected the optimizer that the scheduler was "
+                "made with"
+            )
+        self._group = representative_group(self.schedule.optimizer)
 
     def after_step(self) -> None:
         """Put the rate that this update used, and set the next one."""

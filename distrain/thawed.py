@@ -1,0 +1,48 @@
+"""Detect parameters that were frozen when training was set up and require gradients now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distrain.errors import ConfigError
+
+_SHOWN = 5  # names in an error
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require no gradient, by name."""
+    return {name: p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def check_still_frozen(
+    frozen: dict[str, nn.Parameter], optimizer: Optimizer, combined: Collection[str] | None
+) -> None:
+    """Check that no parameter was unfrozen that would not be trained, or differ between ranks.
+
+    Args:
+        frozen: the parameters that were frozen at the start, by name.
+        optimizer: whose groups a trained parameter is in.
+        combined: names of the parameters whose gradients DDP combines; None without DDP.
+
+    Raises:
+        ConfigError: one requires gradients, and is in no group or not combined over ranks.
+    """
+    thawed = {name: p for name, p in frozen.items() if p.requires_grad}
+    if not thawed:
+        return
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, p in thawed.items() if id(p) not in trained]
+    apart = [name for name in thawed if combined is not None and name not in combined]
+    if not lost and not apart:
+        return
+    names = lost or apart
+    shown = ", ".join(names[:_SHOWN]) + (" and others" if len(names) > _SHOWN else "")
+    problem = "are in no group of the optimizer" if lost else "are not combined over ranks by DDP"
+    raise ConfigError(
+        f"requires_grad=True was set during training for {len(names)} parameters that {problem} "
+        f"({shown}): expected the same parameters as at the start; let them require gradients from "
+        "the start, and set their .grad to None in after_backward until they are to be trained"
+    )
