@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distrain import completion, composition, config, overrides
-from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
 from distrain.tempfolder import folder_of_processes
@@ -81,7 +81,7 @@ class Command:
         try:
             cfg = composition.clean(cfg, HydraConfig.get())
             self.codes.append(self._start(config.resolve(cfg)))
-        except (ConfigError, RankFailed, NonFiniteLoss) as error:
+        except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
             self.codes.append(self._tell(error, error))
         except Exception as error:
             if self.crash is not None:
@@ -131,7 +131,12 @@ class Command:
                 return ExitCode.FINISHED
             if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
                 return launcher.start(job)
-            return folder.watch(lambda: launcher.start(job))
+            try:
+                return folder.watch(lambda: launcher.start(job))
+            except OSError as error:  # of the storage, not a bug: one line
+                if not str(error.filename).startswith(job.run_dir):
+                    raise
+                raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
     def _submit(self) -> None:
         """Hand the runs of a sweep to a launcher that takes them all at once."""
@@ -140,7 +145,7 @@ class Command:
         launchers, jobs = zip(*self._submissions, strict=True)
         try:
             self.codes.append(launchers[0].start_all(jobs))
-        except (ConfigError, RankFailed, NonFiniteLoss) as error:
+        except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
             self.codes.append(self._tell(error, error))
 
     def _tell(self, what: Exception, error: Exception) -> ExitCode:

@@ -23,7 +23,8 @@ class AppendFile:
     cannot be opened now, for want of space, rights or handles, is opened by such a flush.
 
     Args:
-        path: the file; made with its folder if it is missing, continued if it is there.
+        path: the file; made with its folder if it is missing, continued if it is there. Or what
+            returns it; called when the file is opened, an OSError of it is as one of the opening.
         exclusive: refuse a file that is there.
         prepare: called before the file is opened; an OSError of it is as one of the opening.
 
@@ -33,12 +34,13 @@ class AppendFile:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Callable[[], Path],
         *,
         exclusive: bool = False,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        self.path = Path(path)
+        self._locate = path if callable(path) else lambda: Path(path)
+        self.path = Path() if callable(path) else Path(path)
         self._flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if exclusive else 0)
         self._prepare = prepare
         self._fd = -1
@@ -54,10 +56,16 @@ class AppendFile:
             pass  # the first flush tries again, and tells
 
     def _open(self) -> None:
+        self.path = self._locate()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._prepare()
-        self._fd = os.open(self.path, self._flags, 0o666)
-        self._size = os.fstat(self._fd).st_size
+        fd = os.open(self.path, self._flags, 0o666)
+        try:
+            self._size = os.fstat(fd).st_size
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd = fd
 
     def append(self, record: bytes) -> None:
         """Let a record wait for the next `flush`; touches no disk."""

@@ -20,7 +20,7 @@ from distrain.checkpoint_format import CheckpointDamaged
 from distrain.checkpoint_found import Found, clear_leftovers, describe, find_all, newest_valid
 from distrain.checkpoint_process import Outcome, Request, Requests
 from distrain.checkpoint_retention import read_best
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, RunFailed
 from distrain.schema import refuse_url
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = ["CheckpointDamaged", "CheckpointStore", "Found", "SaveFailed", "descr
 _log = logging.getLogger("distrain")
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunFailed):
     """A checkpoint could not be saved; older ones are untouched. Raised if `on_error="raise"`."""
 
 
@@ -177,7 +177,7 @@ class CheckpointStore:
         return Stall(waited - start, time.perf_counter() - waited)
 
     def best(self) -> dict[str, Best]:
-        """Return which checkpoint is the best by the name of the metric."""
+        """Return which checkpoint is the best by the name of the metric; OSError if unreadable."""
         return {name: Best(**best) for name, best in read_best(str(self.folder)).items()}
 
     def poll(self) -> bool:
@@ -207,6 +207,9 @@ class CheckpointStore:
         A damaged one is named in a warning and passed over. What dead processes left behind is
         removed. The writer of a run that was killed may still be at work, on the newest one: it is
         waited for, up to a minute.
+
+        Raises:
+            OSError: one cannot be read, after retries.
         """
         self.wait()
         clear_leftovers(self.folder)
@@ -223,6 +226,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointDamaged: a file is not what was written.
+            OSError: a file cannot be read, after retries.
         """
         from distrain.restore import load_checkpoint
 

@@ -22,10 +22,14 @@ import re
 import stat
 from functools import partial
 
+from distrain.retry import is_definite, retried
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
 
 FORMAT = "distrain checkpoint"
 VERSION = 1
@@ -70,17 +74,23 @@ def iteration_of(name: str) -> int | None:
 
 
 def open_regular(path: str) -> int:
-    """Open a file for reading; a link, a device or a pipe in its place is damage.
+    """Open a file for reading.
 
     Returns:
         The file descriptor; the caller closes it.
+
+    Raises:
+        CheckpointDamaged: it is missing, or a link, a device or a pipe is in its place.
+        OSError: it cannot be opened, so that nothing is known of it.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointDamaged(f"{path} is missing") from None
     except OSError as error:
-        raise CheckpointDamaged(f"{path} cannot be opened: {error.strerror}") from error
+        if not is_definite(error):
+            raise
+        raise CheckpointDamaged(f"{path} is not a regular file: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise CheckpointDamaged(f"{path} is not a regular file")
@@ -99,13 +109,10 @@ def read_manifest(path: str) -> dict[str, Any]:
 
     Raises:
         CheckpointDamaged: it is missing, altered, of another version, or names strange files.
+        OSError: it cannot be read, after retries.
     """
     name = os.path.join(path, MANIFEST_FILE)
-    with open(open_regular(name), "rb") as file:
-        try:
-            raw = file.read(MAX_MANIFEST_BYTES)
-        except OSError as error:
-            raise CheckpointDamaged(f"{name} cannot be read: {error.strerror}") from error
+    raw = _with_file(name, lambda file: file.read(MAX_MANIFEST_BYTES))
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError):
@@ -163,27 +170,42 @@ def verify(path: str, *, contents: bool = True) -> dict[str, Any]:
 
     Raises:
         CheckpointDamaged: the first thing that is not as the manifest says.
+        OSError: a file cannot be read, after retries.
     """
     manifest = read_manifest(path)
     said = iteration_of(os.path.basename(os.path.abspath(path)))
     if said is not None and said != manifest["iteration"]:
         raise CheckpointDamaged(f"{path} holds iteration {manifest['iteration']}, not {said}")
     for name, entry in manifest["files"].items():
-        file_path = os.path.join(path, name)
-        with open(open_regular(file_path), "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry["bytes"]:
-                raise CheckpointDamaged(f"{file_path} has {size} bytes, not {entry['bytes']}")
-            if contents and _sha256_of(file, file_path) != entry["sha256"]:
-                raise CheckpointDamaged(f"{file_path} was altered: its sha256 is another")
+        _check_file(os.path.join(path, name), entry, contents=contents)
     return manifest
 
 
-def _sha256_of(file: Any, path: str) -> str:
-    try:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error
+def _check_file(path: str, entry: dict[str, Any], *, contents: bool) -> None:
+    """Compare a file with its entry in the manifest."""
+
+    def check(file: Any) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            raise CheckpointDamaged(f"{path} has {size} bytes, not {entry['bytes']}")
+        if contents and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise CheckpointDamaged(f"{path} was altered: its sha256 is another")
+
+    _with_file(path, check)
+
+
+def _with_file(path: str, use: Callable[[Any], T]) -> T:
+    """Return what `use` makes of an open file; after an error it is opened and read again."""
+
+    def attempt() -> T:
+        with open(open_regular(path), "rb") as file:
+            try:
+                return use(file)
+            except OSError as error:
+                error.filename = path
+                raise
+
+    return retried(attempt)
 
 
 def part_digests(tree: dict[str, Any], sha256_of: Callable[[str, str], str]) -> dict[str, str]:

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from distrain import checkpoint_format as fmt
 from distrain import durable
+from distrain.retry import retried
 
 ORPHAN_PATIENCE_S = 60.0
 
@@ -66,6 +68,9 @@ def describe(path: str | Path) -> Found:
 
     Args:
         path: its folder.
+
+    Raises:
+        OSError: it cannot be read, after retries: it may be valid or not.
     """
     path = Path(path)
     try:
@@ -96,8 +101,11 @@ def newest_valid(folder: str | Path) -> Found | None:
     """Return the newest valid checkpoint in a folder; None if there is none.
 
     A damaged one is named in a warning and passed over.
+
+    Raises:
+        OSError: one cannot be read; an older one in its place would lose what it holds.
     """
-    for path in reversed(find_all(folder)):
+    for path in reversed(retried(lambda: find_all(folder))):
         found = describe(path)
         if found.valid:
             return found
@@ -117,15 +125,18 @@ def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S
     """
     deadline = time.monotonic() + patience_s
     for path in _scratch_paths(folder):
-        while durable.in_use(path) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not durable.in_use(path):
-            durable.remove(path)
+        try:
+            while retried(partial(durable.in_use, path)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if not durable.in_use(path):
+                durable.remove(path)
+        except OSError as error:  # a live writer may be at work on it
+            _log.warning("%s is left as it is: %s", path, error.strerror)
 
 
 def _scratch_paths(folder: str | Path) -> list[str]:
     try:
-        names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+        names = sorted(retried(lambda: os.listdir(folder)))
+    except OSError:  # without a list nothing is removed; what must be read is found unreadable then
         return []
     return [os.path.join(folder, name) for name in names if durable.is_scratch(name)]

@@ -7,6 +7,7 @@ import os
 
 from distrain import checkpoint_format as fmt
 from distrain import durable
+from distrain.retry import read_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,20 +19,32 @@ RUN_ID_FILE = "run_id"
 
 def run_id_of(folder: str) -> str:
     """Return the id of the run that owns the folder; make one for a new folder."""
-    try:
-        with open(os.path.join(folder, RUN_ID_FILE), encoding="ascii") as file:
-            run_id = file.read().strip()
-        if len(run_id) == 32 and int(run_id, 16) >= 0:
-            return run_id
-    except (FileNotFoundError, ValueError):
-        pass  # new, or damaged: then what the run wrote before is no longer known as its own
-    run_id = os.urandom(16).hex()
-    durable.write_small(folder, RUN_ID_FILE, run_id + "\n")
+    run_id = read_run_id(folder)
+    if run_id is None:  # what the run wrote before is no longer known as its own
+        run_id = os.urandom(16).hex()
+        durable.write_small(folder, RUN_ID_FILE, run_id + "\n")
     return run_id
 
 
+def read_run_id(folder: str) -> str | None:
+    """Return the id of the run that owns the folder; None if there is none, or a damaged one.
+
+    Raises:
+        OSError: it cannot be read, after retries.
+    """
+    try:
+        run_id = read_file(os.path.join(folder, RUN_ID_FILE), 64).decode("ascii").strip()
+        return run_id if len(run_id) == 32 and int(run_id, 16) >= 0 else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _is_ours(path: str, run_id: str) -> bool:
-    """Say whether this run wrote the checkpoint: its manifest is whole and has the run's id."""
+    """Whether this run wrote the checkpoint: its manifest is whole and has the run's id.
+
+    Raises:
+        OSError: the manifest cannot be read; the checkpoint is to be left alone then.
+    """
     try:
         return not os.path.islink(path) and fmt.read_manifest(path)["run_id"] == run_id
     except fmt.CheckpointDamaged:
@@ -63,17 +76,20 @@ def read_best(folder: str) -> dict[str, dict[str, Any]]:
 
     The manifests decide: a metric's best checkpoint is the newest that says so. `best.json` repeats
     it for people and tools.
+
+    Raises:
+        OSError: a manifest or the run's id cannot be read, after retries.
     """
-    try:
-        with open(os.path.join(folder, RUN_ID_FILE), encoding="ascii") as file:
-            run_id = file.read().strip()
-    except (OSError, ValueError):
-        return {}
-    return _best_of(_own(folder, run_id))
+    run_id = read_run_id(folder)
+    return {} if run_id is None else _best_of(_own(folder, run_id))
 
 
 def _own(folder: str, run_id: str) -> list[tuple[int, str, dict[str, Any]]]:
-    """Return iteration, path and manifest of each checkpoint that the run wrote, newest first."""
+    """Return iteration, path and manifest of each checkpoint that the run wrote, newest first.
+
+    Raises:
+        OSError: one cannot be read, so that nothing is known of it; nothing may be deleted then.
+    """
     own = []
     for name in os.listdir(folder):
         iteration = fmt.iteration_of(name)

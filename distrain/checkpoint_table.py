@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import Found, describe, find_all
 from distrain.checkpoint_retention import read_best
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.other is None:
             return show(options.run, iteration=options.iteration)
         return compare(options.run, options.other, iteration=options.iteration)
-    except NothingFound as error:
+    except (NothingFound, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -72,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(run: Path, *, iteration: int | None = None) -> int:
     """Print all checkpoints of a run, and the digests of one; 1 if none is valid, else 0."""
     folder = checkpoint_folder(run)
-    found = [describe(path) for path in find_all(folder)]
+    found = [_describe(path) for path in find_all(folder)]
     if not found:
         raise NothingFound(f"{run}: no checkpoints in {folder}")
-    best = read_best(str(folder))
+    best = known_best(folder)
     print(f"{'iteration':>12} {'ranks':>6} {'size':>10}  state")
     for one in found:
-        state = "valid" if one.valid else f"damaged: {one.why_not}"
+        state = "valid" if one.valid else one.why_not
         state += best_mark(best, one.iteration)
         print(f"{one.iteration:>12} {one.world_size or '?':>6} {_size(one.bytes):>10}  {state}")
     if iteration is None and not any(one.valid for one in found):
@@ -136,7 +138,8 @@ def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found
         if one.iteration == iteration:
             if one.valid:
                 return one
-            raise NothingFound(f"{run}: the checkpoint of iteration {iteration} is damaged")
+            kind = one.why_not.partition(":")[0]
+            raise NothingFound(f"{run}: the checkpoint of iteration {iteration} is {kind}")
     what = "valid checkpoint" if iteration is None else f"checkpoint of iteration {iteration}"
     raise NothingFound(f"{run}: no {what}")
 
@@ -151,6 +154,14 @@ def checkpoint_folder(run: Path) -> Path:
         raise NothingFound(f"{run}: no such run folder")
     folder = run / "checkpoints"
     return folder if folder.is_dir() or not find_all(run) else run
+
+
+def known_best(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return the best checkpoint by the name of the metric; none where one cannot be read."""
+    try:
+        return read_best(str(folder))
+    except OSError:
+        return {}
 
 
 def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
@@ -168,7 +179,17 @@ def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
 
 def _newest_first(run: Path) -> Iterator[Found]:
     """Verify a run's checkpoints one after the other, for as long as the caller asks for more."""
-    return (describe(path) for path in reversed(find_all(checkpoint_folder(run))))
+    return (_describe(path) for path in reversed(find_all(checkpoint_folder(run))))
+
+
+def _describe(path: Path) -> Found:
+    """Return what a checkpoint says of itself, or that it is damaged or cannot be read."""
+    try:
+        found = describe(path)
+    except OSError as error:
+        why_not = f"unreadable: {error.filename or path}: {error.strerror}"
+        return Found(path, iteration_of(path.name) or 0, valid=False, why_not=why_not)
+    return found if found.valid else replace(found, why_not=f"damaged: {found.why_not}")
 
 
 def _size(number: int) -> str:

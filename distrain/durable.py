@@ -14,6 +14,8 @@ import re
 import shutil
 import time
 
+from distrain.retry import is_definite
+
 _SCRATCH = re.compile(r"\.tmp-(delete-)?(iter_\d{10,18}|best\.json|run_id)-[0-9a-f]{12}")
 PREFIX = ".tmp-"
 DELETE_PREFIX = ".tmp-delete-"
@@ -77,13 +79,18 @@ def in_use(path: str) -> bool:
     A writer holds a lock on the file (on the manifest, in a folder) that ends with the process.
     Where locks do not work, as on some network file systems, what changed within the last ten
     minutes counts as in use. What is being deleted never does: anybody may finish that.
+
+    Raises:
+        OSError: the locked file cannot be opened, so that nothing is known.
     """
     if os.path.basename(path).startswith(DELETE_PREFIX):
         return False
     locked = os.path.join(path, LOCKED_FILE) if os.path.isdir(path) else path
     try:
         fd = os.open(locked, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if not is_definite(error):
+            raise
         return _changed_within(path, seconds=2)  # it may be about to create the file that it locks
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,14 @@ class RankFailed(RuntimeError):
     """One rank failed and so did the run; the text names the rank, its log and its first error."""
 
 
+class RunFailed(RuntimeError):
+    """The run cannot begin or has failed; the text is one line, all that the user needs."""
+
+
+class RunRefused(RunFailed):
+    """The run cannot begin, and another try would fail in the same way."""
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite; every rank raises this after the same iteration."""
 

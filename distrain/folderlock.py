@@ -51,15 +51,18 @@ def hold(path: Path) -> int:
         if os.path.exists(file) and os.path.samestat(os.fstat(fd), os.stat(file)):
             break
         os.close(fd)  # its owner has just removed it
-    if not _is_ours(fd):
+    try:
+        if not _is_ours(fd):
+            raise ConfigError(
+                f"run.dir={path}: its file lock is not that of a run; move it away, or give "
+                "another run.dir"
+            )
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(mine).encode(), 0)
+    except BaseException:
         os.close(fd)
-        raise ConfigError(
-            f"run.dir={path}: its file lock is not that of a run; move it away, or give another "
-            "run.dir"
-        )
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(mine).encode(), 0)
+        raise
     return fd
 
 

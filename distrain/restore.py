@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distrain import checkpoint_format as fmt
+from distrain.retry import read_file, retried
 from distrain.snapshot import SAFETENSORS_DTYPES
 
 TORCH_DTYPES = {
@@ -41,27 +43,42 @@ def load_checkpoint(
 
     Raises:
         CheckpointDamaged: a file is not what was written.
+        OSError: a file cannot be read, after retries.
     """
     folder = os.fspath(path)
     fmt.verify(folder)
+    text = read_file(os.path.join(folder, fmt.STATE_FILE))
     try:
-        with open(os.path.join(folder, fmt.STATE_FILE), encoding="ascii") as file:
-            tree = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise fmt.CheckpointDamaged(f"{folder}/{fmt.STATE_FILE} cannot be read: {error}") from error
-    device = torch.device(map_location)
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise fmt.CheckpointDamaged(f"{folder}/{fmt.STATE_FILE} is not JSON: {error}") from error
     readers: dict[str, Any] = {}
     try:
         for name in (fmt.MODEL_FILE, fmt.TRAINING_FILE):
-            readers[name] = safe_open(os.path.join(folder, name), framework="pt")
+            readers[name] = retried(partial(_open_tensors, os.path.join(folder, name)))
         # what safe_open gives lies in the file; a copy outlives changes to the file
-        return decode(tree, lambda file, name: readers[file].get_tensor(name).clone(), device)
+        return decode(
+            tree,
+            lambda file, name: readers[file].get_tensor(name).clone(),
+            torch.device(map_location),
+        )
+    except OSError:
+        raise
     except Exception as error:  # whatever a forged file provokes, it is damage
         raise fmt.CheckpointDamaged(
             f"{folder} cannot be put together: {type(error).__name__}: {error}"
         ) from error
     finally:
         readers.clear()
+
+
+def _open_tensors(path: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        # safetensors reports every failure of open(2) as a missing file; it was verified just now
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        raise OSError(errno.EIO, str(error), path) from error
 
 
 def decode(

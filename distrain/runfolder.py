@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,9 +27,13 @@ from typing import Any
 import yaml
 
 from distrain import folderlock, schema
+from distrain.checkpoint_format import MODEL_PART, iteration_of
 from distrain.checkpoint_found import find_all, newest_valid
-from distrain.errors import ConfigError, ExitCode
+from distrain.checkpoint_retention import read_run_id
+from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.provenance import git_state, start_record
+from distrain.retry import retried, unreadable
+from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_text
 
 FREE_KEYS = ("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers")
 """Keys that may change between two starts of a run: they do not change what is computed."""
@@ -66,7 +71,7 @@ class RunFolder:
             self._others = set(os.listdir(self.path)) - (set() if had_lock else {"lock"})
         except OSError as error:
             self._remove_made()
-            raise ConfigError(f"run.dir={self.path}: {error.strerror or error}") from error
+            raise cannot_use(self.path, error) from error
         return self
 
     def __exit__(
@@ -97,30 +102,44 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder holds something else; nothing was written then.
+            RunFailed: what it holds cannot be read; nothing was written then.
         """
-        file = self.path / "run.yaml"
-        if not file.exists():
-            self._check_new(conf)
-            self.is_new = True
-            changed: dict[str, list[Any]] = {}
-        else:
-            self._check_used(conf, is_restart=is_restart)
-            changed = self._check_same(conf, yaml.safe_load(file.read_text()))
-            self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"])
+        frozen = read_frozen(self.path / "run.yaml")
+        changed: dict[str, list[Any]] = {}
+        try:
+            if frozen is None:
+                self._check_new(conf)
+                self.is_new = True
+            else:
+                self._check_used(conf, is_restart=is_restart)
+                changed = self._check_same(conf, frozen)
+                self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"])
+        except OSError as error:
+            raise RunFailed(unreadable(self.path, error)) from error
         if self.done_iter is not None:
             return
+        starts = self._earlier_starts()
         if self.is_new or changed:
             head = "# What this run trains, resolved. Its _target_s are code.\n"
             self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(argv, git) | {"changed": changed}
         record["overrides"] = list(argv if overrides is None else overrides)
-        starts = _read_starts(self.path / "command.json")
         if git is not None and git.diff:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
             self._write(name, git.diff)
             record["git"]["diff"] = name
         self._write("command.json", json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
+
+    def _earlier_starts(self) -> list[Any]:
+        """Return the starts in command.json; a damaged one is kept under another name."""
+        file = self.path / "command.json"
+        starts = read_starts(file)
+        if starts is None:
+            aside = file.with_name(f"command-damaged-{os.urandom(3).hex()}.json")
+            file.rename(aside)
+            self.notices.append(f"{file} is damaged and begins again; it is now {aside.name}")
+        return starts or []
 
     def watch(self, start: Callable[[], ExitCode]) -> ExitCode:
         """Return what `start` returns, which runs the ranks; note in command.json how it ended."""
@@ -135,13 +154,16 @@ class RunFolder:
         return code
 
     def _note_end(self, code: ExitCode, why: str = "") -> None:
-        starts = _read_starts(self.path / "command.json")
-        if not starts:
-            return
+        file = self.path / "command.json"
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
-        with contextlib.suppress(ConfigError):  # a full disk must not hide how the run ended
-            self._write("command.json", json.dumps({"starts": starts}, indent=1) + "\n")
+        try:
+            starts = read_starts(file)
+            if starts:
+                starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
+                text = json.dumps({"starts": starts}, indent=1) + "\n"
+                retried(lambda: write_text(file, text))
+        except (OSError, RunFailed) as error:  # must not hide how the run ended
+            print(f"distrain: {file}: the end of the run is not noted: {error}", file=sys.stderr)
 
     def _check_new(self, conf: Mapping[str, Any]) -> None:
         """Check that a folder without a run is empty, and may be new."""
@@ -195,21 +217,23 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder does not take it: a full disk, a quota.
+            RunFailed: the storage fails.
         """
         path = self.path / name
-        scratch = self.path / f".{name}.{os.getpid()}"
         try:
-            self._before.setdefault(path, path.read_bytes() if path.exists() else None)
-            scratch.write_text(text)
-            scratch.replace(path)
+            self._before.setdefault(path, read_bytes(path))
+            retried(lambda: write_text(path, text))
         except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise ConfigError(
-                f"run.dir={self.path}: {name} cannot be written: {error.strerror or error}"
-            ) from error
+            raise cannot_use(self.path, error, f"{name} cannot be written: ") from error
 
     def _undo(self) -> None:
         """Leave the folder as this start has found it, unless a checkpoint came of it."""
+        try:
+            self._restore()
+        except OSError as error:  # the mistake itself is what the user must see
+            print(f"distrain: {self.path} is not as it was before: {error}", file=sys.stderr)
+
+    def _restore(self) -> None:
         if "run.yaml" in self._others:
             for path, content in self._before.items():
                 if content is None:
@@ -294,23 +318,16 @@ def _text(value: Any) -> str:
 def _done_iter(path: Path, max_iter: int) -> int | None:
     """Return the iterations of the newest valid checkpoint if nothing is left to do."""
     checkpoints = path / "checkpoints"
-    if not find_all(checkpoints):
-        return None
     # names are enough to know that something is left; contents are read only if nothing is
-    from distrain.checkpoint_format import iteration_of
-
-    if (iteration_of(find_all(checkpoints)[-1].name) or 0) < max_iter:
+    found = retried(lambda: find_all(checkpoints))
+    if not found or (iteration_of(found[-1].name) or 0) < max_iter:
         return None
     newest = newest_valid(checkpoints)
-    return newest.iteration if newest is not None and newest.iteration >= max_iter else None
-
-
-def _read_starts(path: Path) -> list[Any]:
-    try:
-        starts = json.loads(path.read_text())["starts"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
-    return starts if isinstance(starts, list) else []
+    if newest is None or newest.iteration < max_iter:
+        return None
+    # one of another run, or without a model, is for the ranks to pass over
+    is_own = read_run_id(str(checkpoints)) in (None, newest.run_id)
+    return newest.iteration if is_own and MODEL_PART in newest.digests else None
 
 
 def _make(path: Path) -> list[Path]:

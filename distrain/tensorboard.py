@@ -80,17 +80,19 @@ class TensorBoardWriter:
         new: NewScalars | None = None,
     ) -> None:
         folder = Path(folder)
-        earlier = _stamps(folder)
         self._start = purge_step or 0
         self._new = new or NewScalars(self._start)
         self._names: set[str] = set()
         self._events: dict[tuple[str, ...], _ScalarsEvent] = {}
         self._own_layout = False
-        self._file = _new_event_file(folder, earlier)
+        has_start = purge_step is not None or not _has_earlier(folder)
+        # the name is chosen when the file is opened: it must sort behind those that are there, and
+        # these cannot be listed while the disk fails
+        self._file = AppendFile(lambda: _new_event_path(folder), exclusive=True)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard takes the first START of a folder for its beginning, and purges from each
         # later one: so the first file needs one as well
-        if purge_step is not None or not earlier:
+        if has_start:
             log = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=self._start, session_log=log))
         with contextlib.suppress(OSError):  # the first row tries again, and tells
@@ -259,20 +261,27 @@ class _ScalarsEvent:
 
 def _stamps(folder: Path) -> list[int]:
     """Return the times in the names of a folder's event files."""
-    stamps: list[int] = []
-    with contextlib.suppress(OSError):  # there is no folder yet, or no handle left to read it
-        for path in folder.iterdir():
-            if match := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name):
-                stamps.append(int(match[1]))
-    return stamps
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    matches = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in names)
+    return [int(match[1]) for match in matches if match]
 
 
-def _new_event_file(folder: Path, stamps: Iterable[int]) -> AppendFile:
-    """Open a file whose name sorts behind all others: TensorBoard reads them in that order."""
+def _has_earlier(folder: Path) -> bool:
+    """Whether the folder has event files; if it cannot be read, it may have."""
+    try:
+        return bool(_stamps(folder))
+    except OSError:
+        return True
+
+
+def _new_event_path(folder: Path) -> Path:
+    """Return a path that sorts behind all others: TensorBoard reads them in that order."""
     # the clock of another node, or a restart within a second, must not put it in front
-    stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
-    name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
-    return AppendFile(folder / name, exclusive=True)
+    stamp = max([int(time.time()), *(stamp + 1 for stamp in _stamps(folder))])
+    return folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
 def _image(image: NDArray[Any]) -> Summary.Image:

@@ -22,7 +22,6 @@ from distrain.config import build
 from distrain.data import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed import (
     Topology,
-    broadcast_from_main,
     local_device,
     process_group,
     restore_random_states,
@@ -35,8 +34,8 @@ from distrain.hook import HookBase
 from distrain.instantiate import placed
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer
-from distrain.progressbar import waiting
 from distrain.reduction import STOP_REQUESTED
+from distrain.resume import resume_point
 from distrain.schedule import WarmupConstantLR
 from distrain.trainer import Trainer
 
@@ -56,6 +55,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
     Raises:
         ConfigError: the configuration does not work.
         NonFiniteLoss: a loss was not finite.
+        RunFailed: no checkpoint can be continued from, or the last one could not be saved.
     """
     heartbeat.of_this_process().beat(Phase.START)
     log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
@@ -64,13 +64,15 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         checkpoints = CheckpointStore(
             Path(run_dir, "checkpoints"), attempt=_attempt(), **conf["checkpoint"]
         )
-        start_iter, state = _newest_state(conf["resume"], checkpoints)
+        sync_batchnorm = conf["trainer"]["sync_batchnorm"]
+        model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
+        start_iter, state = _resume_point(conf["resume"], checkpoints, model)
         max_iter = conf["trainer"]["max_iter"]
         if start_iter >= max_iter:
             log.logger.info("%s has done its %d iterations already", run_dir, start_iter)
             return ExitCode.FINISHED
         parts = build_parts(
-            conf, where=where, run_dir=run_dir, checkpoints=checkpoints, state=state
+            conf, where=where, run_dir=run_dir, checkpoints=checkpoints, model=model, state=state
         )
         trainer = parts.trainer
         stop.trainer = trainer
@@ -88,11 +90,16 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         finally:
             gc.unfreeze()
             parts.train_loader.close()
-        outcome = _outcome(trainer, run_dir)
-    is_saved = trainer.iter_done in (start_iter, checkpoints.last_saved)
-    if outcome is ExitCode.STOPPED and where.is_main and not is_saved:
-        why = checkpoints.last_error or "no hook has saved it; add hooks.checkpoint"
-        raise SaveFailed(f"stopped, but without a checkpoint: {why}")
+        outcome = _outcome(trainer)
+        is_saved = trainer.iter_done in (start_iter, checkpoints.last_saved)
+        if where.is_main and is_saved:
+            _log_end(trainer, outcome, run_dir)
+    # after the process group has ended: a rank that raises inside leaves the others waiting
+    if where.is_main and not is_saved:
+        if outcome is not ExitCode.FINISHED or conf["hooks"].get("checkpoint") is not None:
+            raise SaveFailed(_unsaved(outcome, trainer.iter_done, start_iter, checkpoints))
+        _log_end(trainer, outcome, run_dir)
+        log.logger.warning("no checkpoint of the end was saved (hooks.checkpoint=null)")
     return outcome
 
 
@@ -111,6 +118,7 @@ def build_parts(
     where: Topology,
     run_dir: str,
     checkpoints: CheckpointStore,
+    model: nn.Module | None = None,
     state: Conf | None = None,
 ) -> Parts:
     """Build what a configuration names, in the order model, optimizer, schedule, data, hooks.
@@ -123,6 +131,7 @@ def build_parts(
         where: the place of this process among the ranks.
         run_dir: folder of the run.
         checkpoints: of the run.
+        model: as `build_model` has built it; None builds it.
         state: of the checkpoint that is resumed: a forward gets no more samples than it did there.
 
     Raises:
@@ -131,7 +140,9 @@ def build_parts(
     settings = dict(conf["trainer"])
     for not_of_the_trainer in ("max_iter", *_OF_NUMERICS):
         del settings[not_of_the_trainer]
-    model = build_model(conf, where=where, sync_batchnorm=settings.pop("sync_batchnorm"))
+    sync_batchnorm = settings.pop("sync_batchnorm")
+    if model is None:
+        model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
     if state is None and conf.get("init", {}).get("weights"):
         start_from(model, **conf["init"])
     optimizer, schedule = _optimization(conf, model)
@@ -244,25 +255,19 @@ def _build_hooks(**context: Any) -> dict[str, HookBase]:
     return hooks
 
 
-def _newest_state(resume: str, checkpoints: CheckpointStore) -> tuple[int, Conf | None]:
-    """Return where to start and the state to start from: rank 0 finds it, all ranks load it."""
+def _resume_point(
+    resume: str, checkpoints: CheckpointStore, model: nn.Module
+) -> tuple[int, Conf | None]:
+    """Return where to start and the state to start from, see `resume.resume_point`."""
     if resume == "never" and _attempt() == 0:
         return 0, None
-    found = None
-    if int(os.environ.get("RANK", "0")) == 0:
-        with waiting("checking the checkpoints"):
-            newest = checkpoints.newest_valid()
-        found = None if newest is None else newest.iteration
-    found = broadcast_from_main(found)
-    if found is None:
-        if resume == "must":
-            raise ConfigError(
-                f"resume=must, but {checkpoints.folder} holds no valid checkpoint; start the run "
-                "with resume=auto"
-            )
-        return 0, None
-    with waiting(f"reading checkpoint {found}"):
-        return found, checkpoints.load(found)
+    start_iter, state = resume_point(checkpoints.folder, model)
+    if state is None and resume == "must":
+        raise ConfigError(
+            f"resume=must, but {checkpoints.folder} holds no checkpoint; start the run with "
+            "resume=auto"
+        )
+    return start_iter, state
 
 
 def _attempt() -> int:
@@ -293,22 +298,30 @@ def _log_resume(start_iter: int, state: Conf, where: Topology) -> None:
     )
 
 
-def _outcome(trainer: Trainer, run_dir: str) -> ExitCode:
+def _outcome(trainer: Trainer) -> ExitCode:
     stopped = trainer.reduction.stop == STOP_REQUESTED and trainer.iter_done < trainer.max_iter
-    if trainer.where.is_main:
-        shown = "  ".join(
-            f"{name.removeprefix('eval/')} {history.latest():.4g}"
-            for name, history in trainer.storage.histories().items()
-            if name == "loss" or name.startswith("eval/")
-        )
-        what = "stopped, run again to continue:" if stopped else "finished:"
-        log.logger.info(
-            "%s %d of %d iterations  %s", what, trainer.iter_done, trainer.max_iter, shown
-        )
-        log.logger.info(
-            "the run is in %s; look at it with: tensorboard --logdir %s", run_dir, run_dir
-        )
     return ExitCode.STOPPED if stopped else ExitCode.FINISHED
+
+
+def _log_end(trainer: Trainer, outcome: ExitCode, run_dir: str) -> None:
+    shown = "  ".join(
+        f"{name.removeprefix('eval/')} {history.latest():.4g}"
+        for name, history in trainer.storage.histories().items()
+        if name == "loss" or name.startswith("eval/")
+    )
+    stopped = outcome is ExitCode.STOPPED
+    what = "stopped, run again to continue:" if stopped else "finished:"
+    log.logger.info("%s %d of %d iterations  %s", what, trainer.iter_done, trainer.max_iter, shown)
+    log.logger.info("the run is in %s; look at it with: tensorboard --logdir %s", run_dir, run_dir)
+
+
+def _unsaved(outcome: ExitCode, done: int, start_iter: int, checkpoints: CheckpointStore) -> str:
+    """Return the line about a run whose last state is not on the disk."""
+    what = "stopped" if outcome is ExitCode.STOPPED else "trained"
+    why = checkpoints.last_error or "no hook has saved it; add hooks.checkpoint"
+    newest = checkpoints.last_saved or start_iter
+    left = f"the newest checkpoint is that of iteration {newest}" if newest else "there is none"
+    return f"{what} up to iteration {done}, but without a checkpoint of it: {why}; {left}"
 
 
 class _Stop:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from distrain.errors import ConfigError, NonFiniteLoss, RankFailed
+from distrain.errors import ConfigError, NonFiniteLoss, RankFailed, RunFailed, RunRefused
 
 _LOST_PEER = re.compile(
     r"gloo[/\\]|connection (was )?(closed|reset|refused)|broken pipe|socket timeout|timed out|"
@@ -28,9 +28,9 @@ class Failure:
 
     Attributes:
         rank: of the rank, over all nodes; -1 for all ranks together.
-        kind: "config" and "nonfinite" as in `distrain.errors`; "exit" for a rank that left by
-            itself; "signal" for one that was ended; "killed" for all, by us; "hang" for
-            those that made no progress, by us; "error" for other exceptions.
+        kind: "config", "nonfinite", "failed" and "refused" as in `distrain.errors`; "exit" for a
+            rank that left by itself; "signal" for one that was ended; "killed" for all, by us;
+            "hang" for those that made no progress, by us; "error" for other exceptions.
         text: one line.
         trace: the traceback, "" without one.
         log: the rank's log file, or the folder of all.
@@ -49,7 +49,7 @@ class Failure:
     @property
     def is_final(self) -> bool:
         """Whether another try would fail in the same way."""
-        return self.kind in ("config", "nonfinite")
+        return self.kind in ("config", "nonfinite", "refused")
 
     def line(self) -> str:
         """Return what happened in one line that names rank and log."""
@@ -65,6 +65,8 @@ class Failure:
             return ConfigError(self.text)
         if self.kind == "nonfinite":
             return NonFiniteLoss(self.text)
+        if self.kind in ("failed", "refused"):
+            return RunFailed(self.text)
         return RankFailed(f"{self.line()}\n{self.trace}".rstrip())
 
 
@@ -84,6 +86,8 @@ def of_exception(error: BaseException, *, rank: int, log: str) -> Failure:
         kind, text = "config", str(error)
     elif isinstance(error, NonFiniteLoss):
         kind, text = "nonfinite", str(error)
+    elif isinstance(error, RunFailed):
+        kind, text = "refused" if isinstance(error, RunRefused) else "failed", str(error)
     elif isinstance(error, SystemExit):
         kind, text = "exit", f"the program left early by sys.exit({error.code!r})"
     trace = "".join(traceback.format_exception(error))

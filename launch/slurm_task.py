@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.failure import Failure, of_exception
 from distrain.launch.slurm_attempts import (
@@ -72,7 +72,7 @@ class NodeTask:
                 if is_asked_to_stop(self.run_dir, slurm_queue.own_job_id()):
                     signal.raise_signal(signal.SIGUSR2)  # its own may have come too early
                 record.code = self._run(stop, record)
-            except (ConfigError, NonFiniteLoss, RankFailed) as error:
+            except (ConfigError, NonFiniteLoss, RankFailed, RunFailed) as error:
                 record.error = str(error)
                 is_mistake = isinstance(error, ConfigError)
                 record.code = ExitCode.BAD_CONFIG if is_mistake else ExitCode.FAILED

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint_found import find_all
-from distrain.checkpoint_retention import read_best
-from distrain.checkpoint_table import best_mark
+from distrain.checkpoint_table import best_mark, known_best
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
 from distrain.runs.files import Files, Start, all_rows, last_values
 from distrain.runs.summary import Summary, summarize_one
@@ -71,9 +70,12 @@ def _start(start: Start) -> str:
 
 def _checkpoints(files: Files) -> str:
     folder = files.path / "checkpoints"
-    best = read_best(str(folder))
-    lines = []
-    for path in find_all(folder):
+    try:
+        paths = find_all(folder)
+    except OSError as error:
+        return f"unreadable: {error}"
+    best, lines = known_best(folder), []
+    for path in paths:
         iteration = iteration_of(path.name)
         try:
             manifest = read_manifest(os.fspath(path))
@@ -81,6 +83,8 @@ def _checkpoints(files: Files) -> str:
             text = f"{manifest['world_size']} ranks, {size / 1e6:.1f} MB, {manifest['created']}"
         except (CheckpointDamaged, KeyError, TypeError) as error:
             text = f"damaged: {error}"
+        except OSError as error:
+            text = f"unreadable: {error}"
         lines.append(f"{iteration}: {text}{best_mark(best, iteration or 0)}")
     return "\n".join(lines) or "none"
 

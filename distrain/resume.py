@@ -1,0 +1,134 @@
+"""Choose the checkpoint that a run continues from: the newest that is valid, its own and fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distrain import checkpoint_format as fmt
+from distrain.checkpoint_found import clear_leftovers, find_all
+from distrain.checkpoint_retention import read_run_id
+from distrain.distributed import broadcast_from_main, topology
+from distrain.errors import RunFailed, RunRefused
+from distrain.log import logger
+from distrain.progressbar import waiting
+from distrain.restore import load_checkpoint
+from distrain.retry import retried, unreadable
+
+PARTS: dict[str, type] = {
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "stream": dict,
+    "histories": dict,
+    "rng": dict,
+}
+"""Parts that every checkpoint of a run has, and what they are."""
+
+_SHOWN = 3  # names in a message
+
+State = dict[str, Any]
+
+
+def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:
+    """Return where to start and the state to start from; (0, None) without checkpoints.
+
+    Rank 0 chooses and all ranks load the same one: no rank falls back alone. A collective.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: this run's, before it is wrapped. Its weights may be overwritten.
+
+    Raises:
+        RunRefused: there are checkpoints, but none to continue from.
+        RunFailed: one cannot be read. Nothing was changed in either case.
+    """
+    state: State | None = None
+    iteration, failure, is_final = 0, "", False
+    if topology().is_main:
+        try:
+            with waiting("checking the checkpoints"):
+                iteration, state = newest_fitting(folder, model)
+        except (OSError, RunRefused) as error:
+            is_final = isinstance(error, RunRefused)
+            failure = str(error) if is_final else unreadable(folder, error)
+    iteration, failure, is_final = broadcast_from_main([iteration, failure, is_final])
+    if failure:
+        raise (RunRefused if is_final else RunFailed)(failure)
+    if iteration and state is None:
+        path = folder / fmt.folder_name(iteration)
+        try:
+            with waiting(f"reading checkpoint {iteration}"):
+                state = load_checkpoint(path)
+        except (OSError, fmt.CheckpointDamaged) as error:
+            raise RunFailed(f"{unreadable(path, error)} (on rank {topology().rank})") from error
+    return iteration, state
+
+
+def newest_fitting(folder: Path, model: nn.Module) -> tuple[int, State | None]:
+    """Return the newest checkpoint to continue from, and its state; (0, None) without any.
+
+    Those that are passed over are named in a warning.
+
+    Raises:
+        RunRefused: there are checkpoints, but none to continue from.
+        OSError: one cannot be read; an older one in its place would lose what it holds.
+    """
+    clear_leftovers(folder)
+    run_id = read_run_id(str(folder))
+    passed: list[str] = []
+    for path in reversed(retried(lambda: find_all(folder))):
+        try:
+            state = load_checkpoint(path)
+            why = _misfit(path, state, run_id, model)
+        except fmt.CheckpointDamaged as error:
+            why = str(error)
+        if not why:
+            return int(state["stream"]["iteration"]), state
+        logger.warning("checkpoint passed over: %s", why)
+        passed.append(why)
+    if passed:
+        raise RunRefused(
+            f"{folder}: none of {len(passed)} checkpoints can be continued from ({passed[0]}); "
+            "begin another run with run.name=..., or move this folder away to begin at 0"
+        )
+    return 0, None
+
+
+def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> str:
+    """Return why a valid checkpoint is not one of this run; "" if it is."""
+    manifest = fmt.read_manifest(str(path))
+    if run_id is not None and manifest["run_id"] != run_id:
+        return f"{path} was written by another run: its run_id is not that of {path.parent}/run_id"
+    missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if missing:
+        return f"{path} lacks what every run has: {', '.join(missing)}"
+    if state["stream"].get("iteration") != manifest["iteration"]:
+        return f"{path} has the position in the data of another iteration"
+    if not isinstance(state["rng"].get("ranks"), list) or not state["rng"]["ranks"]:
+        return f"{path} lacks the random generators of the ranks"
+    if not {"state", "param_groups"} <= set(state["optimizer"]):
+        return f"{path} lacks the state of the optimizer"
+    try:  # as it will be loaded: a model may bring a load_state_dict of its own
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        return f"{path} is of another model: {_difference(state['model'], model, error)}"
+    return ""
+
+
+def _difference(saved: Mapping[str, Any], model: nn.Module, error: Exception) -> str:
+    """Return in a few words how a saved model differs from this one."""
+    own = model.state_dict()
+    lines = [f"it has {name}" for name in saved if name not in own]
+    lines += [f"it lacks {name}" for name in own if name not in saved]
+    for name, tensor in own.items():
+        there = saved.get(name)
+        if isinstance(tensor, Tensor) and isinstance(there, Tensor) and tensor.shape != there.shape:
+            lines.append(f"its {name} is {list(there.shape)}, here {list(tensor.shape)}")
+    if not lines:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(lines[:_SHOWN]) + more

@@ -1,0 +1,103 @@
+"""The small files of a run's folder: written whole and synced; unreadable is not damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distrain.durable import sync_folder
+from distrain.errors import ConfigError, RunFailed, RunRefused
+from distrain.retry import read_file, unreadable
+
+# errors that are for the user to mend: space, quota, permissions, a path that is none
+_OF_USER = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }
+)
+
+
+def cannot_use(run_dir: Path, error: OSError, what: str = "") -> ConfigError | RunFailed:
+    """Return the exception for a run folder that cannot be used.
+
+    Returns:
+        ConfigError if the user can mend it, RunFailed if the storage fails.
+    """
+    text = f"run.dir={run_dir}: {what}{error.strerror or error}"
+    return ConfigError(text) if error.errno in _OF_USER else RunFailed(text)
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Return the content of a file, None if there is none.
+
+    Raises:
+        RunFailed: it cannot be read.
+    """
+    try:
+        return read_file(str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunFailed(unreadable(path, error)) from error
+
+
+def read_frozen(path: Path) -> dict[str, Any] | None:
+    """Return the frozen configuration in a run.yaml, None if there is none.
+
+    Raises:
+        RunFailed: it cannot be read, or is damaged.
+    """
+    data = read_bytes(path)
+    if data is None:
+        return None
+    try:
+        frozen = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        frozen = None
+    if not isinstance(frozen, dict):
+        raise RunRefused(f"{path} is damaged: no YAML mapping; restore it, or give a new run.name")
+    return frozen
+
+
+def read_starts(path: Path) -> list[Any] | None:
+    """Return the starts in a command.json, [] if there is none; None if it is damaged.
+
+    Raises:
+        RunFailed: it cannot be read.
+    """
+    data = read_bytes(path)
+    if data is None:
+        return []
+    try:
+        starts = json.loads(data)["starts"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return starts if isinstance(starts, list) else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole and synced, or leave the one that is there; OSError if it fails."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        sync_folder(str(path.parent))
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
