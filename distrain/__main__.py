@@ -17,32 +17,48 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distrain import completion, composition, config, overrides
+from distrain import completion, composition, config, overrides, stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.launch import stop
+from distrain.launch.stop import StopRequest
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
 from distrain.tempfolder import folder_of_processes
+from distrain.threads import limit_exit
 
 if TYPE_CHECKING:
     from distrain.launch import Launcher
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _CONFIG_PATH = ("--config-path", "-cp")
-_MULTIRUN = ("--multirun", "-m")
+_WITH_VALUE = (
+    *_CONFIG_PATH,
+    *("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p"),
+    "--experimental-rerun",
+)
+_INFO = ("--info", "-i")
+_KINDS_OF_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 class Command:
     """One use of the command line: Hydra calls it once for each run.
+
+    Args:
+        argv: the arguments.
+        is_last: this process ends next: `run` goes on taking signals as requests to stop, so that
+            none of them changes its exit code.
 
     Attributes:
         codes: how the runs ended, in their order.
         crash: an exception that is nobody's mistake but ours.
     """
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    def __init__(self, argv: Sequence[str], *, is_last: bool = False) -> None:
         self.codes: list[ExitCode] = []
         self.crash: Exception | None = None
         self._argv = argv
+        self._is_last = is_last
+        self._stop = StopRequest(is_quiet=True)  # around and between the runs
         self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
         self._submissions: list[tuple[Any, Any]] = []
         self._open = contextlib.ExitStack()  # the folders of what waits in submissions
@@ -58,8 +74,6 @@ class Command:
                     config_path="pkg://distrain.conf", config_name="main", version_base="1.3"
                 )
                 start(lambda cfg: self._one(cfg))()
-        except BrokenPipeError:  # as in `--help | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             self.codes.append(self._tell(config.explain(error), error))
         finally:
@@ -69,13 +83,15 @@ class Command:
                 os.environ[_FULL_ERROR] = before
         with self._open:
             self._submit()
+        if not self._is_last:
+            self._stop.__exit__(None, None, None)
         if self.crash is not None:
             raise self.crash
         return worst(self.codes)
 
     def _one(self, cfg: DictConfig) -> None:
         """Start one run. It ends here, whatever becomes of it: a sweep goes on."""
-        if ExitCode.STOPPED in self.codes:
+        if ExitCode.STOPPED in self.codes or self._stop.since is not None:
             self.codes.append(ExitCode.STOPPED)  # who stops a sweep means all of it
             return
         try:
@@ -106,6 +122,7 @@ class Command:
             return ExitCode.FINISHED
         if not getattr(launcher, "owns_run", True):
             await_run(job.run_dir)
+            self._stop.__enter__()
             return launcher.start(job)
         folder = RunFolder(job.run_dir)
         is_sweep = name and hasattr(launcher, "start_all")
@@ -131,6 +148,7 @@ class Command:
                 return ExitCode.FINISHED
             if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
                 return launcher.start(job)
+            self._stop.__enter__()
             try:
                 return folder.watch(lambda: launcher.start(job))
             except OSError as error:  # of the storage, not a bug: one line
@@ -158,6 +176,7 @@ class Command:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    stdio.protect()
     os.umask(os.umask(0o077) | 0o002)  # who can write to a run's folder can run code in it
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -168,27 +187,33 @@ def main() -> None:
         print(script, end="")
         return
     try:
-        code = Command(sys.argv[1:]).run()
+        code = int(Command(sys.argv[1:], is_last=True).run())
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    sys.exit(int(code))
+        code = 128 + signal.SIGINT
+    stop.ignore()
+    limit_exit(code)
+    sys.exit(code)
 
 
 def from_here(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with `--config-path` relative to the current folder, and `-m` first.
+    """Return the arguments with all flags first, and `--config-path` relative to this folder.
 
-    Hydra takes the path relative to this file, where no user has a folder; between overrides, `-m`
-    makes it refuse those that follow.
+    Hydra takes the path relative to this file, where no user has a folder; it refuses overrides
+    that stand on both sides of a flag.
     """
-    result: list[str] = []
+    flags: list[str] = []
+    overrides: list[str] = []
     for argument in argv:
         flag, equals, value = argument.partition("=")
-        if equals and flag in _CONFIG_PATH:
-            argument = f"{flag}={_absolute(value)}"
-        elif result and result[-1] in _CONFIG_PATH:
-            argument = _absolute(argument)
-        result.append(argument)
-    return sorted(result, key=lambda argument: argument not in _MULTIRUN)
+        if flags and flags[-1] in _WITH_VALUE:
+            flags.append(_absolute(argument) if flags[-1] in _CONFIG_PATH else argument)
+        elif flags and flags[-1] in _INFO and argument in _KINDS_OF_INFO:
+            flags.append(argument)
+        elif equals and flag in _CONFIG_PATH:
+            flags.append(f"{flag}={_absolute(value)}")
+        else:
+            (flags if argument.startswith("-") else overrides).append(argument)
+    return flags + overrides
 
 
 def _absolute(path: str) -> str:

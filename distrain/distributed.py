@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distrain.env import env_int
 from distrain.errors import ConfigError
 from distrain.wire import decode, encode
 
@@ -45,10 +45,8 @@ def topology() -> Topology:
         ConfigError: a launcher announced several ranks, but no process group was made.
     """
     if dist.is_available() and dist.is_initialized():
-        return Topology(
-            dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
-        )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
+        return Topology(dist.get_rank(), dist.get_world_size(), env_int("LOCAL_RANK"))
+    announced = env_int("WORLD_SIZE", 1)
     if announced > 1:
         raise ConfigError(
             f"WORLD_SIZE={announced}, but there is no process group; train inside "
@@ -60,7 +58,7 @@ def topology() -> Topology:
 def local_device() -> torch.device:
     """Return the device of this rank: its GPU where CUDA works, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", env_int("LOCAL_RANK"))
     return torch.device("cpu")
 
 
@@ -80,7 +78,7 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[Topology]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if env_int("WORLD_SIZE", 1) == 1:
         yield Topology()
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

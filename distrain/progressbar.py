@@ -7,6 +7,7 @@ started, and no control character is written. NO_COLOR takes the colours away.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -27,9 +28,9 @@ AFTER_S = 2.0
 REFRESH_S = 0.2
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Say whether a live display can be shown there."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether a live display can be shown there; None is a closed descriptor."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Display:
@@ -88,14 +89,17 @@ class Display:
                 self._progress.stop()
                 self._progress = self._stream = None
 
-    def print(self, stream: TextIO, line: str) -> None:
+    def print(self, stream: TextIO | None, line: str) -> None:
         """Write a line of text to a stream, above the display if that is there."""
+        if stream is None:
+            return
         with self._lock:
             if self._progress is not None and stream is self._stream:
                 self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
                 return
-        stream.write(line + "\n")
-        stream.flush()
+        with contextlib.suppress(OSError):  # a dead console ends no training
+            stream.write(line + "\n")
+            stream.flush()
 
 
 display = Display()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from distrain.distributed import (
     restore_random_states,
     seed_everything,
 )
+from distrain.env import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase
@@ -42,7 +42,7 @@ from distrain.trainer import Trainer
 Conf = dict[str, Any]
 
 _OF_NUMERICS = ("deterministic", "float32_matmul")
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def train(conf: Conf, run_dir: str) -> ExitCode:
@@ -58,11 +58,11 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         RunFailed: no checkpoint can be continued from, or the last one could not be saved.
     """
     heartbeat.of_this_process().beat(Phase.START)
-    log.set_up(run_dir, rank=int(os.environ.get("RANK", "0")))
+    log.set_up(run_dir, rank=env_int("RANK"))
     exactness = {key: conf["trainer"][key] for key in _OF_NUMERICS}
     with _listening() as stop, process_group() as where, numerics(**exactness):
         checkpoints = CheckpointStore(
-            Path(run_dir, "checkpoints"), attempt=_attempt(), **conf["checkpoint"]
+            Path(run_dir, "checkpoints"), attempt=restart_count(), **conf["checkpoint"]
         )
         sync_batchnorm = conf["trainer"]["sync_batchnorm"]
         model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
@@ -259,7 +259,7 @@ def _resume_point(
     resume: str, checkpoints: CheckpointStore, model: nn.Module
 ) -> tuple[int, Conf | None]:
     """Return where to start and the state to start from, see `resume.resume_point`."""
-    if resume == "never" and _attempt() == 0:
+    if resume == "never" and restart_count() == 0:
         return 0, None
     start_iter, state = resume_point(checkpoints.folder, model)
     if state is None and resume == "must":
@@ -268,13 +268,6 @@ def _resume_point(
             "resume=auto"
         )
     return start_iter, state
-
-
-def _attempt() -> int:
-    """Return how often the run was started again by whoever watches over it."""
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    requeues = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return int(restarts) + int(requeues)
 
 
 def _seed(seed: int, state: Conf | None, where: Topology) -> None:
@@ -338,9 +331,18 @@ class _Stop:
 
 @contextmanager
 def _listening() -> Iterator[_Stop]:
-    """Take stop signals as requests: the ranks agree on an iteration, save there and leave."""
+    """Take stop signals as requests: the ranks agree on an iteration, save there and leave.
+
+    A SIGHUP that is ignored already stays so: nohup, or the rank's agent, has said so. What the
+    command was asked before counts.
+    """
     stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    before = {}
+    for number in _STOP_SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        outer = before[number] = signal.signal(number, stop)
+        stop.requested |= getattr(outer, "since", None) is not None
     try:
         yield stop
     finally:

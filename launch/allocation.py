@@ -10,15 +10,18 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from distrain.env import env_int
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.slurm_attempts import prepare, read_attempts
 from distrain.launch.slurm_batch import begin, end
 from distrain.launch.slurm_task import NodeTask, node_python
+from distrain.progressbar import is_terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,18 @@ class AllocationLauncher:
         folder = prepare(run_dir, job_id=job_id)
         task = folder / f"{job_id}_task.pkl"
         task.write_bytes(pickle.dumps(self.task(job)))
-        before = signal.signal(signal.SIGTERM, _go_on)
+        before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, _go_on),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        }
         try:
             code = begin(run_dir, max_requeues=self.max_requeues)
             if code == ExitCode.FINISHED:
                 step = subprocess.run(self._step(task), check=False)
                 code = end(run_dir, step_exit=step.returncode, max_requeues=self.max_requeues)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if code in (ExitCode.FINISHED, ExitCode.STOPPED):
             return code
         why = read_attempts(run_dir)[-1].why
@@ -110,7 +117,9 @@ class AllocationLauncher:
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over by itself
         return [
             *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-            *("--unbuffered", "--kill-on-bad-exit=1"),
+            # unbuffered gives the step a terminal: escape sequences would go to slurm-*.out
+            *(["--unbuffered"] if is_terminal(sys.stdout) else []),
+            "--kill-on-bad-exit=1",
             *([f"--cpus-per-task={cpus}"] if cpus else []),
             *node_python(),
             *("-u", "-m", "distrain.launch.slurm_task", str(task)),
@@ -118,7 +127,7 @@ class AllocationLauncher:
 
 
 def _num_nodes() -> int:
-    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return env_int("SLURM_JOB_NUM_NODES", 1)
 
 
 def _go_on(number: int, frame: FrameType | None) -> None:

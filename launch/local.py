@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from distrain.env import env_int
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job
 from distrain.launch.stop import StopRequest
@@ -62,6 +63,10 @@ class LocalLauncher:
 
     def start(self, job: Job) -> ExitCode:
         """Run a job to its end; see `distrain.launch.Launcher`."""
+        with StopRequest() as stop:  # before torch is imported: that takes a second
+            return self._start(job, stop)
+
+    def _start(self, job: Job, stop: StopRequest) -> ExitCode:
         if shutil.which("scontrol"):  # elsewhere nobody can be asked about the run's jobs
             from distrain.launch.slurm_attempts import refuse_other_job
 
@@ -70,20 +75,19 @@ class LocalLauncher:
             return run_here(job)
         refuse_among_ranks()
         ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
-        with StopRequest() as stop:  # before torch is imported: that takes a second
-            method = self.start_method or ("fork" if may_fork() else "spawn")
-            from distrain.launch.agent import run_node
+        method = self.start_method or ("fork" if may_fork() else "spawn")
+        from distrain.launch.agent import run_node
 
-            return run_node(
-                job,
-                ranks=ranks,
-                log_dir=Path(job.run_dir).absolute() / "logs",
-                stop=stop,
-                max_restarts=self.max_restarts,
-                grace_s=self.grace_s,
-                start_method=method,
-                watchdog_s=self.watchdog_s,
-            )
+        return run_node(
+            job,
+            ranks=ranks,
+            log_dir=Path(job.run_dir).absolute() / "logs",
+            stop=stop,
+            max_restarts=self.max_restarts,
+            grace_s=self.grace_s,
+            start_method=method,
+            watchdog_s=self.watchdog_s,
+        )
 
     def plan(self, job: Job) -> str:
         """Return what `start` would do, in one line."""
@@ -96,12 +100,17 @@ class LocalLauncher:
 
 def run_here(job: Job) -> ExitCode:
     """Run a job in this process as the only rank, with the environment of one."""
+    with environment(only_rank_env()):
+        return ExitCode(job())
+
+
+def only_rank_env() -> dict[str, str]:
+    """Return the variables that name the rank of a world of one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    with environment(env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}):
-        return ExitCode(job())
+    return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def refuse_among_ranks() -> None:
@@ -110,9 +119,11 @@ def refuse_among_ranks() -> None:
     Raises:
         ConfigError: torchrun or srun has started this process as one of several ranks.
     """
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= set(os.environ)
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if by_torchrun or int(tasks) > 1:
+    # a container may set RANK=0 and WORLD_SIZE=1: a world of one is no rank of another program's
+    is_of_several = "RANK" in os.environ and env_int("WORLD_SIZE", 1) > 1
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or is_of_several
+    tasks = env_int("SLURM_STEP_NUM_TASKS", 1)
+    if by_torchrun or tasks > 1:
         who = "torchrun" if by_torchrun else f"srun, one of {tasks} tasks"
         raise ConfigError(
             f"this process is a rank already (of {who}); use launch=external, or start the command "

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import io
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from distrain import heartbeat, tempfolder
+from distrain import heartbeat, stdio, tempfolder
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
+from distrain.threads import limit_exit
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """What asks a rank to stop; its job sets the handlers."""
@@ -51,9 +50,9 @@ def rank_main(task: RankTask) -> int:
     Raises:
         SystemExit: with FAILED, when the job has failed; why is in TORCHELASTIC_ERROR_FILE.
     """
-    for number in STOP_SIGNALS:
+    # SIGUSR1 until there is a log; SIGHUP for good, as the agent receives it too
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a log
     tempfolder.use_inherited()
     pulse = heartbeat.of_this_process()
     os.setsid()
@@ -69,6 +68,7 @@ def rank_main(task: RankTask) -> int:
     try:
         code = ExitCode(task.job())
         pulse.finish()
+        limit_exit(0)  # of the process: the job's own code is what is returned
         return code
     except BaseException as error:
         # the frame of this function tells the user nothing
@@ -76,6 +76,7 @@ def rank_main(task: RankTask) -> int:
         what = failure.of_exception(error, rank=rank, log=log)
         append(log, what.trace)
         failure.write(what, os.environ["TORCHELASTIC_ERROR_FILE"])
+        limit_exit(ExitCode.FAILED)
         raise SystemExit(int(ExitCode.FAILED)) from None
 
 
@@ -102,44 +103,13 @@ def open_log(log_dir: Path, rank: int) -> str:
     global _log
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_path(log_dir, rank)
+    stdio.protect()
     _log = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
     faulthandler.enable(file=_log)
     faulthandler.register(signal.SIGUSR1, file=_log, all_threads=True)
     if rank != 0:
-        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-            stream.flush()
-            os.dup2(_log.fileno(), number)
-        sys.stdout = _text(1)
-        sys.stderr = _text(2)
+        stdio.redirect(_log)
     return path
-
-
-def _text(number: int) -> io.TextIOWrapper:
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Lossy(number, "wb", closefd=False)), line_buffering=True
-    )
-
-
-class _Lossy(io.FileIO):
-    """A log on a disk that may be full: what it refuses is lost, and no error of who prints.
-
-    A line of which it took a part is ended before the next one begins.
-    """
-
-    _is_torn = False
-
-    def write(self, data: Any, /) -> int:
-        rest = memoryview(data).cast("B")
-        num = len(rest)
-        try:
-            if self._is_torn:
-                super().write(b"\n")
-                self._is_torn = False
-            while rest:
-                rest = rest[super().write(rest) :]
-        except OSError:
-            self._is_torn |= 0 < len(rest) < num
-        return num
 
 
 def append(path: str, text: str) -> None:

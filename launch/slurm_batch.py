@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrain import stdio
 from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import find_all
 from distrain.errors import ExitCode
@@ -213,6 +214,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `begin` or `end`, as a batch script does."""
+    stdio.protect()  # a full disk under the job's output must not prevent the requeue
     parser = argparse.ArgumentParser(prog="distrain.launch.slurm_batch")
     parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("run_dir", type=Path)

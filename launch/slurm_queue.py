@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distrain.env import env_int
 from distrain.errors import ConfigError
 
 ENDED = (
@@ -128,7 +129,7 @@ def own_job_id() -> str | None:
 
 def own_restarts() -> int:
     """Return how often the job of this process was requeued."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return env_int("SLURM_RESTART_COUNT")
 
 
 def require() -> None:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from distrain import stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.failure import Failure, of_exception
@@ -64,6 +65,7 @@ class NodeTask:
             SystemExit: always; 0 if they finished or stopped in order. The record of the node tells
                 which: among several tasks that leave by other codes, srun picks one to report.
         """
+        stdio.protect()
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with each SIGTERM; submitit warns
         with StopRequest() as stop, folder_of_processes():
             record = NodeRecord(os.environ["SLURMD_NODENAME"])

@@ -244,7 +244,7 @@ def test_the_rank_that_failed_is_named(launch, tmp_path, what, text, rank):
     assert message.count("Traceback") == (1 if what in ("raise", "exit") else 0)
     if what == "raise":
         assert rest[-2:] == ["ValueError: bad", "value"]
-        assert "launch/" not in message  # our own frames tell the user nothing
+        assert "distrain/launch/" not in message  # our own frames tell the user nothing
         assert "ValueError: bad\nvalue\n" in log.read_text()
     if what in ("crash", "abort"):
         assert "in happen" in log.read_text()  # faulthandler's stack

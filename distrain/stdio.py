@@ -1,0 +1,97 @@
+"""Standard streams that never fail: a dead console must not end a run or change its exit code.
+
+The reader of a pipe may be gone (EPIPE), the terminal (EIO), the disk may be full (ENOSPC), and a
+daemon may start the command with the descriptors closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import sys
+from typing import IO, Any
+
+_DESCRIPTORS = {"stdout": 1, "stderr": 2}
+
+
+def protect() -> None:
+    """Make stdout and stderr of this process lossy; point closed descriptors to /dev/null.
+
+    Streams that a caller has replaced stay as they are.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # otherwise the next file or socket gets the number, and what is printed goes into it
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            os.set_inheritable(number, True)
+    for name, number in _DESCRIPTORS.items():
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            flush(stream)
+            setattr(sys, name, lossy(number, encoding=getattr(stream, "encoding", None)))
+
+
+def redirect(file: IO[bytes]) -> None:
+    """Send what this process prints to a file, also what native code prints."""
+    for name, number in _DESCRIPTORS.items():
+        flush(getattr(sys, name))
+        os.dup2(file.fileno(), number)
+        setattr(sys, name, lossy(number))
+
+
+def flush(stream: Any) -> None:
+    """Flush a stream, None included; what cannot be written is lost."""
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def lossy(number: int, *, encoding: str | None = None) -> io.TextIOWrapper:
+    """Return a text stream to a descriptor that drops what cannot be written."""
+    raw = _Lossy(number, "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=True
+    )
+
+
+def notify(text: str) -> None:
+    """Write to stderr from a signal handler: neither raises nor waits for a reader."""
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0) == [(2, select.POLLOUT)]:
+            os.write(2, text.encode())
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what cannot be written, so that no print raises.
+
+    A line that was written in part is ended before the next one begins.
+    """
+
+    _is_torn = False
+
+    def write(self, data: Any, /) -> int:
+        written: int | None
+        rest = memoryview(data).cast("B")
+        num = len(rest)
+        try:
+            if self._is_torn:
+                super().write(b"\n")
+                self._is_torn = False
+            while rest:
+                written = super().write(rest)
+                if written is None:  # the descriptor does not block, and its reader is slow
+                    select.select([], [self], [])
+                    continue
+                rest = rest[written:]
+        except OSError:
+            self._is_torn |= 0 < len(rest) < num
+        return num
