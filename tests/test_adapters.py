@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from distrain import EventStorage, Trainer, schema
-from distrain.adapters import HuggingFaceModel, LightningModel
+from distrain.adapters import HuggingFaceModel, LightningModel, lightning_hooks
 from distrain.errors import ConfigError, ExitCode
 from distrain.evaluation import evaluate
-from distrain.hooks import LRScheduler
+from distrain.hooks import EvalHook, LRScheduler
 from distrain.plan import plan
 from distrain.training import train
 
@@ -217,6 +218,168 @@ def test_the_module_learns_of_its_device():
     line.to = lambda device: setattr(line, "noted", device)
     LightningModel(line).to("meta")
     assert line.noted == torch.device("meta")
+
+
+class Progress(Line):
+    """Notes its progress in every step."""
+
+    def __init__(self, *, epochs=True):
+        super().__init__()
+        self.epochs = epochs
+        self.noted = []
+
+    def note(self, kind):
+        found = [kind, self.global_step, self.trainer.global_step]
+        if self.epochs:
+            found += [self.current_epoch, self.trainer.current_epoch]
+        self.noted.append(tuple(found))
+
+    def training_step(self, batch, batch_idx):
+        self.note("train")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch):
+        self.note("eval")
+        return functional.mse_loss(self.w * batch[0], batch[1])
+
+
+def test_steps_and_epochs_advance_and_go_on_when_resumed():
+    line = Progress()
+    model = LightningModel(line, epoch_iters=2)
+    assert (line.global_step, line.current_epoch) == (0, 0)
+    optimizer, _ = model.configure_optimizers()
+    hook = EvalHook(period=2, eval_loader=Batches([points(1)]))
+    trainer = Trainer(model, optimizer, Batches([points(1)] * 8), hooks=[hook], window=1)
+    trainer.train(0, 3)
+    train = [(0, 0, 0, 0), (1, 1, 0, 0), (2, 2, 1, 1)]
+    assert [n[1:] for n in dict.fromkeys(line.noted) if n[0] == "train"] == train
+    assert [n[1:] for n in dict.fromkeys(line.noted) if n[0] == "eval"][-2:] == [
+        (2, 2, 1, 1),
+        (3, 3, 1, 1),
+    ]
+    line.noted.clear()
+    Trainer(model, optimizer, Batches([points(1)] * 8), window=1).train(6, 8)
+    assert {n[1:] for n in line.noted} == {(6, 6, 3, 3), (7, 7, 3, 3)}
+
+
+def test_what_of_the_trainer_is_not_there_is_said():
+    line = Progress(epochs=False)
+    model = LightningModel(line)
+    with pytest.raises(
+        ConfigError, match="epoch_iters: a value is needed, as the module reads cur"
+    ):
+        line.trainer.current_epoch  # noqa: B018
+    with pytest.raises(ConfigError, match=r"self.trainer.datamodule does not exist here; availab"):
+        line.trainer.datamodule  # noqa: B018
+    assert getattr(line.trainer, "datamodule", None) is None
+    place = line.trainer
+    assert (place.global_rank, place.world_size, place.is_global_zero) == (0, 1, True)
+    assert not any("trainer" in name for name in model.state_dict())
+
+
+HOOKS = [
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_start",
+    "on_train_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_test_start",
+    "on_test_end",
+    "on_predict_start",
+    "on_predict_end",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_test_batch_start",
+    "on_test_batch_end",
+    "on_predict_batch_start",
+    "on_predict_batch_end",
+    "on_validation_model_zero_grad",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_test_model_eval",
+    "on_test_model_train",
+    "on_predict_model_eval",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_test_epoch_start",
+    "on_test_epoch_end",
+    "on_predict_epoch_start",
+    "on_predict_epoch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_sharded_model",
+    "configure_model",
+    "prepare_data",
+    "setup",
+    "teardown",
+    "train_dataloader",
+    "test_dataloader",
+    "val_dataloader",
+    "predict_dataloader",
+    "transfer_batch_to_device",
+    "on_before_batch_transfer",
+    "on_after_batch_transfer",
+    "on_load_checkpoint",
+    "on_save_checkpoint",
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "configure_callbacks",
+    "configure_optimizers",
+    "backward",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+    "optimizer_step",
+    "optimizer_zero_grad",
+]  # of Lightning 2.6
+
+
+def test_every_hook_is_called_replaced_or_refused():
+    assert sorted(lightning_hooks.table()) == sorted(HOOKS)
+    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
+    for name, becomes in lightning_hooks.table().items():
+        assert any(f"`{name}`" in line and becomes in line for line in page.splitlines()), name
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_that_is_overridden_is_called_or_refused_by_name(name):
+    called = []
+    kind = type("Own", (Line,), {name: lambda self, *a: called.append(a)})
+    if name not in lightning_hooks.REFUSED:
+        LightningModel(kind())
+        assert called == {"setup": [("fit",)], "configure_model": [()]}.get(name, [])
+        return
+    with pytest.raises(ConfigError, match=f"module: Own overrides {name}, which is not called; "):
+        LightningModel(kind())
+
+
+def test_a_hook_of_the_library_itself_is_not_the_modules(monkeypatch):
+    library = type("LightningModule", (Line,), {name: lambda self, *a: None for name in HOOKS})
+    library.on_something_new = library.on_gpu = lambda self: None
+    library.__module__ = "lightning.pytorch.core.module"
+    LightningModel(library())
+    late = type("Own", (library,), {"on_something_new": lambda self: None})
+    with pytest.raises(ConfigError, match="Own overrides on_something_new, which is not called"):
+        LightningModel(late())
+
+
+def test_a_batch_is_changed_on_its_device_before_each_step():
+    line = Line()
+    line.on_after_batch_transfer = lambda batch, dataloader_idx: [batch[0] + 1, batch[1]]
+    model = LightningModel(line)
+    with EventStorage():
+        assert model(points(1)).item() == 4.0  # w is 0
+    line.on_after_batch_transfer = lambda batch, dataloader_idx: [batch[0], batch[1] * 2]
+    with EventStorage():
+        assert model(points(1)).item() == 16.0
 
 
 # over ranks

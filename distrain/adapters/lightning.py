@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
 from distrain.batches import batch_length
 from distrain.errors import ConfigError
 from distrain.events import get_event_storage
@@ -25,15 +27,17 @@ class LightningModel(nn.Module):
     `validation_step` logs, or else its loss, is shown as `eval/<name>`: the mean over batches,
     weighted by their size.
 
-    Not called are the module's other methods (`on_train_start`, `train_dataloader`, ...), and its
-    `self.trainer` does not exist.
+    `self.global_step`, `self.current_epoch` and ranks are right, also by `self.trainer`, which has
+    nothing else. A hook that the module overrides is called, or refused by name: `lightning_hooks`.
 
     Args:
         module: kept as the attribute `module`.
-        epoch_iters: iterations of one epoch, for a schedule with `interval: epoch`.
+        epoch_iters: iterations of one epoch, for `self.current_epoch` and for a schedule with
+            `interval: epoch`.
 
     Raises:
-        ConfigError: the module has no `training_step`, or optimizes by itself.
+        ConfigError: the module has no `training_step`, optimizes by itself, or overrides a hook
+            that would not be called.
     """
 
     def __init__(self, module: nn.Module, *, epoch_iters: int | None = None) -> None:
@@ -45,13 +49,21 @@ class LightningModel(nn.Module):
                 f"module: {type(module).__name__} has automatic_optimization=False; write its "
                 "steps as a distrain.TrainerBase with a run_step of its own"
             )
+        check_hooks(module)
         if epoch_iters is not None and epoch_iters < 1:
             raise ConfigError(f"epoch_iters={epoch_iters}; it is at least 1 iteration")
         self.module = module
         self._epoch_iters = epoch_iters
         self._evaluated: dict[str, Any] | None = None  # what an evaluation step logs
         self._eval_batches = 0
+        self._trainer = TrainerView(epoch_iters)
+        self._trained = -1  # the last iteration of a training step
         vars(module).update(log=self._log, log_dict=self._log_dict)
+        module.trainer = self._trainer  # type: ignore[assignment]
+        self._show_progress(0)
+        for hook, arguments in (("configure_model", ()), ("setup", ("fit",))):
+            if overrides(module, hook):
+                getattr(module, hook)(*arguments)
 
     def forward(self, batch: Any) -> Tensor:
         """Return the loss () of a training step.
@@ -62,8 +74,12 @@ class LightningModel(nn.Module):
         Raises:
             ConfigError: the step returned no loss.
         """
-        step = cast("Callable[[Any, int], Any]", self.module.training_step)
-        loss = _loss(step(batch, get_event_storage().iter))
+        self._trained = get_event_storage().iter
+        self._show_progress(self._trained)
+        return self._training_loss(batch)
+
+    def _training_loss(self, batch: Any) -> Tensor:
+        loss = _loss(self._call("training_step", batch, get_event_storage().iter))
         if loss is None:
             raise ConfigError(
                 f"module: training_step of {type(self.module).__name__} returned no loss; return a "
@@ -75,13 +91,14 @@ class LightningModel(nn.Module):
         """Return what a validation step logs, each value once for every sample: (B,) by name."""
         self._evaluated = {}
         try:
-            step = cast("Callable[[Any, int], Any]", self.module.validation_step)
-            loss = _loss(step(batch, self._eval_batches))
+            if self._trained >= 0:
+                self._show_progress(self._trained + 1)
+            loss = _loss(self._call("validation_step", batch, self._eval_batches))
             values = self._evaluated
             if not values and loss is not None:
                 values = {"loss": loss}
             if not values:
-                values = {"loss": self.forward(batch)}
+                values = {"loss": self._training_loss(batch)}
         finally:
             self._evaluated = None
             self._eval_batches += 1
@@ -90,6 +107,23 @@ class LightningModel(nn.Module):
             name: torch.as_tensor(value).detach().reshape(()).expand(length)
             for name, value in values.items()
         }
+
+    def _call(self, name: str, batch: Any, index: int) -> Any:
+        """Call a step of the module, which may leave `batch_idx` out, as Lightning allows."""
+        if overrides(self.module, "on_after_batch_transfer"):
+            transfer = cast("Callable[[Any, int], Any]", self.module.on_after_batch_transfer)
+            batch = transfer(batch, 0)
+        step = cast("Callable[..., Any]", getattr(self.module, name))
+        return step(batch, index) if len(inspect.signature(step).parameters) > 1 else step(batch)
+
+    def _show_progress(self, step: int) -> None:
+        """Set `global_step` and `current_epoch`, on the module where it has no properties."""
+        self._trainer.global_step = step
+        kind = type(self.module)
+        if not hasattr(kind, "global_step"):
+            vars(self.module)["global_step"] = step
+        if self._epoch_iters is not None and not hasattr(kind, "current_epoch"):
+            vars(self.module)["current_epoch"] = self._trainer.current_epoch
 
     def train(self, mode: bool = True) -> LightningModel:
         """Count the batches of an evaluation from 0; otherwise as `Module.train`."""
