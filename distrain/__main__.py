@@ -21,6 +21,7 @@ from distrain import completion, composition, config, overrides, stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.launch import stop
 from distrain.launch.stop import StopRequest
+from distrain.redact import masked_text, secrets_of
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
 from distrain.tempfolder import folder_of_processes
@@ -57,6 +58,7 @@ class Command:
         self.codes: list[ExitCode] = []
         self.crash: Exception | None = None
         self._argv = argv
+        self._secrets = secrets_of(argv)
         self._is_last = is_last
         self._stop = StopRequest(is_quiet=True)  # around and between the runs
         self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
@@ -108,6 +110,7 @@ class Command:
         """Start the run of a resolved configuration."""
         from distrain.run import TrainJob
 
+        self._secrets |= secrets_of((), conf)
         name = sweep_name(HydraConfig.get(), self._argv)
         if name:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
@@ -170,7 +173,7 @@ class Command:
         """Print a failure in as few lines as it needs; return its exit code."""
         if self._wants_trace:
             traceback.print_exception(error)
-        print(f"distrain: {what}", file=sys.stderr, flush=True)
+        print(f"distrain: {masked_text(str(what), self._secrets)}", file=sys.stderr, flush=True)
         return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
 
 

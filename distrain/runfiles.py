@@ -93,6 +93,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole and synced, or leave the one that is there; OSError if it fails."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        scratch.touch(0o600)  # diffs and arguments may hold what others are not to read
         scratch.write_text(text)
         with scratch.open("rb") as file:
             os.fsync(file.fileno())

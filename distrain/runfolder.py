@@ -2,7 +2,7 @@
 
 ::
 
-    run.yaml       the resolved configuration; `_target_`s in it are code: do not run a stranger's
+    run.yaml       the resolved configuration, secrets masked; its `_target_`s are code
     command.json   each start: the command, the versions, the commit, the keys that were changed,
                    and how it ended
     git.diff       what differed from that commit
@@ -32,6 +32,7 @@ from distrain.checkpoint_found import find_all, newest_valid
 from distrain.checkpoint_retention import read_run_id
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.provenance import git_state, start_record
+from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.retry import retried, unreadable
 from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_text
 
@@ -61,6 +62,7 @@ class RunFolder:
         self._made: list[Path] = []
         self._others: set[str] = set()
         self._before: dict[Path, bytes | None] = {}
+        self._secrets: set[str] = set()  # of the configuration: not to be written
         self._lock = -1
 
     def __enter__(self) -> RunFolder:
@@ -121,10 +123,11 @@ class RunFolder:
         starts = self._earlier_starts()
         if self.is_new or changed:
             head = "# What this run trains, resolved. Its _target_s are code.\n"
-            self._write("run.yaml", head + yaml.safe_dump(dict(conf), sort_keys=False))
+            self._write("run.yaml", head + yaml.safe_dump(masked(conf), sort_keys=False))
         git = git_state(os.getcwd())
-        record = start_record(argv, git) | {"changed": changed}
-        record["overrides"] = list(argv if overrides is None else overrides)
+        record = start_record(masked_overrides(argv), git) | {"changed": changed}
+        record["overrides"] = masked_overrides(argv if overrides is None else overrides)
+        self._secrets = secrets_of(argv, conf)
         if git is not None and git.diff:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
             self._write(name, git.diff)
@@ -155,7 +158,7 @@ class RunFolder:
 
     def _note_end(self, code: ExitCode, why: str = "") -> None:
         file = self.path / "command.json"
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now, why = datetime.now(UTC).isoformat("T", "seconds"), masked_text(why, self._secrets)
         try:
             starts = read_starts(file)
             if starts:
@@ -196,7 +199,7 @@ class RunFolder:
         Raises:
             ConfigError: one of them may not.
         """
-        changed = differences(_with_defaults(frozen), conf)
+        changed = differences(_with_defaults(masked(frozen)), masked(conf))
         moved = {key for key, values in changed.items() if _is_data_path(key, *values)}
         allowed = (*FREE_KEYS, *HORIZON_KEYS, *moved)
         refused = {k: v for k, v in changed.items() if not _covers(allowed, k)}
@@ -316,7 +319,10 @@ def _text(value: Any) -> str:
 
 
 def _done_iter(path: Path, max_iter: int) -> int | None:
-    """Return the iterations of the newest valid checkpoint if nothing is left to do."""
+    """Return the iterations of the newest valid checkpoint if nothing is left to do.
+
+    ConfigError if it has more than are asked for.
+    """
     checkpoints = path / "checkpoints"
     # names are enough to know that something is left; contents are read only if nothing is
     found = retried(lambda: find_all(checkpoints))
@@ -327,7 +333,14 @@ def _done_iter(path: Path, max_iter: int) -> int | None:
         return None
     # one of another run, or without a model, is for the ranks to pass over
     is_own = read_run_id(str(checkpoints)) in (None, newest.run_id)
-    return newest.iteration if is_own and MODEL_PART in newest.digests else None
+    if not is_own or MODEL_PART not in newest.digests:
+        return None
+    if newest.iteration > max_iter:
+        done = (
+            f"trainer.max_iter={max_iter}: the run has done {newest.iteration} iterations already"
+        )
+        raise ConfigError(f"{done}; expected more than {newest.iteration} to go on")
+    return newest.iteration
 
 
 def _make(path: Path) -> list[Path]:

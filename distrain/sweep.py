@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrain.errors import ExitCode
+from distrain.redact import masked_overrides
 
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
 _SEVERITY = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.BAD_CONFIG, ExitCode.FAILED)
@@ -29,15 +30,21 @@ def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
     fixed = {key for each in argv if (key := _fixed_key(each))}
     overrides = [each.lstrip("+~") for each in hydra_conf.overrides.task]
     swept = [each for each in overrides if each.partition("=")[0] not in fixed]
-    return folder_name(",".join(each for each in swept if not each.startswith("run.")))
+    named = [each for each in swept if not each.startswith("run.")]
+    return folder_name(",".join(named), shown=",".join(masked_overrides(named)))
 
 
-def folder_name(text: str) -> str:
+def folder_name(text: str, *, shown: str | None = None) -> str:
     """Return the text as a folder name: other signs than letters, digits and `._=,+-` are gone.
 
     A hash keeps apart what would become equal. Example: "a/b=1" gives "a_b=1-5d0c5a".
+
+    Args:
+        text: that is named.
+        shown: what of it may be seen; None: all.
     """
-    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)[:_MAX_NAME].lstrip(".-")
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text if shown is None else shown)
+    name = name[:_MAX_NAME].lstrip(".-")
     if name == text:
         return name
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoint_cases import checkpoints
 
 from distrain import folderlock
 from distrain.errors import ConfigError
@@ -403,3 +404,14 @@ def test_the_state_of_the_users_repository_is_recorded(tmp_path, monkeypatch):
     }
     assert "+width = 2" in (path / "git-1.diff").read_text().splitlines()
     assert Path(path, "run.yaml").exists()
+
+
+def test_fewer_iterations_than_are_done_are_refused_and_change_nothing(tmp_path):
+    path = freeze(tmp_path / "a", trainer__max_iter=150).path
+    checkpoints(path / "checkpoints", 150)
+    before = contents(path)
+    words = "trainer.max_iter=50: the run has done 150 iterations already; expected more than 150"
+    with pytest.raises(ConfigError, match=words):
+        freeze(path, trainer__max_iter=50)
+    assert contents(path) == before
+    assert freeze(path, trainer__max_iter=150).done_iter == 150

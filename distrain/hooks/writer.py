@@ -8,6 +8,7 @@ from typing import Any
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
+from distrain.redact import masked
 from distrain.schema import refuse_url
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
 
@@ -136,9 +137,10 @@ class PeriodicWriter(HookBase):
             if isinstance(writer, TensorBoardWriter) and self._conf is not None:
                 import yaml
 
-                text = yaml.safe_dump(self._conf, sort_keys=False)
+                conf = masked(self._conf)
+                text = yaml.safe_dump(conf, sort_keys=False)
                 writer.text("config", f"```yaml\n{text}\n```")
-                writer.hparams({k: v for k, v in self._conf.items() if k not in _NO_HPARAMS})
+                writer.hparams({k: v for k, v in conf.items() if k not in _NO_HPARAMS})
 
     def _finish_run(self) -> None:
         """Mark the run as finished, with its latest metrics, if it is."""

@@ -16,6 +16,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import ask_to_stop
 from distrain.progressbar import waiting
+from distrain.redact import MASK, masked_overrides
 from distrain.runs.files import Start
 from distrain.runs.states import ACTIVE, State
 from distrain.runs.summary import Summary, summarize_one
@@ -120,7 +121,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
         raise ConfigError(
             f"{path}: it was started in {start.folder}, which is gone: {why}"
         ) from error
-    print(f"distrain.runs: python -m distrain {shlex.join(argv)}", file=sys.stderr, flush=True)
+    shown = shlex.join(masked_overrides(argv))
+    print(f"distrain.runs: python -m distrain {shown}", file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "distrain", *argv])
 
 
@@ -133,7 +135,7 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
         run_dir: of the run, wherever it lies now.
 
     Raises:
-        ConfigError: nobody noted the overrides of this run.
+        ConfigError: the overrides of this run are not known, or one of them is a secret.
     """
     if start.overrides is None:
         raise ConfigError(
@@ -145,6 +147,12 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
     kept = [
         each for each in start.overrides if _key(each) not in {*new, "run.dir", "resume", "plan"}
     ]
+    hidden = [_key(each) for each in kept if MASK in each]
+    if hidden:
+        raise ConfigError(
+            f"{hidden[0]}: command.json does not hold this secret; expected it again: "
+            f"python -m distrain.runs resume {run_dir} {hidden[0]}=..."
+        )
     added = [_signs(dropped.get(_key(each), "")) * _is_bare(each) + each for each in overrides]
     return [*_flags(start.argv), *kept, *added, f"run.dir={_quoted(str(run_dir))}"]
 

@@ -13,6 +13,7 @@ from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_man
 from distrain.checkpoint_found import find_all
 from distrain.checkpoint_table import best_mark, known_best
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
+from distrain.redact import masked_overrides
 from distrain.runs.files import Files, Start, all_rows, last_values
 from distrain.runs.summary import Summary, summarize_one
 from distrain.runs.table import cells, titles
@@ -64,7 +65,7 @@ def _start(start: Start) -> str:
     commit = str(start.git.get("commit", ""))[:10] or "no git"
     changed = " + changes" if start.git.get("changed") else ""
     when = f"{datetime.fromtimestamp(start.time):%Y-%m-%d %H:%M:%S}"
-    command = " ".join(start.argv)
+    command = " ".join(masked_overrides(start.argv))
     return f"{when} on {start.host}, {commit}{changed}, {end}: {command}"
 
 
