@@ -124,7 +124,7 @@ def batch_length(batch: Any) -> int:
     if length is None:
         raise ValueError(
             f"a batch of type {type(batch).__name__} has no tensor with a dimension to count "
-            "samples by; give batches as tensors in dicts, lists or tuples"
+            "samples by; give batches as tensors in dicts, lists, tuples or dataclasses"
         )
     return length
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distrain.distributed import random_states, restore_random_states
 from distrain.errors import ConfigError
+from distrain.log import logger
 
 _UNUSED = re.compile(r"indices which did not receive grad for rank (\d+): ([\d ]+)")
 _SHOWN = 5  # names in an error
@@ -80,39 +82,53 @@ def replicate(
     return Replicated(module, device_ids=device_ids, **options)
 
 
-def settle_buckets(ddp: DistributedDataParallel) -> None:
-    """Let DDP rebuild its gradient buckets in the order of the parameters. A collective.
+def settle_buckets(ddp: DistributedDataParallel, forward: Callable[[], Tensor]) -> None:
+    """Let DDP rebuild its gradient buckets, which it does once, before training. A collective.
 
     The model is not called: a module that only holds its parameters stands in for it, so that DDP's
     first backward gives each of them a gradient of zeros, the last one first. DDP rebuilds the
     buckets in that order at the next forward, and never again.
+
+    Args:
+        ddp: around the model.
+        forward: calls it with the first batch and returns the loss; used for a static graph only,
+            with a copy of the model in its place.
     """
-    with _standing_in(ddp, _Parameters(ddp.module)):
-        ddp(torch.zeros((), device=ddp.device)).backward()
-    clear_all_gradients(ddp.module)
-
-
-@contextmanager
-def twin(ddp: DistributedDataParallel) -> Iterator[None]:
-    """Let a copy of the model stand in for it, with the same parameters and copies of all else."""
-    memo: dict[int, Any] = {id(p): p for p in ddp.module.parameters()}
-    with _standing_in(ddp, copy.deepcopy(ddp.module, memo)):
-        yield
-
-
-def clear_all_gradients(module: nn.Module) -> None:
-    """Set the gradients of all parameters to None, of those that no optimizer has, too."""
-    for parameter in module.parameters():
+    if not ddp.static_graph:
+        with _standing_in(ddp, _Parameters(ddp.module)):
+            ddp(torch.zeros((), device=ddp.device)).backward()
+    else:
+        _settle_static_graph(ddp, forward)
+    for parameter in ddp.module.parameters():  # those that no optimizer has, too
         parameter.grad = None
+
+
+def _settle_static_graph(ddp: DistributedDataParallel, forward: Callable[[], Tensor]) -> None:
+    # The graph that DDP records in the first backward must be that of the model, so a copy with the
+    # same parameters is called; such buckets are rebuilt after the second backward.
+    memo: dict[int, Any] = {id(p): p for p in ddp.module.parameters()}
+    try:
+        twin = copy.deepcopy(ddp.module, memo)
+    except Exception as error:
+        logger.warning(
+            "trainer.ddp.static_graph=true: the model cannot be copied (%s); on three ranks or "
+            "more a resumed run may differ from a straight one in the last bits",
+            str(error).partition("\n")[0],
+        )
+        return
+    random = random_states()
+    with _standing_in(ddp, twin):
+        for _ in range(2):
+            forward().backward()
+    restore_random_states(random)
 
 
 @contextmanager
 def _standing_in(ddp: DistributedDataParallel, other: nn.Module) -> Iterator[None]:
+    """Let DDP call another module in place of the model, without a broadcast of buffers."""
     module = ddp.module
     ddp.module = other
-    ddp.require_forward_param_sync = (
-        False  # buffers are not broadcast: they are not those of `other`
-    )
+    ddp.require_forward_param_sync = False
     try:
         yield
     finally:

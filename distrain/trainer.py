@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distrain.batches import to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
-from distrain.distributed import local_device, random_states, restore_random_states
+from distrain.distributed import local_device
 from distrain.epochs import repeat
 from distrain.events import EventStorage
 from distrain.heartbeat import Phase
@@ -24,7 +24,7 @@ from distrain.module_state import train_mode
 from distrain.nonfinite import SkippedUpdates
 from distrain.numerics import Precision
 from distrain.optim import clip_gradients, start_momentum
-from distrain.replicas import Replicated, clear_all_gradients, replicate, settle_buckets, twin
+from distrain.replicas import Replicated, replicate, settle_buckets
 from distrain.shardable import find_blocks
 from distrain.step_options import check_step, check_strategy
 from distrain.strategy import (
@@ -176,7 +176,7 @@ class Trainer(TrainerBase):
         """Forward, backward, `after_backward`, clipping, update."""
         self.data_s = 0.0
         if self._frozen and (self.iter % self.window == 0 or self.iter + 1 == self.max_iter):
-            combined = getattr(self.model, "combined", None)
+            combined = self.model.combined if isinstance(self.model, Replicated) else None
             check_still_frozen(self._frozen, self.optimizer, combined)
         if self._skipped is not None:
             self._skipped.keep_buffers()
@@ -271,21 +271,15 @@ class Trainer(TrainerBase):
         the order of additions, so a resumed run, which has a first backward of its own, would
         differ from a straight one in the last bits.
         """
-        ddp = self.model
-        assert isinstance(ddp, Replicated)
-        if not ddp.static_graph:
-            settle_buckets(ddp)
-            return
-        # The graph that DDP records in the first backward must be that of the model; here the
-        # buckets are rebuilt after the second.
+        assert isinstance(self.model, Replicated)
+        settle_buckets(self.model, self._next_loss)
+
+    def _next_loss(self) -> Tensor:
+        """Return the loss of the next batch, which stays the next one."""
         batch = next(self._batches)
         self._batches = itertools.chain([batch], self._batches)
-        random = random_states()
-        with EventStorage(self.start_iter), twin(ddp):
-            for _ in range(2):
-                self.forward(batch)["loss"].backward()
-        restore_random_states(random)
-        clear_all_gradients(self.module)
+        with EventStorage(self.start_iter):
+            return self.forward(batch)["loss"]
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which ranks may call the module unequally often. A collective."""

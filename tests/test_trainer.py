@@ -314,7 +314,7 @@ class Watched(nn.Module):
         self.num += 1
         self.nested["num"][0] += 1
         get_event_storage().put_scalar("inside", 1.0)
-        return F.mse_loss(self.net(x), y) + sum(p.square().mean() for p in self.wide)
+        return F.mse_loss(self.net(x), y) + y.mean() * sum(p.square().sum() for p in self.wide)
 
     def counts(self):
         return (len(CALLS), Watched.total, self.num, self.nested["num"][0], len(self.seen))
@@ -412,6 +412,30 @@ def test_buckets_are_final_from_the_first_step_on_and_the_model_sees_its_steps_o
         assert num == 3
         assert rebuilt == [True] * 3
         assert len(sizes) >= 3
+
+
+def straight_and_resumed(rank, ddp):
+    """Return whether six steps end with the bits of three steps and three by another trainer."""
+
+    def fresh_trainer():
+        torch.manual_seed(rank)
+        model = Watched(parts=5)
+        model.net[2].p = 0.0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        return Trainer(model, optimizer, batches(6, seed=rank), ddp={"bucket_cap_mb": 0.3} | ddp)
+
+    straight, first, second = fresh_trainer(), fresh_trainer(), fresh_trainer()
+    straight.train(0, 6)
+    first.train(0, 3)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.train(3, 6)
+    return equal(weights(straight.module), weights(second.module))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ddp", [{}, {"static_graph": True}], ids=str)
+def test_a_resumed_run_on_three_ranks_has_the_bits_of_a_straight_one(ddp):
+    assert run_ranks(straight_and_resumed, 3, ddp) == [True] * 3
 
 
 class Halves(nn.Module):
