@@ -260,21 +260,20 @@ class EventStorage:
         """Return for every scalar in the histories its latest value, or its median.
 
         Args:
-            window_size: how many values the median is over, where the scalar may be smoothed.
+            window_size: where the scalar may be smoothed, the median is over its values of this
+                many iterations, up to the newest in any history; without any it is the latest.
         """
-        return {
-            name: history.median(window_size)
-            if self._kinds[name].smoothing_hint
-            else history.latest()
-            for name, history in self.histories().items()
-        }
+        newest = max((h.latest_iteration() for h in self.histories().values()), default=-1)
+        scalars = self._histories.until(newest, window_size=window_size)
+        return {name: value for name, (value, _) in scalars.items()}
 
     def scalars_until(self, iteration: int, *, window_size: int) -> dict[str, tuple[float, int]]:
         """Return every scalar as it stood after an iteration: name -> (value, its iteration).
 
         Args:
             iteration: later values are left out.
-            window_size: how many values the median is over, where the scalar may be smoothed.
+            window_size: where the scalar may be smoothed, the median is over its values of this
+                many iterations, the last of them `iteration`; without any it is the latest.
         """
         self._fold()
         return self._histories.until(iteration, window_size=window_size)

@@ -47,7 +47,7 @@ class Histories:
         self._waiting: dict[tuple[str, ...], list[Block]] = {}  # no name is in two of the keys
         self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
         self._is_settled_known = True
-        self._settled_until = -1  # the newest iteration in it
+        self._settled_from = -1  # the first iteration of which `_settled` is the answer
 
     def append(self, block: Block) -> None:
         """Append a block; O(1) where its names are those of the block before."""
@@ -91,7 +91,8 @@ class Histories:
 
         Args:
             iteration: later values are left out.
-            window_size: how many values the median is over, where the scalar may be smoothed.
+            window_size: where the scalar may be smoothed, the median is over the values of this
+                many iterations, the last of them `iteration`; without any it is the newest value.
         """
         found = self._until_in_buffers(iteration, window_size)
         for blocks in self._waiting.values():
@@ -105,7 +106,7 @@ class Histories:
         hints = self._hints(blocks[0].names)
         num = window_size if hints.any() else 1
         names, values, iterations = _newest(blocks, iteration, num)
-        if len(values) < num:
+        if len(values) < num:  # the buffers may hold some of the window
             found: dict[str, tuple[float, int]] = {}
             for column, name in enumerate(names):
                 newest = Block((name,), values[:, column], iterations)
@@ -113,7 +114,8 @@ class Histories:
             return found
         shown = values[-1]
         if num > 1:
-            shown = np.where(hints, medians(values), shown)
+            start = _start(iterations, iteration, num)
+            shown = np.where(hints, medians(values[start:]), shown)
         return dict(zip(names, zip(shown.tolist(), repeat(int(iterations[-1]))), strict=False))
 
     def until_each(
@@ -126,7 +128,7 @@ class Histories:
             window_size: as in `until`.
         """
         settled = self._until_in_buffers(iterations[-1], window_size)
-        if not self._is_settled_known or any(at > iterations[0] for _, at in settled.values()):
+        if not self._is_settled_known or iterations[0] < self._settled_from:
             return [self.until(iteration, window_size=window_size) for iteration in iterations]
         found = [dict(settled) for _ in iterations]
         for names, blocks in self._waiting.items():
@@ -149,7 +151,7 @@ class Histories:
         if name in self._buffers:
             before, their_iterations = self._buffers[name].arrays()
             end = int(np.searchsorted(their_iterations, iteration, side="right"))
-            kept = slice(max(0, end - window_size), end)
+            kept = slice(_start(their_iterations[:end], iteration, window_size), end)
             values = np.concatenate([before[kept], values])
             iterations = np.concatenate([their_iterations[kept], iterations])
         num = window_size if self._kinds[name].smoothing_hint else 1
@@ -157,20 +159,21 @@ class Histories:
 
     def _until_in_buffers(self, iteration: int, window_size: int) -> dict[str, tuple[float, int]]:
         """Return `until` for what does not wait; kept while it can not change."""
-        if self._is_settled_known and iteration >= self._settled_until:
+        if self._is_settled_known and iteration >= self._settled_from:
             return dict(self._settled)
         waiting = {name for names in self._waiting for name in names}
         found: dict[str, tuple[float, int]] = {}
-        can_change = False
+        settled_from = -1
         for name, buffer in self._buffers.items():
             if name not in waiting:
                 values, iterations = buffer.arrays()
-                can_change |= len(iterations) > 0 and iterations[-1] > iteration
                 num = window_size if self._kinds[name].smoothing_hint else 1
                 found |= _latest(name, values, iterations, iteration, num)
-        if not can_change:
+                if len(iterations):  # later than that the window holds nothing of it
+                    settled_from = max(settled_from, int(iterations[-1]) + num - 1)
+        if iteration >= settled_from:
             self._settled, self._is_settled_known = found, True
-            self._settled_until = max((at for _, at in found.values()), default=-1)
+            self._settled_from = settled_from
         return dict(found)
 
     def _hints(self, names: tuple[str, ...]) -> NDArray[np.bool_]:
@@ -258,12 +261,23 @@ def _windows(blocks: Sequence[Block], iterations: Sequence[int], size: int) -> F
 def _latest(
     name: str, values: Floats, iterations: Ints, iteration: int, num: int
 ) -> dict[str, tuple[float, int]]:
-    """Return the median of one scalar's newest `num` values up to an iteration, by its name."""
+    """Return one scalar's median over `num` iterations, by its name; of 1 the newest value."""
     end = int(np.searchsorted(iterations, iteration, side="right"))
     if not end:
         return {}
-    value = medians(values[max(0, end - num) : end, None]).item()
-    return {name: (value, int(iterations[end - 1]))}
+    start = _start(iterations[:end], iteration, num) if num > 1 else end - 1
+    return {name: (medians(values[start:end, None]).item(), int(iterations[end - 1]))}
+
+
+def _start(iterations: Ints, last: int, num: int) -> int:
+    """Return where the values of the `num` iterations up to `last` begin; the newest is in.
+
+    Args:
+        iterations: (n,) of the values, none later than `last`.
+        last: the window's last iteration.
+        num: of iterations.
+    """
+    return max(0, min(len(iterations) - 1, int(np.searchsorted(iterations, last - num, "right"))))
 
 
 def medians(values: Floats) -> Floats:

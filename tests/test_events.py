@@ -103,6 +103,46 @@ def test_smoothing_hint_chooses_median_or_latest():
     assert storage.scalars_until(1, window_size=2) == {"smooth": (5.0, 1), "exact": (9.0, 1)}
 
 
+def test_a_median_is_over_iterations_not_over_values():
+    storage = EventStorage(0)
+    for value in range(7):  # in iterations 0, 10, ... 60
+        storage.put_scalar("a", 100.0 if value < 5 else float(value))
+        storage.iter += 10
+    assert storage.latest_with_smoothing_hint(20) == {"a": 5.5}  # of iterations 41 to 60
+    assert storage.scalars_until(59, window_size=20) == {"a": (52.5, 50)}  # 40 to 59
+    assert storage.scalars_until(60, window_size=9) == {"a": (6.0, 60)}
+    assert storage.scalars_until(100, window_size=20) == {"a": (6.0, 60)}  # none: the newest
+    assert storage.history("a").median(4) == 53.0  # a history counts values
+
+
+def test_rows_of_scalars_that_are_put_now_and_then_equal_a_plain_median():
+    draw = np.random.default_rng(0)
+    storage = EventStorage(0)
+    ScalarReduction(storage, period=4, first_iter=0)
+    storage.fold_arrived = None
+    put = {"a": [], "b": []}
+    for start in range(0, 400, 8):
+        for name in put:
+            at = start + np.flatnonzero(draw.random(8) < 0.2)
+            values = draw.random((len(at), 1))
+            put[name] += zip(at.tolist(), values[:, 0].tolist(), strict=True)
+            if len(at):
+                storage.fold(Block((name,), values, at), {"a": kind_c, "b": kind_c})
+        if draw.random() < 0.2:
+            storage.histories()  # as a checkpoint does
+        dues = [start + 3, start + 7]
+        for rows in rows_of(storage, dues):
+            for due, row in zip(dues, rows, strict=True):
+                expected = {}
+                for name, pairs in put.items():
+                    until = [(i, value) for i, value in pairs if i <= due]
+                    if until:
+                        in_window = [value for i, value in until if i > due - 4]
+                        value = np.median(in_window) if in_window else until[-1][1]
+                        expected[name] = (value, until[-1][0])
+                assert row == expected
+
+
 def test_name_scopes_nest():
     storage = EventStorage(0)
     with storage.name_scope("head"), storage.name_scope("box"):
