@@ -26,6 +26,7 @@ from distrain.schema import refuse_url
 if TYPE_CHECKING:
     import torch
 
+    from distrain.snapshot import Snapshot
     from distrain.staging import Staging
 
 __all__ = ["CheckpointDamaged", "CheckpointStore", "Found", "SaveFailed", "describe", "find_all"]
@@ -93,6 +94,9 @@ class CheckpointStore:
         self.folder = Path(os.path.abspath(folder))
         self.last_error: str | None = None
         self.last_saved: int | None = None
+        # a folder that is gone later must not be made again, nor another one in its place be used
+        around = self.folder.parent
+        self._parent = around.stat().st_ino if around.is_dir() else None
         self._background = background
         self._keep = {"last": keep_last, "every": keep_every}
         self._on_error = on_error
@@ -102,16 +106,28 @@ class CheckpointStore:
         self._newest = -1  # the iteration of the newest save, unless it failed
         self._to_raise: SaveFailed | None = None
 
+    def check(self, state: Mapping[str, Any]) -> Snapshot:
+        """Take a state apart as a save does, without copying a tensor.
+
+        Raises:
+            ConfigError: it holds something that cannot be saved; the text has its place and type.
+        """
+        from distrain.snapshot import encode
+
+        try:
+            return encode(state)
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
+
     def reserve(self, state: Mapping[str, Any]) -> None:
         """Let the writer start and get memory for such a state, so that the first save is fast too.
 
         Best called after the first iteration, when the optimizer has its state. Returns at once;
-        TypeError if the state holds something that cannot be saved.
+        ConfigError if the state holds something that cannot be saved.
         """
-        from distrain.snapshot import encode
         from distrain.staging import place, size_with_headroom
 
-        size = place(encode(state).tensors)[1]
+        size = place(self.check(state).tensors)[1]
         try:
             self._send(Request("reserve", {"reserve": size_with_headroom(size)}))
         except OSError as error:
@@ -157,6 +173,7 @@ class CheckpointStore:
         scratch = durable.scratch_name(fmt.folder_name(iteration))
         job = {
             "folder": str(self.folder),
+            "parent": self._parent,
             "iteration": iteration,
             "scratch": scratch,
             "keep": self._keep,

@@ -13,6 +13,7 @@ it starts in 30 ms and needs a few MB.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -72,7 +73,7 @@ def reserve(staging_fd: int, size: int) -> None:
 def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
     """Write one checkpoint and give it its name; then delete the ones no longer kept."""
     folder = job["folder"]
-    _make_folder(folder)
+    _make_folder(folder, job["parent"])
     run_id = retention.run_id_of(folder)
     path = os.path.join(folder, fmt.folder_name(job["iteration"]))
     if not _is_valid(path):
@@ -156,10 +157,22 @@ def _write_tensors(
     return {"bytes": len(text) + end, "sha256": of_file.hexdigest()}, hashes
 
 
-def _make_folder(folder: str) -> None:
+def _make_folder(folder: str, parent: int | None) -> None:
+    """Make the folder of the checkpoints.
+
+    Args:
+        folder: its path.
+        parent: the inode of the folder around it, the run's; None if that may be made, too.
+
+    Raises:
+        FileNotFoundError: the run's folder is gone; neither it nor one in its place is written to.
+    """
+    around = os.path.dirname(folder)
+    if parent is not None and (not os.path.isdir(around) or os.stat(around).st_ino != parent):
+        raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", around)
     if not os.path.isdir(folder):
         os.makedirs(folder, 0o755, exist_ok=True)
-        durable.sync_folder(os.path.dirname(folder))
+        durable.sync_folder(around)
 
 
 def _is_valid(path: str) -> bool:

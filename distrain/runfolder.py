@@ -36,7 +36,10 @@ from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.retry import retried, unreadable
 from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_text
 
-FREE_KEYS = ("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers")
+FREE_KEYS = (
+    *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
+    *("trainer.strategy", "trainer.fsdp"),  # where the state lies; sums may round differently
+)
 """Keys that may change between two starts of a run: they do not change what is computed."""
 
 HORIZON_KEYS = ("trainer.max_iter", "schedule.max_iters")

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from distrain.checkpoint_format import MODEL_FILE, MODEL_PART, TRAINING_FILE, part_digests
 
 ALLOWED = (
     "dict (also OrderedDict, Counter) with str or int keys, list, tuple, int, float, bool, str, "
-    "bytes, None, dense torch tensors, numpy arrays and scalars of numbers"
+    "bytes, None, dense torch tensors (of subclasses, too, unless they override "
+    "__torch_dispatch__), numpy arrays and scalars of numbers"
 )
 MAX_DEPTH = 64
 INT64 = range(-(1 << 63), 1 << 63)
@@ -133,6 +135,9 @@ class _Encoder:
             return self._encode_dict(value, path)
         if kind in TENSOR_TYPES:
             return self._encode_tensor(value, path)
+        if isinstance(value, Tensor) and _is_plain_storage(value):
+            with torch._C.DisableTorchFunctionSubclass():
+                return self._encode_tensor(value.detach().as_subclass(Tensor), path)
         if kind is np.ndarray and value.dtype.kind in "biufc":
             return self._encode_array(value, path)
         if isinstance(value, np.generic) and value.dtype.kind in "biufc":
@@ -207,6 +212,16 @@ class _Encoder:
             placed = NamedTensor(file, name, "U8", (nbytes,), nbytes, source)
         self.snapshot.tensors.append(placed)
         return name
+
+
+def _is_plain_storage(tensor: Tensor) -> bool:
+    """Whether a subclass of Tensor keeps its values as a plain tensor does.
+
+    Those that override `__torch_dispatch__` (DTensor, quantized weights) may keep them elsewhere;
+    lazy ones have none yet.
+    """
+    dispatch = type(tensor).__torch_dispatch__
+    return dispatch is Tensor.__torch_dispatch__ and not is_lazy(tensor)
 
 
 def _refused(what: str, path: tuple[str, ...]) -> TypeError:

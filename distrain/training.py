@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from distrain import heartbeat, log
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.checkpoint import CheckpointStore, SaveFailed
+from distrain.checkpoint import CheckpointStore
 from distrain.config import build
 from distrain.data import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed import (
@@ -29,12 +29,13 @@ from distrain.distributed import (
 from distrain.env import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
+from distrain.folderwatch import FolderWatch
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.instantiate import placed
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer
-from distrain.reduction import STOP_REQUESTED
+from distrain.outcome import conclude, outcome_of
 from distrain.resume import resume_point
 from distrain.schedule import WarmupConstantLR
 from distrain.trainer import Trainer
@@ -60,7 +61,12 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
     heartbeat.of_this_process().beat(Phase.START)
     log.set_up(run_dir, rank=env_int("RANK"))
     exactness = {key: conf["trainer"][key] for key in _OF_NUMERICS}
-    with _listening() as stop, process_group() as where, numerics(**exactness):
+    with (
+        _listening() as stop,
+        process_group() as where,
+        _watching(where, run_dir) as watch,
+        numerics(**exactness),
+    ):
         checkpoints = CheckpointStore(
             Path(run_dir, "checkpoints"), attempt=restart_count(), **conf["checkpoint"]
         )
@@ -90,16 +96,12 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         finally:
             gc.unfreeze()
             parts.train_loader.close()
-        outcome = _outcome(trainer)
-        is_saved = trainer.iter_done in (start_iter, checkpoints.last_saved)
-        if where.is_main and is_saved:
-            _log_end(trainer, outcome, run_dir)
     # after the process group has ended: a rank that raises inside leaves the others waiting
-    if where.is_main and not is_saved:
-        if outcome is not ExitCode.FINISHED or conf["hooks"].get("checkpoint") is not None:
-            raise SaveFailed(_unsaved(outcome, trainer.iter_done, start_iter, checkpoints))
-        _log_end(trainer, outcome, run_dir)
-        log.logger.warning("no checkpoint of the end was saved (hooks.checkpoint=null)")
+    outcome = outcome_of(trainer)
+    if watch is not None:
+        watch.refuse_if_gone()
+        may_be_unsaved = conf["hooks"].get("checkpoint") is None
+        conclude(trainer, outcome, run_dir, checkpoints, may_be_unsaved=may_be_unsaved)
     return outcome
 
 
@@ -291,30 +293,11 @@ def _log_resume(start_iter: int, state: Conf, where: Topology) -> None:
     )
 
 
-def _outcome(trainer: Trainer) -> ExitCode:
-    stopped = trainer.reduction.stop == STOP_REQUESTED and trainer.iter_done < trainer.max_iter
-    return ExitCode.STOPPED if stopped else ExitCode.FINISHED
-
-
-def _log_end(trainer: Trainer, outcome: ExitCode, run_dir: str) -> None:
-    shown = "  ".join(
-        f"{name.removeprefix('eval/')} {history.latest():.4g}"
-        for name, history in trainer.storage.histories().items()
-        if name == "loss" or name.startswith("eval/")
-    )
-    stopped = outcome is ExitCode.STOPPED
-    what = "stopped, run again to continue:" if stopped else "finished:"
-    log.logger.info("%s %d of %d iterations  %s", what, trainer.iter_done, trainer.max_iter, shown)
-    log.logger.info("the run is in %s; look at it with: tensorboard --logdir %s", run_dir, run_dir)
-
-
-def _unsaved(outcome: ExitCode, done: int, start_iter: int, checkpoints: CheckpointStore) -> str:
-    """Return the line about a run whose last state is not on the disk."""
-    what = "stopped" if outcome is ExitCode.STOPPED else "trained"
-    why = checkpoints.last_error or "no hook has saved it; add hooks.checkpoint"
-    newest = checkpoints.last_saved or start_iter
-    left = f"the newest checkpoint is that of iteration {newest}" if newest else "there is none"
-    return f"{what} up to iteration {done}, but without a checkpoint of it: {why}; {left}"
+def _watching(
+    where: Topology, run_dir: str
+) -> contextlib.AbstractContextManager[FolderWatch | None]:
+    """Return what watches the run's folder, on rank 0."""
+    return FolderWatch(run_dir) if where.is_main else contextlib.nullcontext()
 
 
 class _Stop:
@@ -329,7 +312,7 @@ class _Stop:
             self.trainer.request_stop()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _listening() -> Iterator[_Stop]:
     """Take stop signals as requests: the ranks agree on an iteration, save there and leave.
 

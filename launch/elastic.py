@@ -7,17 +7,20 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from distrain.launch.rank import loopback_env
 from distrain.launch.watchdog import Watchdog
+from distrain.tempfolder import TemporaryFolder
 
 
 class RankFiles(LogsSpecs):
     """Gives each rank a file for its failure, one for its beats, and variables torch does not set.
 
-    The files of failures lie beside the logs until the end of the `with`.
+    The files of failures lie in a temporary folder until the end of the `with`: the run's folder
+    may be full, or gone.
 
     Args:
         folder: of the logs.
@@ -29,6 +32,7 @@ class RankFiles(LogsSpecs):
         super().__init__()
         self._folder = folder
         self._watchdog = watchdog
+        self._errors = TemporaryFolder("errors-")
         self._files: set[str] = set()
         self._env = loopback_env(os.environ) if nodes == 1 else {}
 
@@ -46,7 +50,7 @@ class RankFiles(LogsSpecs):
         self._watchdog.hand_out(envs.values())
         files = {}
         for local_rank, env in envs.items():
-            files[local_rank] = str(self._folder / f".rank_{env['RANK']}.error.json")
+            files[local_rank] = f"{self._errors_in}/rank_{env['RANK']}.json"
             env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
             env.update(self._env)
         self._files |= set(files.values())
@@ -55,10 +59,10 @@ class RankFiles(LogsSpecs):
         return LogsDest(stdouts=console, stderrs=dict(console), error_files=files)
 
     def __enter__(self) -> None:
-        pass
+        self._errors_in = self._errors.__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self._remove()
+    def __exit__(self, *error: Any) -> None:
+        self._errors.__exit__(*error)
         self._watchdog.close()
 
     def _remove(self) -> None:

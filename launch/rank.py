@@ -101,7 +101,7 @@ def open_log(log_dir: Path, rank: int) -> str:
         the log's path.
     """
     global _log
-    log_dir.mkdir(parents=True, exist_ok=True)
+    log_dir.mkdir(exist_ok=True)  # not its parents: a run folder that is gone stays gone
     path = log_path(log_dir, rank)
     stdio.protect()
     _log = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives

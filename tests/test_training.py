@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_cases import forge
 from project import write_project
 
 from distrain.__main__ import Command
@@ -227,3 +229,175 @@ class CrashOnce(HookBase):
     assert result.returncode == 0, result.stderr
     assert "continuing after iteration 10" in result.stderr
     assert [row["iteration"] for row in rows(folder)] == [9, 19, 29]
+
+
+UNSAVABLE = """
+class Foreign(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, Foreign) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+class Odd(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["odd"] = p.detach().clone().as_subclass(Foreign)
+        return super().step(closure)
+
+class OddHook(HookBase):
+    def state_dict(self):
+        return {"open": {1, 2}}
+
+class Count(HookBase):
+    def after_step(self):
+        print("stepped", self.trainer.iter_done, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words", "steps"),
+    [
+        (["+hooks.odd._target_=tiny.OddHook"], "hooks.odd.open: a builtins.set cannot be saved", 0),
+        (["optim.target=tiny.Odd"], "optimizer.state.0.odd: a tiny.Foreign cannot be saved", 1),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_found_before_anything_is_trained(
+    folder, overrides, words, steps
+):
+    (folder / "tiny.py").write_text(TINY + UNSAVABLE)
+    result = distrain(folder, *overrides, "+hooks.count._target_=tiny.Count")
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert result.stdout.count("stepped") == steps
+    assert not (folder / "runs").exists()  # nothing of the run is lost, and nothing left
+
+
+@pytest.mark.ranks
+def test_a_run_changes_between_ddp_and_fsdp_by_command(folder):
+    two = ["launch.in_process=false", "launch.ranks=2"]
+    for done, strategy in ((10, "ddp"), (20, "fsdp"), (30, "ddp")):
+        result = distrain(folder, *two, f"trainer.strategy={strategy}", f"trainer.max_iter={done}")
+        assert result.returncode == 0, result.stderr
+        assert done == 10 or f"continuing after iteration {done - 10} on 2" in result.stderr
+    starts = json.loads((folder / "runs" / "tiny" / "command.json").read_text())["starts"]
+    assert [start["changed"].get("trainer.strategy") for start in starts] == [
+        None,
+        ["ddp", "fsdp"],
+        ["fsdp", "ddp"],
+    ]
+    assert distrain(folder, *two, "run.name=straight").returncode == 0
+    changed, straight = rows(folder), rows(folder, "straight")
+    assert [row["iteration"] for row in changed] == [9, 19, 29]
+    for a, b in zip(changed, straight, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def refused_at_0(folder):
+    result = distrain(folder, "trainer.max_iter=40")
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def forge_parts(path, **parts):
+    """Put other parts into a checkpoint and sign it again; None removes a part."""
+    tree = json.loads((path / "state.json").read_text())
+    tree = {k: parts.get(k, v) for k, v in tree.items() if parts.get(k, v) is not None}
+    forge(path, state=json.dumps(tree).encode())
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"model": {}}, "is of another model: it lacks net.0.weight"),
+        ({"optimizer": None, "rng": None}, "lacks what every run has: optimizer, rng"),
+        ({"optimizer": {}}, "lacks the state of the optimizer"),
+        ({"stream": {"iteration": 7}}, "the position in the data of another iteration"),
+        ({"rng": {"ranks": []}}, "lacks the random generators"),
+        ({"model": None}, "lacks what every run has: model"),
+    ],
+)
+def test_a_forged_checkpoint_is_named_and_passed_over(folder, parts, words):
+    if not (folder / "runs").exists():
+        assert distrain(folder).returncode == 0
+    path = folder / "runs" / "tiny" / "checkpoints" / "iter_0000000030"
+    forge_parts(path, **parts)
+    result = distrain(folder, "trainer.max_iter=40")
+    assert result.returncode == 0, result.stderr
+    assert words in result.stderr
+    assert "continuing after iteration 20" in result.stderr
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(folder):
+    assert distrain(folder).returncode == 0
+    assert distrain(folder, "run.name=other", "seed=3").returncode == 0
+    mine, other = (folder / "runs" / name / "checkpoints" for name in ("tiny", "other"))
+    shutil.rmtree(mine / "iter_0000000030")
+    shutil.copytree(other / "iter_0000000030", mine / "iter_0000000030")
+    result = distrain(folder)
+    assert result.returncode == 0, result.stderr
+    assert "iter_0000000030 was written by another run" in result.stderr
+    assert "continuing after iteration 20" in result.stderr
+
+
+def test_a_model_that_has_changed_is_told_and_nothing_begins_at_0(folder):
+    assert distrain(folder).returncode == 0
+    metrics = rows(folder)
+    code = TINY.replace("nn.Linear(8, 1))", "nn.Linear(8, 1), nn.Linear(1, 1))")
+    (folder / "tiny.py").write_text(code.replace("nn.Linear(1, 8)", "nn.Linear(1, 8, bias=False)"))
+    line = refused_at_0(folder)
+    assert "none of 3 checkpoints can be continued from" in line
+    assert "it has net.0.bias, it lacks net.3.weight, it lacks net.3.bias" in line
+    assert rows(folder) == metrics
+
+
+VANISH = """
+class Vanish(HookBase):
+    order = 5
+    def __init__(self, how, *, run_dir, checkpoints):
+        self.how, self.run_dir, self.checkpoints = how, run_dir, checkpoints
+    def after_step(self):
+        import os, shutil
+        if self.trainer.iter == 12 and self.trainer.where.is_main:
+            self.checkpoints.wait()
+            if self.how == "moved":
+                os.rename(self.run_dir, self.run_dir + "-moved")
+            else:
+                shutil.rmtree(self.run_dir)
+            if self.how == "replaced":
+                os.mkdir(self.run_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "ranks"),
+    [
+        ("deleted", 1),
+        ("moved", 1),
+        ("replaced", 1),
+        pytest.param("deleted", 2, marks=pytest.mark.ranks),
+    ],
+)
+def test_a_run_folder_that_vanishes_is_noticed(folder, how, ranks):
+    (folder / "tiny.py").write_text(TINY + VANISH)
+    hook = ["+hooks.vanish._target_=tiny.Vanish", f"+hooks.vanish.how={how}"]
+    launch = [] if ranks == 1 else ["launch.in_process=false", f"launch.ranks={ranks}"]
+    result = distrain(folder, *hook, *launch, "launch.max_restarts=1")
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "this folder is gone" in result.stderr.splitlines()[-1]
+    assert "starting again" not in result.stderr
+    assert "finished" not in result.stderr
+    run = folder / "runs" / "tiny"
+    assert run.exists() == (how == "replaced")
+    assert how != "replaced" or not list(run.iterdir())  # nothing of ours in a folder of others
+    if how == "moved":
+        kept = [p.name for p in (folder / "runs" / "tiny-moved" / "checkpoints").glob("iter_*")]
+        assert kept == ["iter_0000000010"]
+    if how != "replaced":
+        (folder / "tiny.py").write_text(TINY + VANISH.replace("iter == 12", "iter == -1"))
+        again = distrain(folder, *hook, *launch)
+        assert again.returncode == 0, again.stderr
+        assert "continuing" not in again.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint import CheckpointStore
@@ -31,15 +31,26 @@ class PeriodicCheckpointer(HookBase):
         self._period = period
         self._checkpoints = checkpoints
 
+    def before_step(self) -> None:
+        """Before the first step, check that the state can be saved, as far as there is one."""
+        if self.trainer.iter == self.trainer.start_iter:
+            self._rehearse(self._checkpoints.check)
+
     def after_step(self) -> None:
         """Save if it is time; the last iteration's turn comes in `after_train`."""
-        done, is_main = self.trainer.iter_done, self.trainer.where.is_main
+        done = self.trainer.iter_done
+        if done == self.trainer.start_iter + 1:  # now the optimizer has its state, too
+            self._rehearse(self._checkpoints.reserve)
         if self._period and done % self._period == 0 and done != self.trainer.max_iter:
             save(self.trainer, self._checkpoints)
-        elif done == self.trainer.start_iter + 1 and (is_main or self.trainer.is_sharded):
+
+    def _rehearse(self, take: Callable[[Mapping[str, Any]], object]) -> None:
+        """Hand rank 0's state to `take`. A collective where the model is sharded."""
+        is_main = self.trainer.where.is_main
+        if is_main or self.trainer.is_sharded:
             state = self.trainer.state_dict()
             if is_main:
-                self._checkpoints.reserve(state)
+                take(state)
 
     def after_train(self) -> None:
         """Save where training ended, and wait until it is on the disk."""
