@@ -140,10 +140,8 @@ class RunFolder:
     def _earlier_starts(self) -> list[Any]:
         """Return the starts in command.json; a damaged one is kept under another name."""
         file = self.path / "command.json"
-        starts = read_starts(file)
-        if starts is None:
-            aside = file.with_name(f"command-damaged-{os.urandom(3).hex()}.json")
-            file.rename(aside)
+        if (starts := read_starts(file)) is None:
+            aside = file.rename(file.with_name(f"command-damaged-{os.urandom(3).hex()}.json"))
             self.notices.append(f"{file} is damaged and begins again; it is now {aside.name}")
         return starts or []
 
@@ -332,11 +330,10 @@ def _done_iter(path: Path, max_iter: int) -> int | None:
     if not found or (iteration_of(found[-1].name) or 0) < max_iter:
         return None
     newest = newest_valid(checkpoints)
-    if newest is None or newest.iteration < max_iter:
-        return None
     # one of another run, or without a model, is for the ranks to pass over
-    is_own = read_run_id(str(checkpoints)) in (None, newest.run_id)
-    if not is_own or MODEL_PART not in newest.digests:
+    if newest is None or newest.iteration < max_iter or MODEL_PART not in newest.digests:
+        return None
+    if read_run_id(str(checkpoints)) not in (None, newest.run_id):
         return None
     if newest.iteration > max_iter:
         done = (
