@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -28,7 +28,7 @@ from distrain.tempfolder import folder_of_processes
 from distrain.threads import limit_exit
 
 if TYPE_CHECKING:
-    from distrain.launch import Launcher
+    from distrain.run import TrainJob
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _CONFIG_PATH = ("--config-path", "-cp")
@@ -98,7 +98,7 @@ class Command:
             return
         try:
             cfg = composition.clean(cfg, HydraConfig.get())
-            self.codes.append(self._start(config.resolve(cfg)))
+            self.codes.append(self._start(cfg))
         except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
             self.codes.append(self._tell(error, error))
         except Exception as error:
@@ -106,27 +106,62 @@ class Command:
                 traceback.print_exception(self.crash)
             self.crash = error
 
-    def _start(self, conf: dict[str, Any]) -> ExitCode:
-        """Start the run of a resolved configuration."""
+    def _start(self, cfg: DictConfig) -> ExitCode:
+        """Start the run of a composed configuration."""
         from distrain.run import TrainJob
 
+        conf = config.resolve(cfg)
         self._secrets |= secrets_of((), conf)
+        launcher: Any = config.build(conf["launch"], "launch")
+        owns_run = getattr(launcher, "owns_run", True)
+        handover = None if conf["plan"] else getattr(launcher, "handover", None)
+        if handover is not None and not owns_run:
+            message = handover.receive()
+            if "code" in message:  # there is nothing to start: rank 0 reports why
+                return ExitCode(message["code"])
+            # `${now:}` gives each process another name; what interpolates it takes rank 0's
+            cfg.run.name, cfg.run.dir = message["name"], message["dir"]
+            conf = config.resolve(cfg)
+        place = {"name": conf["run"]["name"], "dir": os.path.abspath(conf["run"]["dir"])}
         name = sweep_name(HydraConfig.get(), self._argv)
         if name:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
-        launcher: Launcher = config.build(conf["launch"], "launch")
         if weights := conf["init"]["weights"]:
-            weights = conf["init"]["weights"] = os.path.abspath(weights)
+            conf["init"]["weights"] = os.path.abspath(weights)
         job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
         if conf["plan"]:
             print(job.plan())
             if hasattr(launcher, "plan"):
                 print(launcher.plan(job))
             return ExitCode.FINISHED
-        if not getattr(launcher, "owns_run", True):
+        if not owns_run:
             await_run(job.run_dir)
             self._stop.__enter__()
-            return launcher.start(job)
+            return ExitCode(launcher.start(job))
+        if handover is None:
+            return self._start_own(launcher, job, name)
+        code = ExitCode.FAILED
+        try:
+            code = self._start_own(launcher, job, name, on_claim=lambda: handover.send(place))
+        except ConfigError:
+            code = ExitCode.BAD_CONFIG
+            raise
+        finally:  # nothing, if the place was sent
+            handover.send({"code": int(code)}, is_last=True)
+        return code
+
+    def _start_own(
+        self, launcher: Any, job: TrainJob, name: str, *, on_claim: Callable[[], None] | None = None
+    ) -> ExitCode:
+        """Start a run whose folder this process writes.
+
+        Args:
+            launcher: of the configuration.
+            job: to start.
+            name: of the run in a sweep, "" outside of one.
+            on_claim: called once the folder is claimed and there is something to do.
+        """
+        conf, weights = job.conf, job.conf["init"]["weights"]
         folder = RunFolder(job.run_dir)
         is_sweep = name and hasattr(launcher, "start_all")
         with contextlib.ExitStack() as opened:
@@ -150,7 +185,9 @@ class Command:
                 self._open.push(opened.pop_all())
                 return ExitCode.FINISHED
             if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
-                return launcher.start(job)
+                return ExitCode(launcher.start(job))
+            if on_claim is not None:
+                on_claim()
             self._stop.__enter__()
             try:
                 return folder.watch(lambda: launcher.start(job))

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from distrain.env import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, failure
-from distrain.launch.local import environment
+from distrain.launch.handover import Handover
+from distrain.launch.local import environment, only_rank_env
 from distrain.launch.rank import append, die_with_parent, open_log
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -31,7 +33,7 @@ _YIELD_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalLauncher:
-    """Runs a job as the one rank that this process is.
+    """Runs a job as the one rank that this process is; all ranks take the run folder of rank 0.
 
     torchrun says which one it is. Under srun SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS do, and
     the batch script exports MASTER_ADDR and MASTER_PORT.
@@ -49,13 +51,17 @@ class ExternalLauncher:
     @property
     def is_restart(self) -> bool:
         """Whether this start is one that nobody typed."""
-        counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        return any(os.environ.get(name, "0") != "0" for name in counts)
+        return restart_count() > 0
+
+    @property
+    def handover(self) -> Handover:
+        """A message from rank 0 to the other ranks."""
+        return Handover(rank_env(os.environ))
 
     def start(self, job: Job) -> ExitCode:
         """Run a job to its end; see `distrain.launch.Launcher`."""
         with environment(rank_env(os.environ)), _console_kept():
-            rank = int(os.environ["RANK"])
+            rank = env_int("RANK")
             die_with_parent()
             log = open_log(Path(job.run_dir).absolute() / "logs", rank)
             try:
@@ -100,12 +106,14 @@ def rank_env(env: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: neither has set them.
     """
-    found = {name: env[name] for name in _NEEDED if name in env}
+    found = {name: env[name] for name in _NEEDED if env.get(name)}
     if "RANK" not in found:
         found |= {name: env[of] for name, of in _OF_SLURM.items() if of in env}
         # "2(x3),1" means two on each of three nodes, then one
         per_node = found.get("LOCAL_WORLD_SIZE", "1")
         found["LOCAL_WORLD_SIZE"] = per_node.partition("(")[0].partition(",")[0]
+    if found.get("WORLD_SIZE") == "1":  # as a container sets it for a job of one process
+        found = only_rank_env() | found
     missing = [name for name in _NEEDED if name not in found]
     if missing:
         raise ConfigError(

@@ -242,6 +242,29 @@ def test_multirun_may_stand_anywhere():
     assert from_here(["a=1", "-m", "b=1,2"]) == ["-m", "a=1", "b=1,2"]
 
 
+def test_flags_may_stand_between_overrides(command, tmp_path):
+    """As in `sbatch slurm/train.sbatch --config-dir conf +experiment=...`."""
+    argv = [
+        "a=1",
+        "--config-dir",
+        "conf",
+        "+b=2",
+        "--info",
+        "defaults",
+        "c=3",
+        "--cfg=job",
+        "-i",
+        "d=4",
+    ]
+    flags = ["--config-dir", "conf", "--info", "defaults", "--cfg=job", "-i"]
+    assert from_here(argv) == [*flags, "a=1", "+b=2", "c=3", "d=4"]
+    write_conf(tmp_path / "conf", "vars/mine", "{}\n")
+    argv = from_here(["seed=5", "--config-dir", str(tmp_path / "conf"), *DIGITS])
+    code, _, err = command(*argv)
+    assert code is ExitCode.FINISHED, err
+    assert STARTED[0].conf["seed"] == 5
+
+
 HEAD = "# @package _global_\n"
 TRAINS = """
 model: {_target_: my.Model}
