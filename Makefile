@@ -40,6 +40,7 @@ image:
 # the end of what became of them.
 faults: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/campaign.py
+	$(BIN)/python tests/faults/starts.py
 
 # 400,000 steps of a tiny model: ten minutes or more.
 flatness: $(VENV)/installed-dev

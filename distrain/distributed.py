@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distrain import openfiles
 from distrain.env import env_int
 from distrain.errors import ConfigError
 from distrain.wire import decode, encode
@@ -81,6 +83,8 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[Topology]:
     if env_int("WORLD_SIZE", 1) == 1:
         yield Topology()
         return
+    if os.path.isdir("/proc/self/fd"):
+        openfiles.check_mesh(env_int("WORLD_SIZE", 1))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:

@@ -31,6 +31,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from distrain import openfiles
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch
@@ -89,6 +90,7 @@ def run_node(
         ConfigError, NonFiniteLoss, RankFailed: as the failing rank's job.
     """
     silence_torch()
+    openfiles.raise_limit()
     meeting = Meeting(
         nodes=nodes, node_rank=node_rank, endpoint=endpoint, run_id=run_id, join_s=join_s
     )

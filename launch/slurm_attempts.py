@@ -167,6 +167,15 @@ def attempt_folder(run_dir: Path) -> Path:
     return run_dir / SLURM_FOLDER / name
 
 
+def nodes_there(run_dir: Path) -> set[str]:
+    """Return the names of the nodes of this attempt that have a record; opens no file."""
+    try:
+        names = os.listdir(attempt_folder(run_dir))
+    except FileNotFoundError:
+        return set()
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
 def read_nodes(run_dir: Path) -> dict[str, NodeRecord]:
     """Return what the nodes of this attempt said so far, by their names."""
     records = (read_json(path) for path in sorted(attempt_folder(run_dir).glob("*.json")))

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from distrain.launch.slurm_attempts import (
     NodeRecord,
     attempt_folder,
     is_asked_to_stop,
-    read_nodes,
+    nodes_there,
 )
 from distrain.launch.stop import StopRequest
 from distrain.tempfolder import folder_of_processes
 
 _ENDPOINT_FILE = "endpoint"
-_POLL_S = 0.1
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0  # hundreds of nodes ask one file server
 _IMPORT_S = 600.0  # nodes that are there may take long to import torch over a network
 
 
@@ -132,7 +134,8 @@ class NodeTask:
     def _await_nodes(self, names: list[str], stop: StopRequest) -> None:
         """Wait until every node has said that it is there."""
         deadline = time.monotonic() + self.join_s
-        while missing := [name for name in names if name not in read_nodes(self.run_dir)]:
+        pauses = _pauses()
+        while missing := sorted(set(names) - nodes_there(self.run_dir)):
             if stop.since is not None:
                 return
             if time.monotonic() > deadline:
@@ -141,7 +144,7 @@ class NodeTask:
                     f"({len(names) - len(missing)} of {len(names)} nodes came); do they see "
                     f"run.dir={self.run_dir}? It must be on a file system that all nodes share"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(next(pauses))
 
     def _publish(self, names: list[str]) -> socket.socket:
         """Listen on a free port of this node, and tell the other nodes which it is."""
@@ -159,6 +162,7 @@ class NodeTask:
         """Return where the first node listens."""
         path = attempt_folder(self.run_dir) / _ENDPOINT_FILE
         deadline = time.monotonic() + _IMPORT_S
+        pauses = _pauses()
         while True:
             os.listdir(path.parent)  # has a network file system look again
             if path.exists():
@@ -167,7 +171,15 @@ class NodeTask:
                 return ""
             if time.monotonic() > deadline:
                 raise RankFailed(f"the first node, {first}, published no port in {path}")
-            time.sleep(_POLL_S)
+            time.sleep(next(pauses))
+
+
+def _pauses() -> Iterator[float]:
+    """Yield the seconds between two looks: exponential backoff with an upper bound."""
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        yield pause_s
+        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
 
 
 def node_python(*flags: str) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from runner import Runner, find_all
 
 MARGIN_S = 30.0
-LATEST_S = 60.0  # of the SIGTERM, from the start on
+LATEST_S = 40.0  # of the SIGTERM, from the start on
 OUTCOMES = (
     "not begun",  # the signal came before the command listened
     "stopped",  # 75, with a checkpoint
