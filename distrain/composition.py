@@ -26,7 +26,8 @@ from distrain.errors import ConfigError
 from distrain.instantiate import keywords_of, locate
 
 _CONF = Path(__file__).parent / "conf"
-_PACKAGE = re.compile(r"^\s*#\s*@package\b", re.MULTILINE)
+# Hydra stops looking for it at the first line that is neither blank nor `# @...`
+_PACKAGE = re.compile(r"\A(\s*#\s*@.*\n|\s*\n)*\s*#\s*@package\b")
 _TARGET_KEY = {"optim": "target", "schedule": "_target_"}
 
 
@@ -85,7 +86,7 @@ def _check_file(group: str, choice: str, folders: Sequence[str]) -> None:
             "expected another name: rename it"
         )
     known = [field.name for field in dataclasses.fields(schema.Keys)]
-    if group not in known and not _PACKAGE.search(own[0].read_text()):
+    if group not in known and not _PACKAGE.match(own[0].read_text()):
         raise ConfigError(
             f"{group}={choice}: the keys of {own[0]} land below {group}.; expected "
             "'# @package _global_' as its first line"

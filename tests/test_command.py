@@ -336,8 +336,9 @@ def test_a_name_in_any_script_needs_no_quotes(command, tmp_path):
     assert os.listdir(tmp_path / "runs") == ["日本語"]
 
 
-def test_a_file_without_a_package_is_one_line(command, tmp_path):
-    write_conf(tmp_path / "conf", "experiment/mine", TRAINS)
+@pytest.mark.parametrize("head", ["", "# a comment first\n# @package _global_\n"])
+def test_a_file_without_a_package_is_one_line(command, tmp_path, head):
+    write_conf(tmp_path / "conf", "experiment/mine", head + TRAINS)
     code, _, err = command(*MINE)
     assert code is ExitCode.BAD_CONFIG
     assert err == (

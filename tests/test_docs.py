@@ -110,3 +110,15 @@ def test_pages_name_keys_and_classes_that_exist(generate):
                 is_open = word.startswith(("trainer.ddp", "model."))
                 own = word.startswith(("trainer.error", "trainer.module", "trainer.iter"))
                 assert word in known or is_open or own, f"{page.name}: {word}"
+
+
+def test_every_hook_is_on_the_page_of_hooks_and_says_whether_it_is_in_every_run():
+    from distrain import HookBase, hooks
+
+    page = (ROOT / "docs" / "hooks.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (yes)? ?\|$", page, re.M))
+    every = [n for n in hooks.__all__ if isinstance(getattr(hooks, n), type)]
+    assert rows.keys() == {n for n in every if issubclass(getattr(hooks, n), HookBase)}
+    default = (ROOT / "conf" / "hooks" / "default.yaml").read_text()
+    in_default = set(re.findall(r"_target_: distrain.hooks.(\w+)", default))
+    assert {name for name, mark in rows.items() if mark} == in_default

@@ -59,3 +59,14 @@ def test_each_command_exists(module):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout.lower() or "distrain" in result.stdout
+
+
+def test_a_module_is_an_attribute_and_torch_is_not_imported():
+    script = """
+import sys
+import distrain
+assert "torch" not in sys.modules
+assert distrain.distributed.process_group and distrain.adapters.HuggingFaceModel
+assert not hasattr(distrain, "no_such_module") and not hasattr(distrain, "_x")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
