@@ -211,7 +211,7 @@ def compose(folder, monkeypatch):
     return compose
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [*commands()])
 def test_a_command(line, compose, capfd):
     if "$(" in line and line.startswith("eval"):
         words = ["eval"]
@@ -294,7 +294,7 @@ def stand_ins(folder, monkeypatch):
     return my_project
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@pytest.mark.parametrize("text", [*blocks("yaml")])
 def test_yaml(text, compose, stand_ins, folder, capfd):
     experiment(text, folder)
     code = compose("--config-dir", "conf", "+experiment=block")
@@ -343,7 +343,7 @@ def run_python(text, scope, storage):
     exec(compile(text, "block", "exec"), scope)
 
 
-@pytest.mark.parametrize("text", blocks("python"))
+@pytest.mark.parametrize("text", [*blocks("python")])
 def test_python(text, stand_ins, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(distrain.Trainer, "train", short(distrain.Trainer.train))
@@ -378,7 +378,7 @@ def short(train):
     return shortened
 
 
-@pytest.mark.parametrize("text", blocks("python", columns=True))
+@pytest.mark.parametrize("text", [*blocks("python", columns=True)])
 def test_the_right_column(text, compose, stand_ins, folder, monkeypatch, capfd):
     """What is ours beside another trainer's: Python, YAML, a command at its end."""
     monkeypatch.setattr(distrain.Trainer, "train", short(distrain.Trainer.train))
