@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
-from distrain.progressbar import REFRESH_S, display, is_terminal
+from distrain.progressbar import REFRESH_S, display, import_rich, is_terminal
 from distrain.writers import NewScalars, Row
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class ConsoleWriter:
     ) -> None:
         self._stream = stream or sys.stdout
         self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
+        if self._live:
+            import_rich()  # not in the thread that writes
         self._bar: TaskID | None = None
         self._next_refresh_s = 0.0
         self._next_line_s = 0.0

@@ -45,9 +45,11 @@ def conclude(
             f"{'stopped' if stopped else 'trained'} up to iteration {done}, but without a "
             f"checkpoint of it: {checkpoints.last_error or 'no hook saves it'}; {left}"
         )
+    # as in the last row, which stands above
+    latest = trainer.storage.scalars_until(trainer.iter_done - 1, window_size=trainer.window)
     shown = "  ".join(
-        f"{name.removeprefix('eval/')} {history.latest():.4g}"
-        for name, history in trainer.storage.histories().items()
+        f"{name.removeprefix('eval/')} {value:.4g}"
+        for name, (value, _) in latest.items()
         if name == "loss" or name.startswith("eval/")
     )
     what = "stopped, run again to continue:" if stopped else "finished:"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sys
 import threading
 import time
@@ -182,7 +183,23 @@ def _draw(over: threading.Event, what: str | Callable[[], str], stream: TextIO) 
 
 
 def _is_shown(stream: TextIO) -> bool:
-    return os.environ.get("RANK", "0") == "0" and is_terminal(stream)
+    if os.environ.get("RANK", "0") != "0" or not is_terminal(stream):
+        return False
+    import_rich()
+    return True
+
+
+def import_rich() -> None:
+    """Import rich now, from the main thread.
+
+    Its import draws from Python's `random`: a terminal would change training. The state is put
+    back, which in another thread would be a race with the code that draws.
+    """
+    state = random.getstate()
+    import rich.console
+    import rich.progress  # noqa: F401 - only where there is a terminal
+
+    random.setstate(state)
 
 
 def _start(stream: TextIO) -> Progress:

@@ -8,6 +8,7 @@ from typing import Any
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
+from distrain.module_state import kept_generators
 from distrain.redact import masked
 from distrain.schema import refuse_url
 from distrain.writers import BackgroundWriter, Row, Writer, default_writers
@@ -57,8 +58,9 @@ class PeriodicWriter(HookBase):
         self._written = min(self._written, self.trainer.start_iter)
         if self._given is None:
             assert self._run_dir is not None
-            self._given = default_writers(self._run_dir, start_iteration=self._written)
-            self._describe_run()
+            with kept_generators():  # an import may draw, and only rank 0 has writers
+                self._given = default_writers(self._run_dir, start_iteration=self._written)
+                self._describe_run()
         self._writer = BackgroundWriter(self._given)
         self._write_complete()
 
