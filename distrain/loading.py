@@ -5,18 +5,29 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import pickle
 import random
+import re
 import signal
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
@@ -27,6 +38,10 @@ Collate = Callable[[list[Any]], Any]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_SHM_HINT = (
+    "/dev/shm is full: give the container more by --shm-size=8g or --ipc=host, or set "
+    "data.workers=0"
+)
 _GRACE_S = 1.0  # for a worker to end what it is doing
 
 
@@ -138,6 +153,52 @@ def load_here(fetch: Fetch, plan: Iterable[MicroBatch], *, pin_memory: bool) -> 
         yield pinned(batch) if pin_memory else batch
 
 
+@dataclass
+class _Failed:
+    """An exception in a loader process; torch would make its message a line below others."""
+
+    error: Exception | None  # None if it cannot be pickled
+    name: str
+    text: str
+    notes: list[str]
+    trace: str
+
+    def exception(self) -> Exception:
+        """Return the exception, or a RuntimeError with its name and text."""
+        if self.error is not None:
+            return self.error
+        error: Exception = type(self.name, (RuntimeError,), {})(self.text)
+        for note in self.notes:
+            error.add_note(note)
+        return error
+
+
+class _InWorker(Dataset[Any]):
+    """`Fetch` in a loader process: an exception is returned instead of a batch."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+
+    def __getitem__(self, item: MicroBatch) -> Any:
+        try:
+            return self._fetch[item]
+        except Exception as error:
+            worker = get_worker_info()
+            error.add_note(f"in DataLoader worker process {worker.id if worker else 0}")
+            if re.search(r"shared memory|\bshm\b|file </torch_", str(error)):
+                error.add_note(_SHM_HINT)
+            trace = "".join(traceback.format_exception(error))
+            sent = error if _survives_pickle(error) else None
+            return _Failed(sent, type(error).__name__, str(error), error.__notes__, trace)
+
+
+def _survives_pickle(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # whatever the user's class does
+        return False
+
+
 class WorkerBatches(Iterator[Any]):
     """Batches that loader processes make, in the order of a plan.
 
@@ -163,7 +224,7 @@ class WorkerBatches(Iterator[Any]):
     ) -> None:
         parent = os.getpid()
         loader: DataLoader[Any] = DataLoader(
-            fetch,
+            _InWorker(fetch),
             sampler=plan,
             batch_size=None,  # an item is a batch already
             num_workers=workers,
@@ -187,21 +248,28 @@ class WorkerBatches(Iterator[Any]):
 
         Raises:
             RuntimeError: a process ended by itself.
+            Exception: that of the data set; its notes name the process and the sample.
         """
         if self._iterator is None:
             raise RuntimeError("the loader of these batches was closed; ask it for new ones")
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:
             # of the data set, or from the pipe whose other end is gone
             for worker in self._iterator._workers:
                 worker.join(0.1)
                 if worker.exitcode:
+                    hint = "-9 is mostly a lack of memory: try fewer data.workers"
+                    if worker.exitcode == -signal.SIGBUS:
+                        hint = _SHM_HINT
                     raise RuntimeError(
                         f"loader process {worker.pid} ended with exit code {worker.exitcode}; "
-                        "-9 is mostly a lack of memory: try fewer data.workers"
+                        f"{hint}"
                     ) from error
             raise
+        if isinstance(batch, _Failed):
+            raise batch.exception() from RuntimeError(batch.trace)
+        return batch
 
     def close(self) -> None:
         """End the processes: those that work on a sample have a second to finish it."""

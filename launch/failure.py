@@ -140,10 +140,12 @@ def read(path: str) -> Failure | None:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return type and text of an exception in one line."""
+    """Return type, text and notes of an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = type(error).__name__
-    return f"{name}: {lines[0]}" if lines else name
+    notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
+    where = f" ({', '.join(reversed(notes))})" if notes else ""
+    return (f"{name}: {lines[0]}" if lines else name) + where
 
 
 def _is_of_peer(error: BaseException) -> bool:

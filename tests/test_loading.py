@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distrain.data import EvalLoader, TrainLoader
+from distrain.launch import failure
 from distrain.loading import Fetch, MicroBatch, WorkerBatches
 
 ITEM = MicroBatch(np.array([0, 0, 1]), np.array([4, 2, 0]))
@@ -344,3 +345,48 @@ def test_a_script_that_forgets_them_ends_all_the_same() -> None:
     assert sample == "0"
     assert done.stderr == ""
     assert ended([int(pid) for pid in pids.split()])
+
+
+class PhotoError(Exception):
+    def __init__(self, path, line):  # cannot be unpickled: it gets one argument there
+        super().__init__(f"{path}:{line}")
+
+
+class Photos:
+    def __init__(self, error):
+        self._error = error
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise self._error
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PhotoError("photo.jpg", 5), "PhotoError: photo.jpg:5 ("),
+        (ValueError("no header\nmore"), "ValueError: no header ("),
+        (
+            RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"),
+            "RuntimeError: unable to write to file </torch_7_1>: No space left on device (28) ("
+            "/dev/shm is full: give the container more by --shm-size=8g or --ipc=host, or set "
+            "data.workers=0, ",
+        ),
+    ],
+)
+def test_an_error_in_a_worker_begins_with_the_message_of_the_user(error, line):
+    fetch = Fetch(Photos(error), seed=None, collate=None)
+    plan = [MicroBatch(np.zeros(2, np.int64), np.array([i, i + 1])) for i in (0, 6)]
+    batches = WorkerBatches(fetch, plan, workers=2, pin_memory=False, seed=0)
+    assert next(batches).shape == (2, 1)
+    with pytest.raises(type(error) if isinstance(error, ValueError) else RuntimeError) as raised:
+        next(batches)
+    batches.close()
+    said = failure.of_exception(raised.value, rank=1, log="x")
+    where = "in DataLoader worker process 1, while loading sample 7 of Photos)"
+    assert said.text == line + where
+    assert "in __getitem__" in said.trace  # where the user's code raised it
