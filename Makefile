@@ -37,10 +37,11 @@ image:
 	.ci/build-image
 
 # An hour or more: some 200 runs that are killed, stopped, signalled or damaged, and a table at
-# the end of what became of them.
+# the end of what became of them; then every file operation of a run's life with an error injected.
 faults: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/campaign.py
 	$(BIN)/python tests/faults/starts.py
+	$(BIN)/python tests/faults/io_errors.py
 
 # 400,000 steps of a tiny model: ten minutes or more.
 flatness: $(VENV)/installed-dev

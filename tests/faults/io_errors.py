@@ -362,14 +362,15 @@ def faults(counts: dict[str, dict[str, int]], ranks: int, *, every: int) -> list
         ranks: of the runs.
         every: only each so-manieth call, 1 for all.
     """
-    errors = itertools.cycle(ERRNOS)
+    numbers = itertools.count()
     chosen = []
     for scenario, by_kind in counts.items():
         for kind, num in by_kind.items():
             for nth in range(1, num + 1, every):
-                for persistent in (False, True):
-                    fault = Fault(scenario, kind, nth, next(errors), persistent, ranks)
-                    chosen.append(fault)
+                number = next(numbers)
+                for persistent in (False, True):  # each error number comes in both ways
+                    error = ERRNOS[(number + 3 * persistent) % len(ERRNOS)]
+                    chosen.append(Fault(scenario, kind, nth, error, persistent, ranks))
     return chosen
 
 
@@ -394,7 +395,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, help="only each so-manieth call")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="at most so many trials")
+    parser.add_argument("--limit", type=int, help="at most so many trials on each number of ranks")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial later")
     return parser.parse_args()
 
 
@@ -423,7 +425,7 @@ def main() -> int:
     sys.path.insert(0, str(campaign.folder))
     codes: dict[tuple[str, str], collections.Counter[int]] = {}
     wrong: list[str] = []
-    num = 0
+    num, began = 0, time.monotonic()
     for ranks in [1] if options.quick else options.ranks:
         counts = campaign.prepare(ranks)
         print(f"calls of a quiet run on {ranks} rank(s): {counts}", flush=True)
@@ -431,6 +433,8 @@ def main() -> int:
         random.Random(options.seed).shuffle(chosen)
         limit = options.limit or (24 if options.quick else None)
         for fault in chosen[:limit]:
+            if time.monotonic() - began > options.seconds:
+                break
             code, texts = campaign.trial(fault)
             for text in texts:
                 print("WRONG", text, flush=True)
