@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError
+from distrain.regular import open_regular
 
 _BEGIN = b'{"pid": '  # of the lock's text
 _ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
@@ -73,7 +74,7 @@ def holder(path: Path) -> dict[str, Any] | None:
         path: the run folder.
     """
     try:
-        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path / "lock")
     except OSError:
         return None
     try:
@@ -99,7 +100,7 @@ def _is_ours(fd: int) -> bool:
 def _holder(fd: int) -> dict[str, Any]:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -112,7 +113,7 @@ def _is_alive(holder: Mapping[str, Any]) -> bool:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return False
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         pass
     return True
 

@@ -16,6 +16,8 @@ from typing import Any
 
 _PACKAGES = ("distrain", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _MAX_DIFF_BYTES = 5_000_000
+LEFT_OUT = "left out:"
+"""Beginning of a diff that was too long to keep."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def git_state(folder: str) -> GitState | None:
         return None
     diff = _git(folder, "diff", "HEAD") or ""
     if len(diff) > _MAX_DIFF_BYTES:
-        diff = f"left out: {len(diff)} bytes\n"
+        diff = f"{LEFT_OUT} {len(diff)} bytes\n"
     untracked = _git(folder, "ls-files", "--others", "--exclude-standard") or ""
     return GitState(commit.strip(), untracked.splitlines()[:100], diff)
 

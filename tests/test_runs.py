@@ -246,7 +246,7 @@ def test_diff(runs):
     (loss,) = [line for line in lines if line and line[0] == "loss"]
     assert float(loss[3]) == pytest.approx(float(loss[2]) - float(loss[1]), rel=1e-2)
     assert "eval/error" not in [line[0] for line in lines if line]  # not shared
-    assert "code: the same commit and versions" in out
+    assert "code: unknown, not in git" in out
 
 
 def test_plot_draws_a_curve_a_run(runs, project, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distrain.errors import ConfigError, ExitCode
+from distrain.runs.escape import escaped
 from distrain.runs.find import name_of, the_run
 from distrain.runs.states import State
 from distrain.runs.table import COLUMNS, show_table
@@ -73,19 +75,23 @@ def _show(argv: Sequence[str]) -> int:
     parser = _of_run("show", "Configuration, last values, attempts, checkpoints and logs of a run.")
     parser.add_argument("--lines", type=int, default=10, help="of each log (10)")
     parser.add_argument("--metric", default=_METRIC, help="the scalar in the heading (loss)")
+    parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
     from distrain.runs.show import show
 
-    return show(the_run(options.run, options.folder), lines=options.lines, metric=options.metric)
+    path = the_run(options.run, options.folder)
+    return show(path, lines=options.lines, metric=options.metric, is_full=options.all)
 
 
 def _diff(argv: Sequence[str]) -> int:
     parser = _of_run("diff", "What differs between two runs: configuration, code, last values.")
     parser.add_argument("other", metavar="RUN2")
+    parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
     from distrain.runs.compare import compare
 
-    return compare(*(the_run(name, options.folder) for name in (options.run, options.other)))
+    left, right = (the_run(name, options.folder) for name in (options.run, options.other))
+    return compare(left, right, is_full=options.all)
 
 
 def _plot(argv: Sequence[str]) -> int:
@@ -155,9 +161,14 @@ def run(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
+        words = [each for each in argv if not each.startswith("-")]
+        if len(words) > 1 and words[0] == argv[0] and not Path(argv[0]).is_dir():
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(COMMANDS)}"
+            raise ConfigError(f"{argv[0]}: no such command; {hint}")
         return _table(argv)
     except ConfigError as error:
-        print(f"distrain.runs: {error}", file=sys.stderr)
+        print(escaped(f"distrain.runs: {error}"), file=sys.stderr)
         return int(ExitCode.BAD_CONFIG)
     except BrokenPipeError:  # as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

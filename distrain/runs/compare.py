@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distrain.provenance import LEFT_OUT
+from distrain.redact import masked
+from distrain.regular import read_regular
 from distrain.runfolder import differences
-from distrain.runs.files import Start, all_rows, last_values, read_conf, read_starts
+from distrain.runs.escape import escaped
+from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, read
 
 _MAX_WIDTH = 60
+_MAX_DIFF_BYTES = 32 << 20
 
 
-def compare(left: Path, right: Path) -> int:
+def compare(left: Path, right: Path, *, is_full: bool = False) -> int:
     """Print what differs between two runs, and their last values; return 0.
 
     Args:
         left: a run folder.
         right: another one.
+        is_full: compare the scalars of the guards and clocks, too.
     """
     names = (str(left), str(right))
-    print(_aligned("configuration", names, _configuration(left, right), "no key differs"))
-    print(_aligned("\ncode", names, list(_code(left, right)), "the same commit and versions"))
-    print(_aligned("\nlast values", (*names, "difference"), _values(left, right), "none shared"))
+    a, b = read(left), read(right)
+    for files in (a, b):
+        if files.unreadable:
+            print(escaped(f"{files.path}: unreadable: {files.unreadable}"))
+    print(_aligned("configuration", names, _configuration(a, b), "no key differs"))
+    print(_aligned("\ncode", names, *_code(a, b)))
+    values = _values(left, right, is_full=is_full)
+    print(_aligned("\nlast values", (*names, "difference"), values, "none shared"))
     return 0
 
 
-def _configuration(left: Path, right: Path) -> list[list[str]]:
+def _configuration(left: Files, right: Files) -> list[list[str]]:
     """Return the keys that differ, each with both values; names and folders always do."""
-    changed = differences(read_conf(left), read_conf(right))
+    changed = differences(masked(left.conf), masked(right.conf))
     return [
         [key, _text(old), _text(new)]
         for key, (old, new) in changed.items()
@@ -36,49 +47,52 @@ def _configuration(left: Path, right: Path) -> list[list[str]]:
     ]
 
 
-def _code(left: Path, right: Path) -> Iterator[list[str]]:
-    """Yield what differs between the last starts: the commit, changes to it, versions."""
-    a, b = (_last_start(path) for path in (left, right))
-    commits = [str(start.git.get("commit") or "no git") if start else "-" for start in (a, b)]
-    if commits[0] != commits[1]:
-        yield ["commit", *(commit[:10] for commit in commits)]
-    diffs = [_diff(path, start) for path, start in ((left, a), (right, b))]
-    if diffs[0] != diffs[1]:
-        yield ["changes since", *(_size(path, s) for path, s in ((left, a), (right, b)))]
-    versions = [start.versions if start else {} for start in (a, b)]
+def _code(left: Files, right: Files) -> tuple[list[list[str]], str]:
+    """Return what differs between the last starts, and what is to be said if nothing does."""
+    rows = []
+    starts = [files.starts[-1] if files.starts else None for files in (left, right)]
+    commits = [str(start.git.get("commit") or "") if start else "" for start in starts]
+    diffs = [_diff(f.path, s) for f, s in zip((left, right), starts, strict=True)]
+    none = "the same commit and versions"
+    if not all(commits):
+        none = "unknown, not in git"
+    elif None in diffs:
+        none = "unknown, the changes since the commit are not kept"
+    versions = [start.versions if start else {} for start in starts]
     for package in dict.fromkeys([*versions[0], *versions[1]]):
         pair = [str(each.get(package, "-")) for each in versions]
         if pair[0] != pair[1]:
-            yield [package, *pair]
+            rows.append([package, *pair])
+    if all(commits) and diffs[0] != diffs[1]:
+        rows.insert(0, ["changes since", *map(_size, diffs)])
+    if commits[0] != commits[1] or (rows and not all(commits)):
+        rows.insert(0, ["commit", *(commit[:10] or "unknown, not in git" for commit in commits)])
+    return rows, none
 
 
-def _values(left: Path, right: Path) -> list[list[str]]:
+def _values(left: Path, right: Path, *, is_full: bool) -> list[list[str]]:
     """Return the last values of the scalars that both runs have."""
     a, b = (last_values(list(all_rows(path))) for path in (left, right))
-    shared = [name for name in a if name in b]
+    shared = [name for name in a if name in b and (is_full or not name.startswith(HIDDEN))]
     return [
         [name, f"{a[name]:.6g}", f"{b[name]:.6g}", f"{b[name] - a[name]:+.3g}"] for name in shared
     ]
 
 
-def _last_start(path: Path) -> Start | None:
-    starts = read_starts(path)
-    return starts[-1] if starts else None
-
-
-def _diff(path: Path, start: Start | None) -> str:
-    """Return what differed from the commit when a run was started last; "" if nothing did."""
+def _diff(path: Path, start: Start | None) -> str | None:
+    """Return what differed from the commit when a run was started last; None if nobody knows."""
     name = start.git.get("diff") if start else None
+    if not name:
+        return None if start and start.git.get("changed") else ""
     try:
-        return (path / str(name)).read_text(errors="replace") if name else ""
-    except OSError:
-        return ""
+        data = read_regular(path / Path(str(name)).name, max_bytes=_MAX_DIFF_BYTES)
+    except (OSError, ValueError):
+        return None
+    return None if data.startswith(LEFT_OUT.encode()) else data.decode(errors="replace")
 
 
-def _size(path: Path, start: Start | None) -> str:
-    text = _diff(path, start)
-    name = start.git.get("diff") if start else ""
-    return f"{len(text.splitlines())} lines ({path / str(name)})" if text else "none"
+def _size(diff: str | None) -> str:
+    return "unknown" if diff is None else f"{len(diff.splitlines())} lines" if diff else "none"
 
 
 def _text(value: Any) -> str:
@@ -92,7 +106,7 @@ def _aligned(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], no
     title = title.strip()
     if not rows:
         return f"{start}{title}: {none}"
-    full = [[title, *names], *rows]
+    full = [[escaped(cell) for cell in row] for row in [[title, *names], *rows]]
     widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in full]
     return start + "\n".join(line.rstrip() for line in lines)

@@ -17,6 +17,7 @@ from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import ask_to_stop
 from distrain.progressbar import waiting
 from distrain.redact import MASK, masked_overrides
+from distrain.runs.escape import escaped
 from distrain.runs.files import Start
 from distrain.runs.states import ACTIVE, State
 from distrain.runs.summary import Summary, summarize_one
@@ -40,14 +41,14 @@ def stop(path: Path, *, wait: bool) -> int:
     """
     run = summarize_one(path)
     if run.state not in ACTIVE:
-        print(f"{path}: nothing is running: it is {run.state} at {_where(run)}")
+        print(escaped(f"{path}: nothing is running: it is {run.state} at {_where(run)}"))
         return 0
     if run.files.is_on_slurm and run.files.submitted_id:
         _ask_slurm(run)
     else:
         _ask_process(path)
     if not wait:
-        print(f"{path}: asked to save and stop")
+        print(escaped(f"{path}: asked to save and stop"))
         return 0
     pause_s = _SLURM_POLL_S if run.job_id else _POLL_S
     try:
@@ -57,7 +58,7 @@ def stop(path: Path, *, wait: bool) -> int:
     except KeyboardInterrupt:
         print(f"\n{path}: was asked, and stops without being waited for", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(f"{path}: {run.state} at {_where(run)}" + (f": {run.why}" if run.why else ""))
+    print(escaped(f"{path}: {run.state} at {_where(run)}" + (f": {run.why}" if run.why else "")))
     return 0 if run.state in (State.STOPPED, State.FINISHED) else int(ExitCode.FAILED)
 
 
@@ -110,6 +111,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
     run = summarize_one(path)
     if run.state in ACTIVE:
         raise ConfigError(f"{path}: it is {run.state} ({run.why}); nothing to resume")
+    if run.files.unreadable:
+        raise ConfigError(f"{path}: unreadable: {run.files.unreadable}")
     if not run.files.starts:
         raise ConfigError(f"{path}: command.json does not say how it was started")
     start = run.files.starts[-1]
@@ -122,7 +125,7 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
             f"{path}: it was started in {start.folder}, which is gone: {why}"
         ) from error
     shown = shlex.join(masked_overrides(argv))
-    print(f"distrain.runs: python -m distrain {shown}", file=sys.stderr, flush=True)
+    print(escaped(f"distrain.runs: python -m distrain {shown}"), file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "distrain", *argv])
 
 

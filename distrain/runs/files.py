@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import find_all
@@ -19,14 +19,20 @@ from distrain.launch.slurm_attempts import (
     SLURM_FOLDER,
     SUBMITTED_FILE,
     Attempt,
-    read_attempts,
-    read_json,
 )
+from distrain.regular import open_regular, read_regular, read_tail
+from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
 METRICS_FILE = "metrics.jsonl"
 TAIL_BYTES = 1 << 16
+HIDDEN = ("guard/", "straggler/", "perf/")
+"""Beginnings of the names of scalars about the machines, which are shown on request."""
 
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: 1 ms a run, not 10
+_MAX_JSON_BYTES = 16 << 20
+_LARGEST = 2**53  # integers above it are no counts
+_LATEST = 1e11  # seconds since 1970
+_JOB_ID = re.compile(r"[0-9]{1,20}(_[0-9]{1,20})?")
+
 _OF_SLURM = ("distrain.launch.slurm.", "distrain.launch.allocation.")
 
 
@@ -72,6 +78,7 @@ class Files:
         attempts: on SLURM that are over.
         running: the attempt on SLURM that has begun and noted no end.
         submitted_id: the SLURM job that was submitted last, "" without one.
+        unreadable: which files cannot be read and why, "" if all can.
     """
 
     path: Path
@@ -82,6 +89,7 @@ class Files:
     attempts: list[Attempt] = field(default_factory=list)
     running: Attempt | None = None
     submitted_id: str = ""
+    unreadable: str = ""
 
     @property
     def max_iter(self) -> int:
@@ -106,32 +114,52 @@ class Files:
 
 
 def read(path: Path) -> Files:
-    """Read a run's folder; of metrics.jsonl the end only.
+    """Read a run's folder; of metrics.jsonl the end only. What cannot be read is noted.
 
     Args:
         path: the run folder.
     """
-    found = find_all(path / "checkpoints")
-    slurm = path / SLURM_FOLDER
+    mistakes: list[str] = []
+
+    def part(name: str, parse: Callable[[Path], Any], default: Any) -> Any:
+        try:
+            return parse(path)
+        except FileNotFoundError:
+            return default
+        # files of anybody's: what is wrong with one of them must not hide the other runs
+        except Exception as error:
+            mistakes.append(f"{name}: {_reason(error)}")
+            return default
+
     return Files(
         path=path,
-        conf=read_conf(path),
-        starts=read_starts(path),
-        rows=last_rows(path),
-        kept_iter=iteration_of(found[-1].name) or 0 if found else 0,
-        attempts=_attempts(path),
-        running=_attempt(read_json(slurm / RUNNING_FILE)),
-        submitted_id=str(read_json(slurm / SUBMITTED_FILE).get("job_id") or ""),
+        conf=part("run.yaml", read_conf, {}),
+        starts=part("command.json", read_starts, []),
+        rows=part(METRICS_FILE, last_rows, []),
+        kept_iter=part("checkpoints", _kept_iter, 0),
+        attempts=part("attempts.jsonl", _attempts, []),
+        running=part(RUNNING_FILE, _running, None),
+        submitted_id=part(SUBMITTED_FILE, _submitted_id, ""),
+        unreadable="; ".join(mistakes),
     )
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def read_conf(path: Path) -> dict[str, Any]:
-    """Return the frozen configuration; empty if it cannot be read."""
-    try:
-        conf = yaml.load((path / "run.yaml").read_bytes(), _Loader)
-    except (OSError, yaml.YAMLError):
-        return {}
-    return conf if isinstance(conf, dict) else {}
+    """Return the frozen configuration.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none; yaml.YAMLError: no YAML.
+    """
+    return load_mapping(read_regular(path / "run.yaml", max_bytes=MAX_BYTES))
 
 
 def node(conf: dict[str, Any], name: str) -> dict[str, Any]:
@@ -142,37 +170,40 @@ def node(conf: dict[str, Any], name: str) -> dict[str, Any]:
 
 def number(value: Any) -> int:
     """Return a number of a configuration; 0 if it is none."""
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and 0 <= value <= _LARGEST else 0
 
 
 def read_starts(path: Path) -> list[Start]:
-    """Return the starts of a run's command that are noted, oldest first."""
-    starts = read_json(path / "command.json").get("starts")
-    if not isinstance(starts, list):
-        return []
-    return [_start(each) for each in starts if isinstance(each, dict)]
+    """Return the starts of a run's command that are noted, oldest first.
+
+    Raises:
+        OSError: command.json cannot be read.
+        ValueError, KeyError, TypeError: it is damaged.
+    """
+    starts = _read_json(path / "command.json")["starts"]
+    return [_start(each) for each in _of_type(starts, list, "starts")]
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows in the last 64 KiB of metrics.jsonl, oldest first."""
-    try:
-        with (path / METRICS_FILE).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
+    """Return the rows in the last 64 KiB of metrics.jsonl, oldest first.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, TypeError: a row is none.
+    """
+    lines = read_tail(path / METRICS_FILE, max_bytes=TAIL_BYTES).split(b"\n")
     return [row for line in lines if (row := _row(line)) is not None]
 
 
 def all_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield all rows of metrics.jsonl, oldest first."""
+    """Yield all rows of metrics.jsonl that can be read, oldest first."""
     try:
-        with (path / METRICS_FILE).open("rb") as file:
+        with open(open_regular(path / METRICS_FILE), "rb") as file:
             for line in file:
-                row = _row(line)
-                if row is not None:
-                    yield row
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    row = _row(line)
+                    if row is not None:
+                        yield row
     except OSError:
         return
 
@@ -193,54 +224,112 @@ def last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """Return a row, with "NaN" and "Infinity" as numbers; None for what is torn, or no row."""
+    """Return a row, with "NaN" and "Infinity" as numbers; None for what is torn."""
     try:
         row = json.loads(line)
-        if not isinstance(row, dict) or not isinstance(row["iteration"], int):
-            return None
-        return {name: v if isinstance(v, int) else float(v) for name, v in row.items()}
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return None
+    if not isinstance(row, dict) or "iteration" not in row:
+        return None
+    iteration = _of_type(row["iteration"], int, "iteration")
+    if not 0 <= iteration <= _LARGEST:
+        raise ValueError("iteration: expected a count")
+    return {name: _value(name, value) for name, value in row.items()}
 
 
-def _start(fields: dict[str, Any]) -> Start:
-    end = node(fields, "end")
-    overrides = fields.get("overrides")
-    code = end.get("code")
+def _value(name: str, value: Any) -> float:
+    if isinstance(value, int) and abs(value) <= _LARGEST:
+        return value
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name[:60]}: expected a number") from None
+
+
+def _of_type(value: Any, kind: type[Any], name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    fields = json.loads(read_regular(path, max_bytes=_MAX_JSON_BYTES))
+    return dict(_of_type(fields, dict, "content"))
+
+
+def _start(fields: Any) -> Start:
+    fields = _of_type(fields, dict, "a start")
+    end = _of_type(fields.get("end") or {}, dict, "end")
+    overrides, code = fields.get("overrides"), end.get("code")
+    versions = _of_type(fields.get("versions") or {}, dict, "versions")
+    git = dict(_of_type(fields.get("git") or {}, dict, "git"))
+    for name in ("commit", "diff"):
+        _of_type(git.get(name, ""), str, f"git.{name}")
     return Start(
-        argv=[str(each) for each in fields.get("argv") or []],
-        overrides=[str(each) for each in overrides] if isinstance(overrides, list) else None,
-        folder=str(fields.get("folder") or ""),
-        host=str(fields.get("host") or ""),
+        argv=_texts(fields.get("argv") or [], "argv"),
+        overrides=None if overrides is None else _texts(overrides, "overrides"),
+        folder=_of_type(fields.get("folder") or "", str, "folder"),
+        host=_of_type(fields.get("host") or "", str, "host"),
         time=_seconds(fields.get("time")) or 0.0,
         end=_seconds(end.get("time")),
-        code=int(code) if isinstance(code, int) else None,
-        why=str(end.get("why") or ""),
-        git=node(fields, "git"),
-        versions=node(fields, "versions"),
+        code=None if code is None else _of_type(code, int, "end.code"),
+        why=_of_type(end.get("why") or "", str, "end.why"),
+        git=git,
+        versions={name: _of_type(each, str, f"versions.{name}") for name, each in versions.items()},
     )
 
 
+def _texts(values: Any, name: str) -> list[str]:
+    return [_of_type(each, str, name) for each in _of_type(values, list, name)]
+
+
 def _seconds(text: Any) -> float | None:
-    """Return the seconds since 1970 of a time in ISO's form; None if it is none."""
-    try:
-        return datetime.fromisoformat(str(text)).timestamp()
-    except ValueError:
+    """Return the seconds since 1970 of a time in ISO's form; None if there is none."""
+    if text is None:
         return None
+    seconds = datetime.fromisoformat(_of_type(text, str, "time")).timestamp()
+    if not 0 <= seconds <= _LATEST:
+        raise ValueError(f"time: {text[:40]} is none of a run")
+    return seconds
+
+
+def _kept_iter(path: Path) -> int:
+    found = find_all(path / "checkpoints")
+    return iteration_of(found[-1].name) or 0 if found else 0
 
 
 def _attempts(path: Path) -> list[Attempt]:
-    try:
-        return read_attempts(path)
-    except (OSError, ValueError, TypeError):  # a line that is just being written
-        return []
+    data = read_regular(path / "attempts.jsonl", max_bytes=_MAX_JSON_BYTES)
+    lines = data.split(b"\n")[:-1]  # the last may be just being written
+    return [_attempt(json.loads(line)) for line in lines if line.strip()]
 
 
-def _attempt(fields: dict[str, Any]) -> Attempt | None:
-    try:
-        return Attempt(**fields) if fields else None
-    except TypeError:
-        return None
+def _running(path: Path) -> Attempt | None:
+    fields = _read_json(path / SLURM_FOLDER / RUNNING_FILE)
+    return _attempt(fields) if fields else None
+
+
+def _attempt(fields: Any) -> Attempt:
+    attempt = Attempt(**_of_type(fields, dict, "an attempt"))
+    kinds = {"str": str, "bool": bool, "int": int, "float": float}
+    for each in dataclasses.fields(Attempt):
+        value = getattr(attempt, each.name)
+        if each.type == "list[str]":
+            _texts(value, each.name)
+        elif each.type in ("int", "float"):
+            _of_type(float(value) if each.type == "float" else value, kinds[each.type], each.name)
+            if not 0 <= value <= _LARGEST:
+                raise ValueError(f"{each.name}: expected a number, 0 or more")
+        else:
+            _of_type(value, kinds[str(each.type)], each.name)
+    return attempt
+
+
+def _submitted_id(path: Path) -> str:
+    job_id = str(_read_json(path / SLURM_FOLDER / SUBMITTED_FILE).get("job_id") or "")
+    if job_id and not _JOB_ID.fullmatch(job_id):  # it becomes an argument of squeue
+        raise ValueError(f"job_id: expected a number, not {job_id[:40]}")
+    return job_id
 
 
 def mtime(path: Path) -> float:

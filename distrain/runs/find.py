@@ -56,7 +56,7 @@ def the_run(name: str, folder: Path) -> Path:
         ConfigError: there is none; the text names those that are spelled like it.
     """
     for path in (Path(name), folder / name):
-        if (path / "run.yaml").exists():
+        if os.path.lexists(path / "run.yaml"):
             return path
     names = [name_of(path, folder) for path in find_runs(folder)] if folder.is_dir() else []
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)

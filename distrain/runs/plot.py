@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError
+from distrain.runs.escape import escaped
 from distrain.runs.files import all_rows, curve, last_values
 
 _COLUMNS = 3
@@ -44,7 +45,7 @@ def plot(
         axes = figure.add_subplot(lines, columns, index + 1)
         for number, (name, of_run) in enumerate(rows.items()):
             _draw(axes, of_run, scalar, label=name, color=f"C{number % 10}", smooth=smooth)
-        axes.set_title(scalar)
+        axes.set_title(escaped(scalar).replace("$", r"\$"))
         axes.set_xlabel("iteration")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -53,7 +54,7 @@ def plot(
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"-o {out}: {error}") from error
-    print(f"{out}: {', '.join(scalars)} of {len(rows)} runs")
+    print(escaped(f"{out}: {', '.join(scalars)} of {len(rows)} runs"))
     return 0
 
 
@@ -81,7 +82,9 @@ def _draw(
     if smooth > 1:
         axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
         y = smoothed(y, smooth)
-    axes.plot(x, y, color=color, label=label, linewidth=1.5, marker=marker)
+    axes.plot(
+        x, y, color=color, label=escaped(label).replace("$", r"\$"), linewidth=1.5, marker=marker
+    )
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

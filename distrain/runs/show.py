@@ -9,48 +9,57 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+import yaml
+
 from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint_found import find_all
 from distrain.checkpoint_table import best_mark, known_best
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
-from distrain.redact import masked_overrides
-from distrain.runs.files import Files, Start, all_rows, last_values
+from distrain.redact import masked, masked_overrides
+from distrain.regular import read_tail
+from distrain.runs.escape import escaped, escaped_lines
+from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
 from distrain.runs.table import cells, titles
 
 _MAX_LOGS = 4
+_WRONG = (KeyError, TypeError, ValueError, AttributeError)
 _TAIL_BYTES = 1 << 16
 
 
-def show(path: Path, *, lines: int, metric: str) -> int:
+def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
     """Print what there is to know of a run; return 0.
 
     Args:
         path: the run folder.
         lines: how many of the last ones of each log.
         metric: the scalar in the heading.
+        is_full: show the scalars of the guards and clocks, too.
     """
     run = summarize_one(path)
-    for title, body in _sections(run, lines=lines, metric=metric):
+    for title, body in _sections(run, lines=lines, metric=metric, is_full=is_full):
+        title, body = escaped(title), escaped_lines(body)
         print(f"{title}\n{_indented(body)}\n" if body else f"{title}\n")
     sys.stdout.flush()
     return 0
 
 
-def _sections(run: Summary, *, lines: int, metric: str) -> Iterator[tuple[str, str]]:
+def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterator[tuple[str, str]]:
     files = run.files
     why = f": {run.why}" if run.why else ""
     facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
     title = f"{files.path}: {run.state}{why}"
     yield title, "\n".join(f"{name:<10} {cell}" for name, cell in facts)
     values = last_values(list(all_rows(files.path)))
+    if not is_full:
+        values = {name: v for name, v in values.items() if not name.startswith(HIDDEN)}
     width = max(map(len, values), default=0)
     yield "last values", "\n".join(f"{name:<{width}}  {v:.6g}" for name, v in values.items())
     yield "starts", "\n".join(map(_start, files.starts))
     if files.attempts:
         yield "attempts on SLURM", summary(files.attempts)
     yield "checkpoints", _checkpoints(files)
-    yield "configuration", _text(files.path / "run.yaml")
+    yield "configuration", _configuration(files)
     for log in logs(files, run.why)[:_MAX_LOGS]:
         yield f"the end of {log}", tail(log, lines)
 
@@ -82,7 +91,7 @@ def _checkpoints(files: Files) -> str:
             manifest = read_manifest(os.fspath(path))
             size = sum(entry["bytes"] for entry in manifest["files"].values())
             text = f"{manifest['world_size']} ranks, {size / 1e6:.1f} MB, {manifest['created']}"
-        except (CheckpointDamaged, KeyError, TypeError) as error:
+        except (CheckpointDamaged, ArithmeticError, *_WRONG) as error:
             text = f"damaged: {error}"
         except OSError as error:
             text = f"unreadable: {error}"
@@ -103,32 +112,25 @@ def logs(files: Files, why: str) -> list[Path]:
     if files.submitted_id and files.is_on_slurm:
         first.append(files.path / SLURM_FOLDER / f"{files.submitted_id}_0_log.out")
     first.append(folder / "rank_0.log")
-    others = sorted(folder.glob("rank_*.log"), key=_mtime, reverse=True)
+    others = sorted(folder.glob("rank_*.log"), key=mtime, reverse=True)
     return [log for log in dict.fromkeys([*first, *others]) if _size(log)]
 
 
 def tail(path: Path, lines: int) -> str:
     """Return the last lines of a text file."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        text = file.read().decode(errors="replace")
+    try:
+        text = read_tail(path, max_bytes=_TAIL_BYTES).decode(errors="replace")
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").rstrip()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+def _configuration(files: Files) -> str:
+    return yaml.safe_dump(masked(files.conf), sort_keys=False) if files.conf else ""
 
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def _mtime(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def _size(path: Path) -> int:

@@ -29,6 +29,8 @@ class State(StrEnum):
     """All iterations are done."""
     FAILED = "failed"
     """It ended by an error."""
+    UNREADABLE = "unreadable"
+    """A file in its folder is damaged, or not ours to read."""
     DEAD = "dead"
     """Nobody works on it, and nobody noted an end: killed, or its machine is gone."""
 
@@ -83,9 +85,11 @@ def state_of(files: Files, queue: Queue | None) -> tuple[State, str]:
         files: of the run.
         queue: SLURM's states; None if SLURM could not be asked.
     """
+    holder = folderlock.holder(files.path)
+    if files.unreadable and holder is None:
+        return State.UNREADABLE, files.unreadable
     if files.is_on_slurm and files.submitted_id:
         return _on_slurm(files, queue)
-    holder = folderlock.holder(files.path)
     last = files.starts[-1] if files.starts else None
     if holder is not None:
         return State.RUNNING, f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"

@@ -10,7 +10,9 @@ from typing import Any
 
 from distrain.runs.files import METRICS_FILE, Files, last_values, mtime, node, number, read
 from distrain.runs.find import find_runs, name_of
-from distrain.runs.states import State, ask_slurm, open_job, state_of
+from distrain.runs.states import Queue, State, ask_slurm, open_job, state_of
+
+_LONGEST_S = 1e10  # 300 years; what takes longer is no measurement
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,24 @@ def summarize_these(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[S
     found = [read(path) for path in paths]
     queue, notice = ask_slurm(job for files in found if (job := open_job(files)))
     now = time.time()
-    summaries = []
-    for name, files in zip(names, found, strict=True):
-        state, why = state_of(files, queue)
-        values = last_values(files.rows)
-        summary = Summary(
-            name=name,
-            files=files,
-            state=state,
-            why=why,
-            values=values,
-            eta_s=_eta_s(files, now) if state == State.RUNNING else None,
-            ranks=_ranks(files),
-            goodput=_goodput(files, state, now),
-            job_id=files.submitted_id if files.is_on_slurm else "",
-            started=files.starts[0].time if files.starts else None,
-            age_s=max(0.0, now - files.last_sign()),
-        )
-        summaries.append(summary)
-    return summaries, notice
+    return [_summary(n, f, queue, now) for n, f in zip(names, found, strict=True)], notice
+
+
+def _summary(name: str, files: Files, queue: Queue | None, now: float) -> Summary:
+    state, why = state_of(files, queue)
+    return Summary(
+        name=name,
+        files=files,
+        state=state,
+        why=why,
+        values=last_values(files.rows),
+        eta_s=_eta_s(files, now) if state == State.RUNNING else None,
+        ranks=_ranks(files),
+        goodput=_goodput(files, state, now),
+        job_id=files.submitted_id if files.is_on_slurm else "",
+        started=files.starts[0].time if files.starts else None,
+        age_s=max(0.0, now - files.last_sign()),
+    )
 
 
 def summarize_one(path: Path) -> Summary:
@@ -93,7 +94,7 @@ def summarize_one(path: Path) -> Summary:
 
 def _step_s(files: Files) -> float | None:
     """Return the mean time of an iteration in the last rows; None if nobody measured it."""
-    times = [row["perf/step_s"] for row in files.rows if "perf/step_s" in row]
+    times = [row["perf/step_s"] for row in files.rows if 0 < row.get("perf/step_s", 0) < _LONGEST_S]
     return sum(times) / len(times) if times else None
 
 
@@ -104,7 +105,7 @@ def _eta_s(files: Files, now: float) -> float | None:
         return None
     written = mtime(files.path / METRICS_FILE)
     left_s = (files.max_iter - files.iteration) * step_s
-    return max(0.0, left_s - max(0.0, now - written))
+    return min(_LONGEST_S, max(0.0, left_s - max(0.0, now - written)))
 
 
 def _ranks(files: Files) -> int | None:

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
+from distrain.runs.escape import escaped
 from distrain.runs.states import State
 from distrain.runs.summary import Summary, as_json, summarize
 
@@ -28,6 +29,7 @@ _COLORS = {
     State.FINISHED: "blue",
     State.FAILED: "red",
     State.DEAD: "red",
+    State.UNREADABLE: "red",
 }
 _RIGHT = ("iteration", "metric", "eta", "ranks", "goodput")
 
@@ -122,7 +124,7 @@ def cells(summary: Summary, metric: str, *, name: str) -> list[str]:
     value, started = summary.values.get(metric), summary.started
     total = f"/{files.max_iter}" if files.max_iter else ""
     return [
-        name,
+        escaped(name),
         str(summary.state),
         f"{files.iteration}{total}",
         "-" if value is None else f"{value:.4g}",
@@ -151,7 +153,7 @@ def _rows(summaries: Sequence[Summary], metric: str) -> list[tuple[State | None,
         if group:
             counts = Counter(each.state for each in some)
             states = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
-            rows.append((None, [f"{group}/  {states}"]))
+            rows.append((None, [f"{escaped(group)}/  {states}"]))
         for each in some:
             name = "  " + each.name.rpartition("/")[2] if group else each.name
             rows.append((each.state, cells(each, metric, name=name)))
@@ -160,7 +162,7 @@ def _rows(summaries: Sequence[Summary], metric: str) -> list[tuple[State | None,
 
 def titles(metric: str) -> list[str]:
     """Return the names of the columns, the scalar's for "metric"."""
-    return [metric if column == "metric" else column for column in COLUMNS]
+    return [escaped(metric) if column == "metric" else column for column in COLUMNS]
 
 
 def as_text(summaries: Sequence[Summary], metric: str) -> str:
