@@ -140,6 +140,7 @@ class CheckpointStore:
         *,
         world_size: int,
         best: Mapping[str, float] | None = None,
+        is_end_left: bool = False,
     ) -> Stall:
         """Save the state after `iteration` finished iterations; only its copy is waited for.
 
@@ -152,6 +153,8 @@ class CheckpointStore:
             world_size: the number of ranks; noted in the manifest.
             best: the metrics, by name, that are better than ever before. The checkpoint and that it
                 is their best one are published together, and it is kept until a better one is.
+            is_end_left: the iterations are done, but not what comes after the last one: a run that
+                starts from here is not finished. The next save that is takes its place.
 
         Raises:
             ValueError: a metric is not finite.
@@ -165,16 +168,18 @@ class CheckpointStore:
         for name, value in best.items():
             if not math.isfinite(value):
                 raise ValueError(f"{name}={value}: the best checkpoint needs a finite metric")
-        if iteration == self._newest:
+        if iteration == self._newest and not best and not is_end_left:
             return Stall(0.0, 0.0)
         self.wait()
         waited = time.perf_counter()
         snapshot = encode(state)
-        scratch = durable.scratch_name(fmt.folder_name(iteration))
+        name = fmt.folder_name(iteration) + (fmt.TRAINED_SUFFIX if is_end_left else "")
+        scratch = durable.scratch_name(name)
         job = {
             "folder": str(self.folder),
             "parent": self._parent,
             "iteration": iteration,
+            "name": name,
             "scratch": scratch,
             "keep": self._keep,
             "manifest": {
@@ -184,10 +189,11 @@ class CheckpointStore:
                 "best": best,
             },
         }
-        self._newest = iteration
+        self._newest = self._newest if is_end_left else iteration
         try:
             place = self._staged().fill(snapshot, job)
-            self._send(Request("save", {"save": place}, iteration, scratch))
+            kind: Literal["trained", "save"] = "trained" if is_end_left else "save"
+            self._send(Request(kind, {"save": place}, iteration, scratch))
         except OSError as error:
             self._save_failed(iteration, f"{type(error).__name__}: {error}")
         self._settle(wait=not self._background)
@@ -279,10 +285,12 @@ class CheckpointStore:
         kind, _, iteration, scratch = outcome.request
         for note in outcome.notes:
             _log.warning("checkpoints: %s", note)
-        if kind == "save" and outcome.error is None:
-            self.last_saved, self.last_error = iteration, None
+        if kind != "reserve" and outcome.error is None:
+            self.last_error = None
+            if kind == "save":
+                self.last_saved = iteration
             _log.debug("checkpoint %d was written in %.2f s", iteration, outcome.write_s)
-        elif kind == "save":
+        elif kind != "reserve":
             durable.remove(str(self.folder / scratch))  # a writer that was killed leaves it,
             clear_leftovers(self.folder, patience_s=0.0)  # or what it was deleting
             self._save_failed(iteration, outcome.error)

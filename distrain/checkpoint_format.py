@@ -2,6 +2,8 @@
 
 ::
 
+    iter_0000000100.trained/    the same, while the end of the run is still to come: the final
+                                evaluation and the like; gone when the next one is there
     iter_0000000100/            the state after 100 finished iterations
         model.safetensors       the tensors of the part "model" under their own names
         training.safetensors    all other tensors
@@ -38,6 +40,7 @@ TRAINING_FILE = "training.safetensors"
 STATE_FILE = "state.json"
 FILES = (MODEL_FILE, TRAINING_FILE, STATE_FILE)
 MANIFEST_FILE = "manifest.json"
+TRAINED_SUFFIX = ".trained"
 MODEL_PART = "model"
 HISTORIES_PART = "histories"
 # measured on this machine, never twice the same
@@ -71,6 +74,11 @@ def iteration_of(name: str) -> int | None:
     """Return the iteration that a folder name says, None if it is not a checkpoint's."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def trained_iteration_of(name: str) -> int | None:
+    """Return the iteration that the folder name of a trained state says, None if it is none."""
+    return iteration_of(name.removesuffix(TRAINED_SUFFIX)) if TRAINED_SUFFIX in name else None
 
 
 def open_regular(path: str) -> int:

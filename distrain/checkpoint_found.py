@@ -50,16 +50,29 @@ class Found:
     run_id: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_end_left(self) -> bool:
+        """Whether the end of the run, such as its final evaluation, was still to come."""
+        return self.path.name.endswith(fmt.TRAINED_SUFFIX)
 
-def find_all(folder: str | Path) -> list[Path]:
-    """Return the folders of all checkpoints in a folder, oldest iteration first, unverified."""
+
+def find_all(folder: str | Path, *, with_trained: bool = False) -> list[Path]:
+    """Return the folders of all checkpoints in a folder, oldest iteration first, unverified.
+
+    Args:
+        folder: the folder of a run's checkpoints.
+        with_trained: with trained states whose run has not ended, each before the checkpoint of
+            its iteration.
+    """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    numbered = [(fmt.iteration_of(name), name) for name in names]
+    numbered = [(fmt.iteration_of(name), 1, name) for name in names]
+    if with_trained:
+        numbered += [(fmt.trained_iteration_of(name), 0, name) for name in names]
     return [
-        Path(folder, name) for n, name in sorted((n, name) for n, name in numbered if n is not None)
+        Path(folder, name) for number, _, name in sorted(n for n in numbered if n[0] is not None)
     ]
 
 
@@ -100,12 +113,13 @@ def describe(path: str | Path) -> Found:
 def newest_valid(folder: str | Path) -> Found | None:
     """Return the newest valid checkpoint in a folder; None if there is none.
 
-    A damaged one is named in a warning and passed over.
+    A damaged one is named in a warning and passed over. It may be a trained state whose run has not
+    ended, see `Found.is_end_left`.
 
     Raises:
         OSError: one cannot be read; an older one in its place would lose what it holds.
     """
-    for path in reversed(retried(lambda: find_all(folder))):
+    for path in reversed(retried(lambda: find_all(folder, with_trained=True))):
         found = describe(path)
         if found.valid:
             return found

@@ -149,7 +149,7 @@ class Request(NamedTuple):
         scratch: the name of the folder that the writer works in.
     """
 
-    kind: Literal["reserve", "save"]
+    kind: Literal["reserve", "save", "trained"]
     message: dict[str, Any]
     iteration: int = -1
     scratch: str = ""

@@ -63,6 +63,17 @@ def set_aside(path: str, run_id: str, notes: list[str]) -> None:
     notes.append(f"{path} was damaged and not known as this run's own; it is now {other}")
 
 
+def step_aside(path: str) -> None:
+    """Take the name from a valid checkpoint that a newer one of its iteration is to replace.
+
+    Until that one has the name, it is found as a trained state would be; then `prune` deletes it.
+    """
+    aside = path + fmt.TRAINED_SUFFIX
+    if os.path.lexists(aside):
+        _delete(aside)
+    os.rename(path, aside)
+
+
 def _delete(path: str) -> None:
     """Delete a checkpoint; killed on the way it leaves no half of it under its name."""
     folder, name = os.path.split(path)
@@ -153,6 +164,12 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
             continue
         else:
             _delete(path)
+    for name in os.listdir(folder):  # trained states that a checkpoint has taken the place of
+        trained = fmt.trained_iteration_of(name)
+        if trained is not None and trained <= newest:
+            path = os.path.join(folder, name)
+            if _is_ours(path, run_id):
+                _delete(path)
 
 
 def _is_whole(path: str) -> bool:

@@ -74,14 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(run: Path, *, iteration: int | None = None) -> int:
     """Print all checkpoints of a run, and the digests of one; 1 if none is valid, else 0."""
     folder = checkpoint_folder(run)
-    found = [_describe(path) for path in find_all(folder)]
+    found = [_describe(path) for path in find_all(folder, with_trained=True)]
     if not found:
         raise NothingFound(f"{run}: no checkpoints in {folder}")
     best = known_best(folder)
     print(f"{'iteration':>12} {'ranks':>6} {'size':>10}  state")
     for one in found:
         state = "valid" if one.valid else one.why_not
-        state += best_mark(best, one.iteration)
+        state += (
+            ", the end of the run is left" if one.is_end_left else best_mark(best, one.iteration)
+        )
         print(f"{one.iteration:>12} {one.world_size or '?':>6} {_size(one.bytes):>10}  {state}")
     if iteration is None and not any(one.valid for one in found):
         return 1

@@ -71,12 +71,16 @@ def reserve(staging_fd: int, size: int) -> None:
 
 
 def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
-    """Write one checkpoint and give it its name; then delete the ones no longer kept."""
+    """Write one checkpoint and give it its name; then delete the ones no longer kept.
+
+    A valid one of that name stays, unless the new one is the best of something that it is not.
+    """
     folder = job["folder"]
     _make_folder(folder, job["parent"])
     run_id = retention.run_id_of(folder)
-    path = os.path.join(folder, fmt.folder_name(job["iteration"]))
-    if not _is_valid(path):
+    path = os.path.join(folder, job["name"])
+    marks = _marks(path)
+    if marks is None or not job["manifest"]["best"].items() <= marks.items():
         scratch = os.path.join(folder, job["scratch"])
         os.mkdir(scratch, 0o755)
         try:
@@ -87,12 +91,17 @@ def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
                 manifest.flush()
                 os.fsync(manifest.fileno())
                 durable.sync_folder(scratch)
-                retention.set_aside(path, run_id, notes)
+                if marks is None:
+                    retention.set_aside(path, run_id, notes)
+                else:
+                    retention.step_aside(path)
                 os.rename(scratch, path)
                 durable.sync_folder(folder)
         except BaseException:
             durable.remove(scratch)
             raise
+    if job["name"].endswith(fmt.TRAINED_SUFFIX):
+        return
     try:
         retention.prune(folder, run_id, job["iteration"], job["keep"], notes)
     except OSError as error:
@@ -175,12 +184,13 @@ def _make_folder(folder: str, parent: int | None) -> None:
         durable.sync_folder(around)
 
 
-def _is_valid(path: str) -> bool:
+def _marks(path: str) -> dict[str, float] | None:
+    """Return the metrics that a checkpoint is the best of; None if it is not there, or damaged."""
     try:
-        fmt.verify(path)
+        marks: dict[str, float] = fmt.verify(path)["best"]
     except fmt.CheckpointDamaged:
-        return False
-    return True
+        return None
+    return marks
 
 
 def main(arguments: list[str]) -> None:

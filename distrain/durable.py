@@ -16,7 +16,9 @@ import time
 
 from distrain.retry import is_definite
 
-_SCRATCH = re.compile(r"\.tmp-(delete-)?(iter_\d{10,18}|best\.json|run_id)-[0-9a-f]{12}")
+_SCRATCH = re.compile(
+    r"\.tmp-(delete-)?(iter_\d{10,18}(?:\.trained)?|best\.json|run_id)-[0-9a-f]{12}"
+)
 PREFIX = ".tmp-"
 DELETE_PREFIX = ".tmp-delete-"
 LOCKED_FILE = "manifest.json"  # the file in a scratch folder that its writer has locked

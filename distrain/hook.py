@@ -1,4 +1,4 @@
-"""What a hook is: five moments of training at which code of the user's choice runs."""
+"""What a hook is: six moments of training at which code of the user's choice runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from distrain.errors import ConfigError
 if TYPE_CHECKING:
     from distrain.trainer import TrainerBase
 
-Moment = Literal["before_train", "before_step", "after_backward", "after_step", "after_train"]
+Moment = Literal[
+    "before_train",
+    "before_step",
+    "after_backward",
+    "after_step",
+    "after_last_step",
+    "after_train",
+]
 MOMENTS: tuple[Moment, ...] = (
     "before_train",
     "before_step",
     "after_backward",
     "after_step",
+    "after_last_step",
     "after_train",
 )
 STEP_MOMENTS: tuple[Moment, ...] = ("before_step", "after_backward", "after_step")
@@ -34,6 +42,7 @@ class HookBase:
             hook.before_step()
             trainer.run_step()          # forward, backward, hook.after_backward(), update
             hook.after_step()
+        hook.after_last_step()          # not if training failed
         hook.after_train()              # also when training failed: see trainer.error
 
     Only the moments that a class overrides are called, so an empty one costs nothing. Hooks run in
@@ -51,6 +60,8 @@ class HookBase:
         part: the part of a checkpoint that its state lies in.
         is_idle: set in `before_train` by a hook that has nothing to do in this run: its
             `before_step`, `after_backward` and `after_step` are not called then.
+        only_closes: whether `after_train` closes what the hook has open, and no more. Before any
+            other the trained state is saved, so that nothing is lost if it fails.
     """
 
     trainer: TrainerBase
@@ -59,6 +70,7 @@ class HookBase:
     ranks: ClassVar[Literal["all", "main"]] = "all"
     part: ClassVar[str] = "hooks"
     is_idle: bool = False
+    only_closes: bool = False
 
     def before_train(self) -> None:
         """Run once, before the first iteration."""
@@ -75,6 +87,13 @@ class HookBase:
 
     def after_step(self) -> None:
         """Run after each iteration."""
+
+    def after_last_step(self) -> None:
+        """Run once, after the last iteration and before any `after_train`, unless training failed.
+
+        The scalars of all iterations are in the histories. An error raised here is a failure of
+        training: the state is not saved.
+        """
 
     def after_train(self) -> None:
         """Run once, at the end; after a failure too, a hook's as well: see `trainer.error`.

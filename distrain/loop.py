@@ -13,7 +13,7 @@ from distrain.events import EventStorage
 from distrain.heartbeat import Heard, Phase, Pulse
 from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 from distrain.log import logger
-from distrain.reduction import STOP_REQUESTED, ScalarReduction
+from distrain.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 
 
 class TrainerBase:
@@ -34,6 +34,7 @@ class TrainerBase:
         storage: the EventStorage of this run.
         reduction: combines its scalars over ranks.
         error: what ended training, None while all is well.
+        ends_only: whether an earlier start has done all iterations, and only `after_train` is left.
         where: the place of this process among the ranks.
         pulse: tells whoever watches this rank where it is.
     """
@@ -61,6 +62,8 @@ class TrainerBase:
         self._stop_requested = False
         self._histories: Mapping[str, Any] = {}
         self._early_stop = False  # of the loaded state
+        self.ends_only = False
+        self._end_left: Mapping[str, int] | None = None  # how training ended, by the loaded state
         self._reported: tuple[int, dict[str, float]] = (-1, {})  # iter_done and its metrics
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
         self.register_hooks(hooks)
@@ -122,14 +125,19 @@ class TrainerBase:
         self.iter = self.iter_done = self.start_iter = start_iter
         self.max_iter = max_iter
         self.error = None
-        with EventStorage(start_iter) as self.storage:
+        stopped_early = self._end_left is not None and self._end_left["stop"] == STOP_EARLY
+        self.ends_only = self._end_left is not None and (stopped_early or start_iter == max_iter)
+        # what is put at the end belongs to the last iteration
+        first_iter = start_iter - 1 if self.ends_only else start_iter
+        with EventStorage(first_iter) as self.storage:
             self.storage.load_state_dict(self._histories)
             # at the end of a period it was obeyed: more iterations were asked for since
-            self.storage.early_stop = self._early_stop and start_iter % self.window != 0
+            is_obeyed = start_iter % self.window == 0 and not stopped_early
+            self.storage.early_stop = self._early_stop and not is_obeyed
             self.reduction = ScalarReduction(
                 self.storage,
                 period=self.window,
-                first_iter=start_iter,
+                first_iter=first_iter,
                 rank=self.where.rank,
                 world_size=self.where.world_size,
                 group=new_cpu_group(),
@@ -138,13 +146,17 @@ class TrainerBase:
             )
             if self._stop_requested:
                 self.request_stop()
+            if stopped_early:
+                self.reduction.stop = STOP_EARLY
             try:
                 self.prepare()
                 self._call("before_train")
                 self._order_calls(*STEP_MOMENTS)  # now that hooks know whether they are idle
-                self._loop()
+                if not self.ends_only:
+                    self._loop()
                 self._beat_end()
                 self.reduction.drain(self.storage.iter)
+                self._call("after_last_step")
             except BaseException as error:
                 self.error = error
                 self._beat_end()
@@ -264,6 +276,7 @@ class TrainerBase:
         """
         self._histories = state["histories"]
         self._early_stop = state["early_stop"]
+        self._end_left = state.get("end")
         for name, hook in self.hooks.items():
             saved = state.get(hook.part, {}).get(name)
             if saved:

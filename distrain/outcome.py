@@ -36,7 +36,7 @@ def conclude(
         SaveFailed: it is not; names the newest checkpoint that there is.
     """
     done, start_iter = trainer.iter_done, trainer.start_iter
-    is_saved = done in (start_iter, checkpoints.last_saved)
+    is_saved = done == checkpoints.last_saved or (done == start_iter and not trainer.ends_only)
     stopped = outcome is ExitCode.STOPPED
     if not is_saved and (stopped or not may_be_unsaved):
         newest = checkpoints.last_saved or start_iter

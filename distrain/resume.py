@@ -47,29 +47,31 @@ def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:
         RunFailed: one cannot be read. Nothing was changed in either case.
     """
     state: State | None = None
-    iteration, failure, is_final = 0, "", False
+    name, failure, is_final = "", "", False
     if topology().is_main:
         try:
             with waiting("checking the checkpoints"):
-                iteration, state = newest_fitting(folder, model)
+                name, state = newest_fitting(folder, model)
         except (OSError, RunRefused) as error:
             is_final = isinstance(error, RunRefused)
             failure = str(error) if is_final else unreadable(folder, error)
-    iteration, failure, is_final = broadcast_from_main([iteration, failure, is_final])
+    name, failure, is_final = broadcast_from_main([name, failure, is_final])
     if failure:
         raise (RunRefused if is_final else RunFailed)(failure)
-    if iteration and state is None:
-        path = folder / fmt.folder_name(iteration)
+    if name and state is None:
+        path = folder / name
         try:
-            with waiting(f"reading checkpoint {iteration}"):
+            with waiting(f"reading {name}"):
                 state = load_checkpoint(path)
         except (OSError, fmt.CheckpointDamaged) as error:
             raise RunFailed(f"{unreadable(path, error)} (on rank {topology().rank})") from error
-    return iteration, state
+    return (0 if state is None else int(state["stream"]["iteration"])), state
 
 
-def newest_fitting(folder: Path, model: nn.Module) -> tuple[int, State | None]:
-    """Return the newest checkpoint to continue from, and its state; (0, None) without any.
+def newest_fitting(folder: Path, model: nn.Module) -> tuple[str, State | None]:
+    """Return the folder name of the newest checkpoint to continue from, and its state.
+
+    ("", None) without any. It may be a trained state whose end is left, see `Found.is_end_left`.
 
     Those that are passed over are named in a warning.
 
@@ -80,14 +82,14 @@ def newest_fitting(folder: Path, model: nn.Module) -> tuple[int, State | None]:
     clear_leftovers(folder)
     run_id = read_run_id(str(folder))
     passed: list[str] = []
-    for path in reversed(retried(lambda: find_all(folder))):
+    for path in reversed(retried(lambda: find_all(folder, with_trained=True))):
         try:
             state = load_checkpoint(path)
             why = _misfit(path, state, run_id, model)
         except fmt.CheckpointDamaged as error:
             why = str(error)
         if not why:
-            return int(state["stream"]["iteration"]), state
+            return path.name, state
         logger.warning("checkpoint passed over: %s", why)
         passed.append(why)
     if passed:
@@ -95,7 +97,7 @@ def newest_fitting(folder: Path, model: nn.Module) -> tuple[int, State | None]:
             f"{folder}: none of {len(passed)} checkpoints can be continued from ({passed[0]}); "
             "begin another run with run.name=..., or move this folder away to begin at 0"
         )
-    return 0, None
+    return "", None
 
 
 def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> str:

@@ -187,7 +187,7 @@ class RunFolder:
                 f"resume=never: {self.path} holds a run; give another run.name, or resume=auto to "
                 "continue it"
             )
-        if conf["resume"] == "must" and not find_all(self.path / "checkpoints"):
+        if conf["resume"] == "must" and not find_all(self.path / "checkpoints", with_trained=True):
             raise ConfigError(
                 f"resume=must: {self.path} holds no checkpoint; resume=auto begins anew"
             )
@@ -245,7 +245,7 @@ class RunFolder:
                 else:
                     path.write_bytes(content)
             return
-        if find_all(self.path / "checkpoints"):
+        if find_all(self.path / "checkpoints", with_trained=True):
             return
         for path in self.path.iterdir():
             if path.name in self._others:
@@ -330,6 +330,8 @@ def _done_iter(path: Path, max_iter: int) -> int | None:
     if not found or (iteration_of(found[-1].name) or 0) < max_iter:
         return None
     newest = newest_valid(checkpoints)
+    if newest is None or newest.is_end_left:
+        return None
     # one of another run, or without a model, is for the ranks to pass over
     if newest is None or newest.iteration < max_iter or MODEL_PART not in newest.digests:
         return None

@@ -73,8 +73,9 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         sync_batchnorm = conf["trainer"]["sync_batchnorm"]
         model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
         start_iter, state = _resume_point(conf["resume"], checkpoints, model)
-        max_iter = conf["trainer"]["max_iter"]
-        if start_iter >= max_iter:
+        is_end_left = state is not None and "end" in state
+        max_iter = max(conf["trainer"]["max_iter"], start_iter if is_end_left else 0)
+        if start_iter >= max_iter and not is_end_left:
             log.logger.info("%s has done its %d iterations already", run_dir, start_iter)
             return ExitCode.FINISHED
         parts = build_parts(

@@ -43,7 +43,7 @@ def locate_weights(path: str | Path) -> Path:
             "checkpoints, *.safetensors or *.pt"
         )
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not find_all(folder):
+    if not find_all(folder, with_trained=True):
         raise ConfigError(f"{path}: this folder holds no checkpoint; give that of a run")
     found = newest_valid(folder)
     if found is None:

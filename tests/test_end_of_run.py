@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from distrain import HookBase, TrainerBase
 from distrain.checkpoint import CheckpointStore
-from distrain.hooks import PeriodicCheckpointer, PeriodicWriter
+from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter
 
 pytestmark = pytest.mark.ranks
 
@@ -53,8 +53,8 @@ def train(rank, folder, *, writer=PeriodicWriter, kill_at=None, iters=ITERS):
     start = 0
     if newest is not None:
         start = newest.iteration
-        trainer.load_state_dict(checkpoints.load(start))
-    if start < iters:
+        trainer.load_state_dict(checkpoints.load(newest.path))
+    if start < iters or (newest is not None and newest.is_end_left):
         trainer.train(start, iters)
     return start
 
@@ -84,8 +84,8 @@ QUIET = (
     ("kill_at", "resumed_at"),
     [
         (None, 10),
-        (74, 9),  # all but the last row and the checkpoint
-        (76, 9),  # between the last row and the final checkpoint
+        (74, 10),  # all but the last row and the checkpoint: the trained state is saved
+        (76, 10),  # between the last row and the final checkpoint
         (81, 10),  # behind both
     ],
 )
@@ -136,3 +136,113 @@ def test_a_writer_that_fails_at_its_end_does_not_prevent_the_final_checkpoint(tm
     with pytest.raises(ValueError, match="broken"):  # without the guard: the others wait for it
         run_ranks(train, 3, tmp_path / "b", writer=Unguarded)
     assert CheckpointStore(tmp_path / "b" / "checkpoints").newest_valid().iteration == 9
+
+
+class FinalEvaluation(EvalHook):
+    """Puts 7.0 as eval/score; the first time it is killed, or raises, if told so."""
+
+    def __init__(self, harm=None, period=None):
+        super().__init__(period, function=self.score)
+        self.harm = harm
+
+    def score(self):
+        if self.harm == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.harm == "raise":
+            raise ValueError("a typo in metrics()")
+        return {"score": 7.0}
+
+
+class StopAt(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_train(self):
+        self.trainer.reduction.stops_at_period = True
+
+    def after_step(self):
+        if self.trainer.iter_done >= self.iteration:
+            self.trainer.storage.early_stop = True
+
+
+class Count(HookBase):
+    order = 10
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def after_step(self):
+        self.seen.append(self.trainer.iter)
+
+
+def evaluated(rank, folder, *, harm=None, iters=ITERS, stop_at=None, seen=None, keep_last=3):
+    """Go on from the newest checkpoint, with evaluation, statistics of it and a best checkpoint."""
+    store = CheckpointStore(folder / "checkpoints", background=False, keep_last=keep_last)
+    newest = store.newest_valid()
+    hooks = {
+        "writer": PeriodicWriter(run_dir=str(folder)),
+        "eval": FinalEvaluation(harm),
+        "best": BestCheckpointer("eval/score", checkpoints=store),
+        "checkpoint": PeriodicCheckpointer(PERIOD, checkpoints=store),
+        "count": Count([] if seen is None else seen),
+    }
+    if stop_at:
+        hooks["stop"] = StopAt(stop_at)
+    trainer = Steps(hooks, window=WINDOW)
+    start = 0
+    if newest is not None:
+        start = newest.iteration
+        trainer.load_state_dict(store.load(newest.path))
+    if start < iters or newest.is_end_left:
+        trainer.train(start, iters)
+    done = trainer.hooks["count"].seen
+    return newest and (start, newest.is_end_left), done
+
+
+def left_behind(folder):
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    state = CheckpointStore(folder / "checkpoints").load(int(names[-2][5:]))
+    del state["rng"]
+    return names, shown(folder), repr(state)
+
+
+@pytest.mark.parametrize("iters", [10, 12])  # 12: the last iteration ends a window
+@pytest.mark.parametrize("stop_at", [None, 8])
+@pytest.mark.parametrize("harm", ["kill", "raise"])
+def test_the_trained_state_is_saved_before_the_final_evaluation(tmp_path, harm, stop_at, iters):
+    """Straight, and killed or failed in the final evaluation, a run leaves the same."""
+    quiet, harmed = tmp_path / "quiet", tmp_path / "harmed"
+    settings = {"iters": iters, "stop_at": stop_at}
+    end = stop_at or iters
+    assert run_ranks(evaluated, 1, quiet, **settings) == [(None, list(range(end)))]
+    error, text = (RuntimeError, "exit code -9") if harm == "kill" else (ValueError, "a typo")
+    for _ in range(2):  # the second time nothing is trained
+        with pytest.raises(error, match=text):
+            run_ranks(evaluated, 1, harmed, harm=harm, **settings)
+        assert f"iter_{end:010d}.trained" in os.listdir(harmed / "checkpoints")
+        assert f"iter_{end:010d}" not in os.listdir(harmed / "checkpoints")
+    assert run_ranks(evaluated, 1, harmed, **settings) == [((end, True), [])]
+    assert left_behind(harmed) == left_behind(quiet)
+    names, (lines, curves, _), _ = left_behind(quiet)
+    kept = [3, 6, 9, 12] if iters == 12 and not stop_at else [3, 6, 9, 10]
+    kept = [3, 6, 8] if stop_at else kept
+    assert names == ["best.json", *(f"iter_{i:010d}" for i in kept[-3:]), "run_id"]
+    assert curves["eval/score"] == [(end - 1, 7.0)]
+    assert [line["iteration"] for line in lines].count(end - 1) == 1
+
+
+def test_a_longer_run_goes_on_from_a_trained_state(tmp_path):
+    with pytest.raises(ValueError, match="a typo"):
+        run_ranks(evaluated, 1, tmp_path, harm="raise")
+    assert run_ranks(evaluated, 1, tmp_path, iters=13) == [((10, True), [10, 11, 12])]
+    assert "iter_0000000010.trained" not in os.listdir(tmp_path / "checkpoints")
+
+
+def test_nothing_is_saved_twice_where_the_end_only_closes(tmp_path, monkeypatch):
+    saved = []
+    real = CheckpointStore.save
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda s, i, *a, **k: saved.append(i) or real(s, i, *a, **k)
+    )
+    train(0, tmp_path)
+    assert saved == [3, 6, 9, 10]

@@ -33,6 +33,9 @@ class Recorder(HookBase):
     def after_step(self):
         self.log.append((self.name, "after_step", self.trainer.iter))
 
+    def after_last_step(self):
+        self.log.append((self.name, "after_last_step", self.trainer.iter))
+
     def after_train(self):
         self.log.append((self.name, "after_train", self.trainer.iter))
 
@@ -43,7 +46,8 @@ def test_the_calling_sequence():
     moments = ["before_step", "after_backward", "after_step"]
     steps = [(name, moment, i) for i in (3, 4) for moment in moments for name in "ab"]
     start = [("a", "before_train", 3), ("b", "before_train", 3)]
-    assert log == [*start, *steps, ("a", "after_train", 5), ("b", "after_train", 5)]
+    end = [(name, moment, 5) for moment in ("after_last_step", "after_train") for name in "ab"]
+    assert log == [*start, *steps, *end]
 
 
 def test_only_overridden_moments_are_called():
@@ -52,7 +56,7 @@ def test_only_overridden_moments_are_called():
             pass
 
     trainer = Steps([OnlyAfterStep(), OnlyAfterStep()])
-    assert [len(calls) for calls in trainer._calls.values()] == [0, 0, 0, 2, 0]
+    assert [len(calls) for calls in trainer._calls.values()] == [0, 0, 0, 2, 0, 0]
 
 
 def test_hooks_run_by_order_then_as_given():

@@ -109,6 +109,7 @@ def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, 
         (10, {"eval/score": 0.5, "eval/other": 1.0}),
         (20, {"eval/score": 0.7, "eval/other": 2.0}),
         (30, {"eval/other": 3.0}),
+        (40, {}),  # before the final evaluation
         (40, {}),
     ]
     state = store.load(30)["hooks"]

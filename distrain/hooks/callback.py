@@ -35,6 +35,7 @@ class CallbackHook(HookBase):
         self._after_backward = after_backward
         self._after_step = after_step
         self._after_train = after_train
+        self.only_closes = after_train is None
 
     def before_train(self) -> None:
         """Call its function."""

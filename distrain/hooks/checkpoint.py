@@ -10,6 +10,7 @@ from distrain.distributed import gather_to_main, random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
+from distrain.hooks.evaluation import is_finished
 from distrain.hooks.metric import MetricHook
 from distrain.loop import TrainerBase
 from distrain.progressbar import waiting
@@ -24,6 +25,7 @@ class PeriodicCheckpointer(HookBase):
     """
 
     order = 80
+    only_closes = True
 
     def __init__(self, period: int | None = None, *, checkpoints: CheckpointStore) -> None:
         if period is not None and period < 1:
@@ -42,7 +44,7 @@ class PeriodicCheckpointer(HookBase):
         if done == self.trainer.start_iter + 1:  # now the optimizer has its state, too
             self._rehearse(self._checkpoints.reserve)
         if self._period and done % self._period == 0 and done != self.trainer.max_iter:
-            save(self.trainer, self._checkpoints)
+            save_in_loop(self.trainer, self._checkpoints)
 
     def _rehearse(self, take: Callable[[Mapping[str, Any]], object]) -> None:
         """Hand rank 0's state to `take`. A collective where the model is sharded."""
@@ -52,10 +54,21 @@ class PeriodicCheckpointer(HookBase):
             if is_main:
                 take(state)
 
+    def after_last_step(self) -> None:
+        """Save what is trained, if the end does more than to close things: that may fail."""
+        more = [
+            hook
+            for hook in self.trainer.hooks.values()
+            if type(hook).after_train is not HookBase.after_train and not hook.only_closes
+        ]
+        if more and is_finished(self.trainer) and self.trainer.iter_done > self.trainer.start_iter:
+            save(self.trainer, self._checkpoints, is_end_left=True)
+
     def after_train(self) -> None:
         """Save where training ended, and wait until it is on the disk."""
+        has_more = self.trainer.iter_done > self.trainer.start_iter or self.trainer.ends_only
         with waiting("saving the last checkpoint"):
-            if self.trainer.error is None and self.trainer.iter_done > self.trainer.start_iter:
+            if self.trainer.error is None and has_more:
                 save(self.trainer, self._checkpoints)
             if self.trainer.where.is_main:
                 self._checkpoints.close()
@@ -75,6 +88,7 @@ class BestCheckpointer(MetricHook):
     """
 
     order = 79  # its state is part of what it saves, and of what PeriodicCheckpointer saves
+    only_closes = True
 
     def __init__(
         self,
@@ -101,18 +115,24 @@ class BestCheckpointer(MetricHook):
 
     def after_step(self) -> None:
         """Save if the metric of this hook, or of another of its kind, is the best so far."""
-        hooks = [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
-        marks = {h.metric: h._unsaved for h in hooks if h._look() and h._unsaved is not None}
-        if not marks:
-            return
-        for hook in hooks:  # what is saved says that nothing is left to save
-            hook._unsaved = None
-        save(self.trainer, self._checkpoints, best=marks)
+        self._save_best(save_in_loop)
 
     def after_train(self) -> None:
         """Look at the metric of the final evaluation."""
         if self.trainer.error is None:
-            self.after_step()
+            self._save_best(save)
+
+    def _save_best(self, save: Callable[..., bool]) -> None:
+        hooks = [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
+        marks = {h.metric: h._unsaved for h in hooks if h._look() and h._unsaved is not None}
+        if not marks:
+            return
+        unsaved = [(hook, hook._unsaved) for hook in hooks]
+        for hook in hooks:  # what is saved says that nothing is left to save
+            hook._unsaved = None
+        if not save(self.trainer, self._checkpoints, best=marks):
+            for hook, value in unsaved:
+                hook._unsaved = value
 
     def _look(self) -> bool:
         """Take the metric's value, if there is a new one; whether a best one is not saved."""
@@ -130,26 +150,53 @@ class BestCheckpointer(MetricHook):
         self.best, self._unsaved = state["best"], state["unsaved"]
 
 
+def save_in_loop(
+    trainer: TrainerBase, checkpoints: CheckpointStore, *, best: Mapping[str, float] | None = None
+) -> bool:
+    """Do what `save` does, unless training ends with this iteration: then its end saves.
+
+    Returns:
+        Whether it was saved.
+    """
+    trainer.reduction.drain(trainer.storage.iter)
+    return not trainer.reduction.stop and save(trainer, checkpoints, best=best)
+
+
 def save(
     trainer: TrainerBase,
     checkpoints: CheckpointStore,
     *,
     best: Mapping[str, float] | None = None,
-) -> None:
+    is_end_left: bool = False,
+) -> bool:
     """Save all that a resumed run needs. A collective; training waits for the copy only.
 
     Args:
         trainer: whose state it is.
         checkpoints: where to; only rank 0's is used.
         best: see `CheckpointStore.save`.
+        is_end_left: see `CheckpointStore.save`; the state has what `TrainerBase.train` needs to do
+            the end only.
+
+    Returns:
+        True.
     """
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
         random = gather_to_main(random_states())
         if random is None and not trainer.is_sharded:
-            return
+            return True
         state = trainer.state_dict()
         if random is None:
-            return
+            return True
         state["rng"] = {"ranks": random}
-        checkpoints.save(trainer.iter_done, state, world_size=trainer.where.world_size, best=best)
+        if is_end_left:
+            state["end"] = {"stop": trainer.reduction.stop}
+        checkpoints.save(
+            trainer.iter_done,
+            state,
+            world_size=trainer.where.world_size,
+            best=best,
+            is_end_left=is_end_left,
+        )
+    return True

@@ -22,6 +22,7 @@ class EarlyStopping(MetricHook):
     """
 
     order = 70
+    only_closes = True
 
     def __init__(
         self,

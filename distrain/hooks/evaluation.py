@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from distrain.data import EvalLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
 from distrain.hook import HookBase
 from distrain.hooks.ema import EMA
+from distrain.loop import TrainerBase
 from distrain.module_state import kept_generators
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
@@ -48,6 +50,7 @@ class EvalHook(HookBase):
         self._function = function
         self._prefix = prefix
         self._last_done = -1
+        self.only_closes = eval_loader is None and function is None
 
     def before_train(self) -> None:
         """Check that at most one average takes the place of the weights."""
@@ -67,6 +70,14 @@ class EvalHook(HookBase):
         """Evaluate the finished model; not if training only pauses here, or failed."""
         if is_finished(self.trainer) and self._last_done != self.trainer.iter_done:
             self._evaluate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which iteration was evaluated last."""
+        return {"last_done": self._last_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._last_done = state["last_done"]
 
     def _evaluate(self) -> None:
         if self._function is None and self._eval_loader is None:
@@ -105,7 +116,7 @@ class EvalHook(HookBase):
             )
 
 
-def is_finished(trainer: Trainer) -> bool:
+def is_finished(trainer: TrainerBase) -> bool:
     """Whether training has come to its end, rather than pauses here or has failed."""
     is_last = trainer.iter_done == trainer.max_iter
     ended = is_last or trainer.reduction.stop not in (0, STOP_REQUESTED)

@@ -24,6 +24,7 @@ class GarbageCollector(HookBase):
     """
 
     order = 95
+    only_closes = True
 
     def __init__(self, period: int = 1000) -> None:
         if period < 1:

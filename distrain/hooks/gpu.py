@@ -56,6 +56,7 @@ class GpuStats(HookBase):
     """
 
     trainer: Trainer
+    only_closes = True
 
     def __init__(self, period_s: float = 1.0, each_up_to: int = 16) -> None:
         if period_s <= 0:

@@ -43,6 +43,7 @@ class TorchMemoryStats(HookBase):
     """
 
     trainer: Trainer
+    only_closes = True
 
     def before_train(self) -> None:
         """See whether there is a GPU to ask about."""

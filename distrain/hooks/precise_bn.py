@@ -77,6 +77,14 @@ class PreciseBN(HookBase):
         if is_finished(self.trainer) and self._last_done != self.trainer.iter_done:
             self._recompute()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return for which iteration they were computed last."""
+        return {"last_done": self._last_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._last_done = state["last_done"]
+
     def _recompute(self) -> None:
         trainer = self.trainer
         self._last_done = trainer.iter_done

@@ -52,6 +52,7 @@ class TorchProfiler(HookBase):
 
     order = 5
     trainer: Trainer
+    only_closes = True
 
     def __init__(
         self,

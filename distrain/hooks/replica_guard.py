@@ -59,10 +59,9 @@ class ReplicaGuard(HookBase):
         if self.trainer.is_sharded and self.trainer.where.is_main:
             logger.info("replica guard: a sharded model has no replicas; shards are not compared")
 
-    def after_train(self) -> None:
-        """Look at the last checksum, before the final checkpoint."""
-        if self.trainer.error is None:
-            self._judge()
+    def after_last_step(self) -> None:
+        """Judge the last checksum, before anything is saved."""
+        self._judge()
 
     def _judge(self) -> None:
         """Raise ReplicaDrift if a checksum has come back that differs."""

@@ -91,6 +91,7 @@ class Throughput(HookBase):
     """
 
     trainer: Trainer
+    only_closes = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
 from distrain.hook import HookBase
+from distrain.hooks.evaluation import is_finished
 from distrain.module_state import kept_generators
 from distrain.redact import masked
 from distrain.schema import refuse_url
@@ -34,6 +35,7 @@ class PeriodicWriter(HookBase):
 
     order = 90
     order_at_end = 75  # after the final evaluation, before the final checkpoint
+    only_closes = True
 
     def __init__(
         self,
@@ -100,8 +102,11 @@ class PeriodicWriter(HookBase):
         except Exception:  # the other ranks are on their way into the collectives of the save
             logger.warning("the last row could not be written", exc_info=True)
 
-    def _write_complete(self) -> None:
+    def _write_complete(self, *, but_last: bool = False) -> None:
+        """Write the rows that are complete; not that of the last iteration if `but_last`."""
         window, done = self.trainer.window, self.trainer.reduction.combined_iter + 1
+        if but_last:
+            done = min(done, self.trainer.iter_done - 1)
         dues = range(self._written - self._written % window + window, done + 1, window)
         if not dues:
             return
@@ -163,7 +168,8 @@ class PeriodicWriter(HookBase):
     def state_dict(self) -> dict[str, Any]:
         """Return how far was written, which is all that is complete."""
         if self._writer is not None:
-            self._write_complete()
+            # the final evaluation, which may be still to come, belongs into the last row
+            self._write_complete(but_last=is_finished(self.trainer))
         return {"written": self._written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
