@@ -6,6 +6,8 @@ A trial starts the command on two ranks with a loader worker each, waits a rando
 fault to a random process of it, and starts the same command again until it has finished:
 
     kill, term, int, usr2    that signal to any process, in one start or two
+    crash                    kill -9 of all processes when a checkpoint appears; the last of them
+                             appears before the final evaluation
     stop                     SIGSTOP to a rank, for ever: the watchdog has to name it
     flip                     kill -9, and one bit of the newest checkpoint is another
     soak                     ten faults of kill, term, stop and flip in one run, each to a process
@@ -36,13 +38,23 @@ from runner import HANG_S, ROLES, Reference, Runner, differences, find_all, refe
 
 FAULTS = {
     "kill": signal.SIGKILL,
+    "crash": signal.SIGKILL,
     "term": signal.SIGTERM,
     "int": signal.SIGINT,
     "usr2": signal.SIGUSR2,
     "stop": signal.SIGSTOP,
     "flip": signal.SIGKILL,
 }
-TRIALS = {"kill": 100, "term": 20, "int": 20, "usr2": 20, "stop": 20, "flip": 20, "soak": 5}
+TRIALS = {
+    "kill": 60,
+    "crash": 40,
+    "term": 20,
+    "int": 20,
+    "usr2": 20,
+    "stop": 20,
+    "flip": 20,
+    "soak": 5,
+}
 REQUESTS = ("term", "int", "usr2")
 SOAK_FAULTS = 10
 ESSENTIAL = {  # who is disturbed in a soak: a start ends of it, so that the next fault has its turn
@@ -131,7 +143,8 @@ def _victims(fault: str, rng: random.Random) -> list[Victim]:
         faults = rng.choices(tuple(ESSENTIAL), k=SOAK_FAULTS)
         return [Victim(each, rng.choice(ESSENTIAL[each])) for each in faults]
     faults = [fault] * (1 if rng.random() < 0.7 else 2)
-    return [Victim(each, "rank" if each == "stop" else rng.choice(ROLES)) for each in faults]
+    fixed = {"stop": "rank", "crash": "all"}
+    return [Victim(each, fixed.get(each) or rng.choice(ROLES)) for each in faults]
 
 
 def _start(
@@ -154,6 +167,7 @@ def _start(
         share_done=rng.uniform(0, min(most, 1.6 / max(1, len(victims)))),
         delay_s=rng.uniform(0, 0.05),
         done_at_start=runner.progress(),
+        at_checkpoint=fault == "crash",
     )
     sent: float | None = None
     stopped_rank, begin = -1, time.monotonic()
@@ -162,12 +176,15 @@ def _start(
             time.sleep(0.005)
             if not victim or sent or not moment.has_come(runner, time.monotonic() - begin):
                 continue
-            of_role = sorted(pid for pid, is_a in runner.processes().items() if is_a == victim.role)
+            of_role = sorted(
+                pid for pid, is_a in runner.processes().items() if victim.role in (is_a, "all")
+            )
             if of_role:
                 pid, sent = rng.choice(of_role), time.monotonic()
                 stopped_rank = runner.rank_of(pid) if fault == "stop" else -1
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, FAULTS[fault])
+                for each in of_role if victim.role == "all" else [pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(each, FAULTS[fault])
         code = process.poll()
         if code is None:
             result.problems.append(f"hangs; processes {runner.processes()}")
@@ -226,13 +243,16 @@ class Moment:
         share_done: of the iterations that were left at its start.
         delay_s: seconds after the iteration.
         done_at_start: iterations that are done.
+        at_checkpoint: when the next checkpoint appears from then on.
     """
 
     after_s: float | None
     share_done: float
     delay_s: float
     done_at_start: int
+    at_checkpoint: bool = False
     _since: float | None = None
+    _there: frozenset[str] | None = None
 
     def has_come(self, runner: Runner, now_s: float) -> bool:
         """Say whether the moment has come, `now_s` after the start."""
@@ -244,6 +264,13 @@ class Moment:
             if done != self.done_at_start and done >= self.done_at_start + self.share_done * left:
                 self._since = now_s
             return False
+        if self.at_checkpoint:
+            folder = runner.run / "checkpoints"
+            names = frozenset(path.name for path in find_all(folder, with_trained=True))
+            there, self._there = self._there, names
+            if there is None or names <= there:
+                return False
+            self._since, self.at_checkpoint = now_s, False
         return now_s - self._since >= self.delay_s
 
 

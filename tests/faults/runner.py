@@ -57,6 +57,10 @@ class Net(nn.Module):
     def forward(self, x, y):
         return nn.functional.mse_loss(self.net(x), y)
 
+    def metrics(self, x, y):
+        error = (self.net(x) - y)[:, 0]
+        return {"error": error.abs(), "bias": error}
+
 
 class Progress(HookBase):
     """Notes in a file how many iterations are done, so that the campaign knows what was lost."""
@@ -95,12 +99,18 @@ CONF = """
 defaults: [{override /schedule: cosine}]
 run: {name: tiny}
 model: {_target_: tiny.Net}
-data: {batch_size: 16, workers: 1, seed_samples: true, train: {_target_: tiny.Noisy}}
+data: {batch_size: 16, workers: 1, seed_samples: true, train: {_target_: tiny.Noisy},
+  eval: {_target_: tiny.Noisy}}
+checkpoint: {keep_last: 2}
 optim: {lr: 0.05}
-trainer: {max_iter: ITERATIONS, window: 5}
+trainer: {max_iter: ITERATIONS, window: 5, accumulation: 2}
 schedule: {warmup_iters: 10}
 hooks:
   checkpoint: {period: 10}
+  eval: {period: 7}
+  ema: {_target_: distrain.hooks.EMA, decay: 0.9}
+  best: {_target_: distrain.hooks.BestCheckpointer, metric: eval/error, mode: min}
+  best_ema: {_target_: distrain.hooks.BestCheckpointer, metric: eval_ema/bias}
   progress: {_target_: tiny.Progress, pause_s: 0.01}
   linger: {_target_: tiny.Linger}
 launch: {ranks: 2}
@@ -252,6 +262,14 @@ class Runner:
         newest = describe(found[-1])
         return {**newest.digests, "iteration": str(newest.iteration)} if newest.valid else {}
 
+    def best(self) -> dict[str, Any]:
+        """Return what best.json holds; empty without one."""
+        try:
+            best: dict[str, Any] = json.loads((self.run / "checkpoints" / "best.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return best
+
     def leftovers(self) -> list[str]:
         """Return the files in the run's folder that a finished run does not leave there."""
         hidden = [p for p in self.run.rglob("*") if p.name.startswith(".") or p.suffix == ".new"]
@@ -287,6 +305,7 @@ class Reference:
     digests: dict[str, str]
     rows: list[dict[str, Any]]
     curves: dict[str, list[tuple[int, float]]]
+    best: dict[str, Any]
     seconds: float
     first_step_s: float
 
@@ -309,7 +328,9 @@ def reference(folder: Path, *, iterations: int) -> Reference:
             raise RuntimeError(f"the undisturbed run ended with {process.poll()}: {runner.log()}")
     if runner.leftovers() + runner.litter():
         raise RuntimeError(f"the undisturbed run has left {runner.leftovers() + runner.litter()}")
-    return Reference(runner.digests(), runner.rows(), runner.curves(), seconds, first)
+    return Reference(
+        runner.digests(), runner.rows(), runner.curves(), runner.best(), seconds, first
+    )
 
 
 def differences(runner: Runner, quiet: Reference) -> list[str]:
@@ -333,6 +354,8 @@ def differences(runner: Runner, quiet: Reference) -> list[str]:
         if curves.get(tag) != quiet.curves.get(tag):
             steps = [step for step, _ in curves.get(tag, [])]
             problems.append(f"TensorBoard: {tag} has steps {steps}")
+    if runner.best() != quiet.best:
+        problems.append(f"best.json: {runner.best()}, not {quiet.best}")
     if runner.leftovers():
         problems.append(f"left files {runner.leftovers()}")
     if runner.litter():

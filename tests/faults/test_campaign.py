@@ -78,7 +78,7 @@ def test_differences_are_seen(quiet):
     memory.rmdir()
     (runner.temporary / "pymp-01234567").rmdir()
     other = campaign.Reference(
-        {**reference.digests, "rng": "0"}, reference.rows, {"loss": []}, 1.0, 1.0
+        {**reference.digests, "rng": "0"}, reference.rows, {"loss": []}, reference.best, 1.0, 1.0
     )
     problems = campaign.differences(runner, other)
     assert problems[0] == "the final rng differs"
