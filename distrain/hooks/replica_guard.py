@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,13 +20,30 @@ _BYTES_TO_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.in
 _BITS = 24  # what a float32 holds exactly, for the spread over ranks is one
 
 
+class _Checked(NamedTuple):
+    """The tensors of one iteration, as they were when its checksum was put.
+
+    Attributes:
+        iteration: index of the iteration.
+        names: of the N tensors.
+        sums: (N,) int64, their bit sums, on the device.
+    """
+
+    iteration: int
+    names: tuple[str, ...]
+    sums: Tensor
+
+
 class ReplicaGuard(HookBase):
-    """Compares parameters, buffers and optimizer state over ranks every so many iterations.
+    """Compares parameters, buffers and optimizer state over ranks every `period` iterations.
 
     Each rank puts a checksum of the bits of all tensors as the scalar `guard/checksum`; it travels
-    with the window's collective, so nothing is waited for. Two ranks that differ go unnoticed with
-    a chance of one in 16 million. Buffers are left out where ranks may differ in them, and shards,
-    of which there is no copy: of a sharded model buffers and counters are compared, if any.
+    with the window's collective, so no step waits for it. The sum per tensor stays on the device
+    until the verdict, which comes later by up to a second of steps: the error names the tensors
+    that differed when the checksum was taken, however far training went on since. Two ranks that
+    differ go unnoticed with a probability of 1 in 16 million. Buffers are left out where ranks may
+    differ in them, and shards, of which there is no copy: of a sharded model buffers and counters
+    are compared, if any.
 
     Args:
         period: in iterations.
@@ -39,22 +59,23 @@ class ReplicaGuard(HookBase):
         if period < 1:
             raise ConfigError(f"period={period}; it is at least 1 iteration")
         self._period = period
-        self._checked = -1  # the iteration whose checksum is on its way
+        self._in_flight: list[_Checked] = []  # oldest first; the same iterations on all ranks
 
     def after_step(self) -> None:
-        """Put a checksum if it is time; look at the one that came back."""
+        """Judge the checksums that came back; put one if it is time."""
         trainer = self.trainer
         self._judge()
         if trainer.iter_done % self._period == 0:
-            tensors = list(self._tensors().values())
+            tensors = self._tensors()
             if not tensors:
                 return
-            self._checked = trainer.iter
-            value = checksum(tensors)
-            trainer.storage.put_scalar("guard/checksum", value, smoothing_hint=False)
+            sums = bit_sums(list(tensors.values()))
+            self._in_flight.append(_Checked(trainer.iter, tuple(tensors), sums))
+            trainer.storage.put_scalar("guard/checksum", checksum(sums), smoothing_hint=False)
 
     def before_train(self) -> None:
         """Say so where there is little to compare."""
+        self._in_flight = []
         self.is_idle = self.trainer.where.world_size == 1
         if self.trainer.is_sharded and self.trainer.where.is_main:
             logger.info("replica guard: a sharded model has no replicas; shards are not compared")
@@ -64,16 +85,17 @@ class ReplicaGuard(HookBase):
         self._judge()
 
     def _judge(self) -> None:
-        """Raise ReplicaDrift if a checksum has come back that differs."""
-        if self._has_returned():
-            self._checked = -1
-            spread = self.trainer.storage.spread("guard/checksum")
+        """Raise ReplicaDrift if a checksum that has come back differs."""
+        if not self._in_flight:
+            return
+        storage = self.trainer.storage
+        newest = storage.latest_iteration("guard/checksum")
+        returned = [checked for checked in self._in_flight if checked.iteration <= newest]
+        if returned:
+            self._in_flight = self._in_flight[len(returned) :]
+            spread = storage.spread("guard/checksum")  # over all that came with the last window
             if spread.min != spread.max:
-                raise ReplicaDrift(self._describe())
-
-    def _has_returned(self) -> bool:
-        newest = self.trainer.storage.latest_iteration
-        return 0 <= self._checked <= newest("guard/checksum")
+                raise ReplicaDrift(_describe(returned))
 
     def _tensors(self) -> dict[str, Tensor]:
         module = self.trainer.module
@@ -87,27 +109,25 @@ class ReplicaGuard(HookBase):
                     tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
-    def _describe(self) -> str:
-        """Say which tensors differ on which ranks; a collective, for all ranks found the same."""
-        mine = {name: int(bit_sum(tensor)) for name, tensor in self._tensors().items()}
-        first, *others = gather_to_all(mine)
-        ranks: set[int] = set()
-        differing = []
-        for name in first:
-            odd = [rank for rank, sums in enumerate(others, 1) if sums.get(name) != first[name]]
-            if odd:
-                ranks.update(odd)
-                differing.append(name)
-        shown = ", ".join(differing[:5]) + (
-            f" and {len(differing) - 5} more" * (len(differing) > 5)
-        )
-        where = ", ".join(map(str, sorted(ranks)))
-        return (
-            f"rank {where} does not hold the same as rank 0 any more after iteration "
-            f"{self.trainer.iter_done}: {shown or 'a tensor that has changed since'}. Memory of a "
-            "machine may be broken, or code changes weights on some ranks only; the checkpoints "
-            "since are not to be trusted"
-        )
+
+def _describe(returned: Sequence[_Checked]) -> str:
+    """Name the tensors and ranks of the first difference; a collective, called on all ranks."""
+    mine = [dict(zip(names, sums.tolist(), strict=True)) for _, names, sums in returned]
+    of_ranks = zip(*gather_to_all(mine), strict=True)
+    iteration, (first, *others) = next(
+        (checked.iteration, sums)
+        for checked, sums in zip(returned, of_ranks, strict=True)
+        if any(other != sums[0] for other in sums)
+    )
+    names = dict.fromkeys(name for sums in (first, *others) for name in sums)
+    differing = [n for n in names if any(sums.get(n) != first.get(n) for sums in others)]
+    ranks = [str(rank) for rank, sums in enumerate(others, 1) if sums != first]
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return (
+        f"rank {', '.join(ranks)} does not hold the same as rank 0 any more after iteration "
+        f"{iteration + 1}: {', '.join(differing[:5])}{more}. Memory of a machine may be broken, or "
+        "code changes weights on some ranks only; the checkpoints since are not to be trusted"
+    )
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
@@ -120,12 +140,16 @@ def bit_sum(tensor: Tensor) -> Tensor:
     return flat.view(_BYTES_TO_INTEGER[flat.element_size()]).sum(dtype=torch.int64)
 
 
-def checksum(tensors: list[Tensor]) -> Tensor:
-    """Return a () float32 checksum of tensors, on the device of the first, without reading back."""
+def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the (N,) bit sums of N tensors, on the device of the first, without reading back."""
     device = tensors[0].device
-    sums = torch.stack([bit_sum(t).to(device, non_blocking=True) for t in tensors])
+    return torch.stack([bit_sum(tensor).to(device, non_blocking=True) for tensor in tensors])
+
+
+def checksum(sums: Tensor) -> Tensor:
+    """Return a () float32 checksum of (N,) bit sums, on their device, without reading back."""
     # an odd factor for each keeps two tensors that were swapped apart
-    factors = torch.arange(1, 2 * len(tensors), 2, device=device)
+    factors = torch.arange(1, 2 * len(sums), 2, device=sums.device)
     total = (sums * factors).sum()
     total = total ^ (total >> 24) ^ (total >> 48)
     return (total & ((1 << _BITS) - 1)).to(torch.float32)
