@@ -33,8 +33,13 @@ FORBIDDEN = {
     "launch": ("hooks", "events", "loop", "trainer", "training", "optim", "data"),
 }
 LIBRARIES = {
-    "hydra": ("distrain.__main__", "distrain.config", "distrain.sweep", "distrain.runfolder"),
-    "omegaconf": ("distrain.__main__", "distrain.config", "distrain.runfolder"),
+    "hydra": ("distrain.__main__", "distrain.composition", "distrain.config", "distrain.sweep"),
+    "omegaconf": (
+        "distrain.__main__",
+        "distrain.composition",
+        "distrain.config",
+        "distrain.instantiate",
+    ),
     "submitit": ("distrain.launch.slurm", "distrain.launch.allocation"),
 }
 
