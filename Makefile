@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-gpu check docs image faults flatness bench bench-quick
+.PHONY: demo test test-all test-gpu test-clock check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -21,6 +21,13 @@ test-all: $(VENV)/installed-dev
 # What needs a CUDA device; `make test` hides the GPUs from the tests, which put many ranks on the CPU.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 3 -m gpu
+
+# What depends on the clock, on a machine that seems five times slower, then five times quicker.
+CLOCK_TESTS := $(addprefix tests/test_,$(addsuffix .py,reduction replica_guard loop trainer straggler \
+    throughput end_of_run writers console resume))
+test-clock: $(VENV)/installed-dev
+	for pace in 5 0.2; do \
+	    TEST_CLOCK=$$pace $(BIN)/python -m pytest -n 2 -m "not slow" $(CLOCK_TESTS) || exit 1; done
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

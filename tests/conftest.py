@@ -1,8 +1,13 @@
 """What every test leaves behind is looked at: variables, process groups, processes."""
 
 import os
+import runpy
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+if os.environ.get("TEST_CLOCK"):  # before distrain is imported; see `make test-clock`
+    CLOCK = os.path.join(os.path.dirname(__file__), "clock")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [CLOCK, os.environ.get("PYTHONPATH")]))
+    runpy.run_path(os.path.join(CLOCK, "sitecustomize.py"))
 
 import psutil
 import pytest
