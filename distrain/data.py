@@ -7,6 +7,7 @@ run can start at any iteration, on any number of ranks, and sees the same global
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -274,7 +275,7 @@ class EvalLoader:
         share = range(size * rank // world_size, size * (rank + 1) // world_size)
         self._plan = _EvalPlan(share, batch_size=batch_size)
         self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
-        self._workers = min(workers, len(self._plan))
+        self._workers = workers
         self._seed = _worker_seed(seed, rank, 0)
 
     def __len__(self) -> int:
@@ -283,11 +284,21 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this rank."""
-        if self._workers == 0:
-            yield from load_here(self._fetch, self._plan, pin_memory=False)
+        return self.batches()
+
+    def batches(self, max_batches: int | None = None) -> Iterator[Any]:
+        """Yield the first batches of this rank; no others are loaded ahead.
+
+        Args:
+            max_batches: how many at most; None yields all.
+        """
+        plan = [*itertools.islice(self._plan, max_batches)]
+        workers = min(self._workers, len(plan))
+        if workers == 0:
+            yield from load_here(self._fetch, plan, pin_memory=False)
             return
         batches = WorkerBatches(
-            self._fetch, self._plan, workers=self._workers, pin_memory=False, seed=self._seed
+            self._fetch, plan, workers=workers, pin_memory=False, seed=self._seed
         )
         try:
             yield from batches

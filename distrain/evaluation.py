@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,9 +57,8 @@ def evaluate(
         torch.no_grad(),
     ):
         totals = _Totals(model)
-        batches = itertools.islice(iter(loader), max_batches)
         num = len(loader) if max_batches is None else min(len(loader), max_batches)
-        for batch in progressbar.counted(batches, "evaluation", total=num):
+        for batch in progressbar.counted(loader.batches(max_batches), "evaluation", total=num):
             heartbeat.of_this_process().beat(Phase.EVALUATION)
             length = batch_length(batch)
             batch = to_device(batch, device)

@@ -55,8 +55,13 @@ def kept_generators() -> Iterator[None]:
 
 @contextmanager
 def no_trace(module: nn.Module) -> Iterator[None]:
-    """Call a module inside `with`, leaving its buffers, the generators and the storage alone."""
-    buffers = [buffer.clone() for buffer in module.buffers()]
+    """Call a module inside `with`, leaving no trace of it.
+
+    Its buffers, the generators and the storage stay as they are, and each attribute of a submodule
+    keeps its object.
+    """
+    attributes = [(part, dict(vars(part))) for part in module.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if _is_writable(buffer)]
     with contextlib.ExitStack() as inside:
         inside.enter_context(kept_generators())
         inside.enter_context(EventStorage())
@@ -66,9 +71,22 @@ def no_trace(module: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for part, before in attributes:
+                for name in vars(part).keys() - before.keys():
+                    del vars(part)[name]
+                vars(part).update(before)
             with torch.no_grad():
-                for buffer, old in zip(module.buffers(), buffers, strict=True):
+                for buffer, old in buffers:
                     buffer.copy_(old)
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Whether a buffer can change in place: one that is expanded cannot."""
+    if buffer.layout is not torch.strided:
+        return True
+    return all(
+        stride or size <= 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
 
 
 @contextmanager
@@ -78,7 +96,9 @@ def buffers_of_rank_0(module: nn.Module) -> Iterator[None]:
     They differ where BatchNorm is not synchronised; rank 0's are those that checkpoints hold. The
     beginning is a collective, the end is not.
     """
-    buffers = [b for b in module.buffers() if b.layout is torch.strided and b.numel()]
+    buffers = [
+        b for b in module.buffers() if b.layout is torch.strided and b.numel() and _is_writable(b)
+    ]
     if topology().world_size == 1 or not buffers:
         yield
         return

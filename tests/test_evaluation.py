@@ -1,6 +1,7 @@
 """Evaluation: each sample once, as training calls the model, and no trace of it in training."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from checkpoint_cases import identical
 from ranks import run_ranks
 from torch import nn
 
-from distrain import HookBase, Trainer
+from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint import CheckpointStore
 from distrain.data import EvalLoader, TrainLoader
 from distrain.errors import ConfigError
@@ -299,3 +300,112 @@ def test_what_is_logged_is_what_the_checkpoint_gives(tmp_path):
     assert identical(net.norm.running_mean, torch.tensor(mean))
     with torch.no_grad():
         assert logged == pytest.approx(net.values(Points().x).double().mean().item(), rel=1e-6)
+
+
+class Broken(Net):
+    """Has a mistake in `metrics`, or none, and notes how it was called."""
+
+    def __init__(self, mistake=None):
+        super().__init__()
+        self.mistake = mistake
+        self.register_buffer("table", torch.arange(4.0).expand(3, 4))
+        self.num_calls = 0
+
+    def metrics(self, x):
+        if self.mistake == "typo":
+            return {"value": self.values(xx)}  # noqa: F821
+        self.num_calls += 1
+        self.cache = x
+        self.norm.running_mean += 1
+        get_event_storage().put_scalar("inside", 1.0)
+        values = self.values(x)
+        return {"value": values.mean() if self.mistake == "mean" else values}
+
+
+class Order(HookBase):
+    """Notes which samples were loaded before each step."""
+
+    def __init__(self, data):
+        self.data = data
+        self.loaded = []
+
+    def before_step(self):
+        self.loaded.append([*self.data.loaded])
+        module = self.trainer.module
+        self.traces = (module.num_calls, hasattr(module, "cache"), module.norm.running_mean.sum())
+        self.draws = random.random(), np.random.rand(), torch.rand(()).item()
+        self.names = {*self.trainer.storage.kinds}
+
+
+class Counted(Points):
+    def __init__(self, num=24):
+        super().__init__(num)
+        self.loaded = []
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return super().__getitem__(index)
+
+
+def begun(mistake=None):
+    """Train one iteration of a model that may have a mistake; return model and notes."""
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    net, data = Broken(mistake), Counted()
+    order = Order(data)
+    hooks = [EvalHook(eval_loader=EvalLoader(data, batch_size=5)), order]
+    trainer = Trainer(net, torch.optim.SGD(net.parameters(), lr=0.1), [Points().x], hooks=hooks)
+    torch.manual_seed(5)
+    try:
+        trainer.train(0, 1)
+    except Exception as error:
+        return net, order, error
+    return net, order, None
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "words"),
+    [
+        ("typo", NameError, "'xx' is not defined"),
+        ("mean", ConfigError, r"'value' is \[\]: expected"),
+    ],
+)
+def test_a_mistake_in_metrics_is_found_before_the_first_step(mistake, kind, words):
+    net, order, error = begun(mistake)
+    assert isinstance(error, kind)
+    assert re.search(words, str(error))
+    assert order.loaded == []
+    assert not any(is_training for is_training, _ in net.seen), "nothing is trained"
+
+
+def test_one_batch_is_evaluated_before_the_first_step_without_a_trace():
+    net, order, error = begun()
+    assert error is None
+    assert order.loaded == [[0, 1, 2, 3, 4]]
+    assert order.traces == (0, False, 0.0)
+    assert order.names == set()
+    random.seed(3), np.random.seed(3), torch.manual_seed(5)
+    assert order.draws == (random.random(), np.random.rand(), torch.rand(()).item())
+    assert net.num_calls == 5  # of the final evaluation: 24 samples in batches of 5
+
+
+def test_loader_processes_load_the_first_batch_only(tmp_path):
+    class Noted(Points):
+        def __getitem__(self, index):
+            (tmp_path / str(index)).touch()
+            return super().__getitem__(index)
+
+    loader = EvalLoader(Noted(), batch_size=2, workers=2)
+    assert [len(batch) for batch in loader.batches(1)] == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def first_names(rank):
+    hook = EvalHook(eval_loader=EvalLoader(Samples(2), batch_size=1, rank=rank, world_size=3))
+    trained(rank, 3, evaluates=False, hooks={"eval": hook, "ema": EMA(0.5)}, iters=0)
+    return hook.names()
+
+
+@pytest.mark.ranks
+def test_a_rank_without_a_batch_has_the_names_too(monkeypatch):
+    monkeypatch.setattr(Net, "metrics", lambda self, x: {"value": x})
+    assert run_ranks(first_names, 3) == [("eval/value", "eval_ema/value")] * 3

@@ -274,6 +274,33 @@ def test_a_state_that_cannot_be_saved_is_found_before_anything_is_trained(
     assert not (folder / "runs").exists()  # nothing of the run is lost, and nothing left
 
 
+WRONG_METRICS = """
+class Typo(Fit):
+    def metrics(self, x, y):
+        return {"error": self.net(x) - yy}
+
+class Mean(Fit):
+    def metrics(self, x, y):
+        return {"error": (self.net(x) - y).mean()}
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [("Typo", 1, "self.net(x) - yy"), ("Mean", 2, "metric 'error' is []: expected one value per")],
+)
+def test_a_mistake_in_metrics_is_found_before_anything_is_trained(folder, model, code, words):
+    (folder / "tiny.py").write_text(TINY + UNSAVABLE + WRONG_METRICS)
+    two_ranks = ["launch.in_process=false", "launch.ranks=2", "launch.max_restarts=0"]
+    target = f"model._target_=tiny.{model}"
+    result = distrain(folder, *two_ranks, target, "+hooks.count._target_=tiny.Count")
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr
+    assert "stepped" not in result.stdout
+    assert [*(folder / "runs").glob("*/checkpoints/iter_*")] == []
+
+
 @pytest.mark.ranks
 def test_a_run_changes_between_ddp_and_fsdp_by_command(folder):
     two = ["launch.in_process=false", "launch.ranks=2"]

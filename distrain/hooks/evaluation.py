@@ -11,7 +11,7 @@ from distrain.evaluation import evaluate
 from distrain.hook import HookBase
 from distrain.hooks.ema import EMA
 from distrain.loop import TrainerBase
-from distrain.module_state import kept_generators
+from distrain.module_state import kept_generators, no_trace
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
@@ -50,15 +50,45 @@ class EvalHook(HookBase):
         self._function = function
         self._prefix = prefix
         self._last_done = -1
+        self._found: tuple[str, ...] | None = None
         self.only_closes = eval_loader is None and function is None
 
     def before_train(self) -> None:
-        """Check that at most one average takes the place of the weights."""
+        """Check that at most one average takes the place of the weights; evaluate one batch.
+
+        A mistake in the model's `metrics` is found before anything is trained.
+        """
         self.is_idle = self._period is None
         hooks = self.trainer.hooks.items()
         instead = [n for n, h in hooks if isinstance(h, EMA) and h.evaluate == "instead"]
         if len(instead) > 1:
             raise ConfigError(f"hooks.{instead[1]}.evaluate=instead: hooks.{instead[0]} has it too")
+        if self._eval_loader is not None:
+            self._found = self._dry_run(max_batches=1)
+
+    def names(self, *, all_batches: bool = False) -> tuple[str, ...] | None:
+        """Return the full names of the metrics, after `before_train`; None if they are not known.
+
+        Args:
+            all_batches: evaluate the whole data set, as some batches only may have a metric. A
+                collective.
+        """
+        if all_batches and self._eval_loader is not None:
+            self._found = self._dry_run()
+        if self._found is None:
+            return None
+        return tuple(f"{prefix}/{name}" for prefix in self.prefixes() for name in self._found)
+
+    def prefixes(self) -> list[str]:
+        """Return how the names of this hook's metrics begin."""
+        hooks = self.trainer.hooks.items()
+        averages = [n for n, h in hooks if isinstance(h, EMA) and h.evaluate == "beside"]
+        return [self._prefix, *(f"{self._prefix}_{name}" for name in averages)]
+
+    def _dry_run(self, max_batches: int | None = None) -> tuple[str, ...]:
+        """Evaluate without a trace; return the names over all ranks. A collective."""
+        with no_trace(self.trainer.module):
+            return tuple(self._evaluated(max_batches))
 
     def after_step(self) -> None:
         """Evaluate if it is time; the last iteration's turn comes in `after_train`."""
