@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from checkpoint_cases import iterations_in
 
-from distrain import HookBase, TrainerBase
+from distrain import HookBase, Trainer, TrainerBase
 from distrain.checkpoint import CheckpointStore
+from distrain.data import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks import (
+    EMA,
     BestCheckpointer,
     EarlyStopping,
     EvalHook,
@@ -153,3 +156,71 @@ def test_the_demo_keeps_its_last_and_best(tmp_path):
     assert seen[40] > seen[20]
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert (best["iteration"], best["metric"]) == (40, seen[40])
+
+
+class Scored(torch.nn.Module):
+    """Has a metric `score`, and `rare` in the last batch only."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return (self.weight * batch).mean()
+
+    def metrics(self, batch):
+        return {"score": batch} | ({"rare": batch} if batch.max() >= 5 else {})
+
+
+class Own(HookBase):
+    """A hook of a user, which might put anything."""
+
+
+def misspelt(metric, *more):
+    net = Scored()
+    samples = [torch.tensor(float(index)) for index in range(6)]
+    stop = EarlyStopping(metric, patience=1)
+    loader = EvalLoader(samples, batch_size=2)
+    hooks = {"eval": EvalHook(eval_loader=loader), "ema": EMA(), "stop": stop}
+    hooks |= {type(hook).__name__: hook for hook in more}
+    data = [torch.ones(2)]
+    trainer = Trainer(net, torch.optim.SGD(net.parameters(), lr=0.1), data, hooks=hooks)
+    trainer.train(0, 1)
+    return net.weight.item()
+
+
+@pytest.mark.parametrize("prefix", ["eval", "eval_ema"])
+def test_a_misspelt_metric_of_an_evaluation_is_refused(prefix):
+    words = rf"hooks\.stop\.metric={prefix}/scor: no evaluation.*did you mean {prefix}/score"
+    with pytest.raises(ConfigError, match=words):
+        misspelt(f"{prefix}/scor")
+
+
+@pytest.mark.parametrize("metric", ["eval/score", "eval/rare", "eval_ema/rare"])
+def test_a_metric_that_some_batches_have_is_taken(metric, caplog):
+    assert misspelt(metric) == pytest.approx(0.9)
+    assert not caplog.records
+
+
+def test_a_metric_that_a_hook_of_the_user_may_put_is_not_refused(caplog):
+    assert misspelt("eval/scor", Own()) == pytest.approx(0.9)
+    start, end = (record.getMessage() for record in caplog.records)
+    assert start.startswith("hooks.stop.metric=eval/scor: no evaluation gives it; did you mean")
+    assert end.startswith("hooks.stop.metric=eval/scor: no such scalar was put in 1 iterations;")
+
+
+def test_any_other_metric_that_nothing_put_is_told_at_the_end(caplog):
+    assert misspelt("los") == pytest.approx(0.9)
+    (record,) = caplog.records
+    words = "no such scalar was put in 1 iterations; available: loss, eval/score, "
+    assert words in record.getMessage()
+
+
+def test_a_misspelt_metric_leaves_no_run(tmp_path):
+    command = [sys.executable, "-m", "distrain", "+experiment=digits", "launch.in_process=true"]
+    command += ["hooks.best.metric=eval/acuracy", "run.dir=run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "did you mean eval/accuracy?" in result.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())

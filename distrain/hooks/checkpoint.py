@@ -103,7 +103,7 @@ class BestCheckpointer(MetricHook):
         self._unsaved: float | None = None  # the best value, while no checkpoint is marked with it
 
     def before_train(self) -> None:
-        """Check that no other keeps the best checkpoint of the same metric."""
+        """Check the metric, and that no other keeps the best checkpoint of it."""
         for name, hook in self.trainer.hooks.items():
             if not isinstance(hook, BestCheckpointer) or hook is self:
                 continue
@@ -112,6 +112,7 @@ class BestCheckpointer(MetricHook):
                     f"hooks.{name}.metric={self.metric}: expected a metric that no other "
                     "BestCheckpointer has; remove one of the two"
                 )
+        super().before_train()
 
     def after_step(self) -> None:
         """Save if the metric of this hook, or of another of its kind, is the best so far."""
@@ -121,6 +122,7 @@ class BestCheckpointer(MetricHook):
         """Look at the metric of the final evaluation."""
         if self.trainer.error is None:
             self._save_best(save)
+        super().after_train()
 
     def _save_best(self, save: Callable[..., bool]) -> None:
         hooks = [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]

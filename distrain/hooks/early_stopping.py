@@ -47,6 +47,7 @@ class EarlyStopping(MetricHook):
         """Count the final evaluation, for a run that goes on later."""
         if self.trainer.error is None:
             self._count()
+        super().after_train()
 
     def _count(self) -> bool:
         """Take the metric's value; return whether there is a new one."""
