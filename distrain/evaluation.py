@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from distrain.numerics import Precision, autocast
 
 def evaluate(
     model: nn.Module,
-    loader: EvalLoader,
+    loader: EvalLoader | Collection[Any],
     *,
     device: torch.device,
     precision: Precision = "fp32",
@@ -40,7 +41,7 @@ def evaluate(
 
     Args:
         model: not wrapped: ranks may have different numbers of batches.
-        loader: this rank's share.
+        loader: this rank's share, in batches.
         device: where the model is.
         precision: "bf16" and "fp16" evaluate under autocast.
         channels_last: give images in that memory format.
@@ -58,7 +59,11 @@ def evaluate(
     ):
         totals = _Totals(model)
         num = len(loader) if max_batches is None else min(len(loader), max_batches)
-        for batch in progressbar.counted(loader.batches(max_batches), "evaluation", total=num):
+        if isinstance(loader, EvalLoader):  # loads no batch ahead of the last one
+            batches = loader.batches(max_batches)
+        else:
+            batches = itertools.islice(loader, max_batches)
+        for batch in progressbar.counted(batches, "evaluation", total=num):
             heartbeat.of_this_process().beat(Phase.EVALUATION)
             length = batch_length(batch)
             batch = to_device(batch, device)
