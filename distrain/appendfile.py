@@ -45,6 +45,7 @@ class AppendFile:
         self._prepare = prepare
         self._fd = -1
         self._size = 0  # what is written and whole
+        self._num_lost = 0
         self._is_torn = self._is_closed = False
         # append may run in another thread than flush: both ends of a deque are safe without a lock
         self._waiting: deque[bytes] = deque()
@@ -94,6 +95,7 @@ class AppendFile:
             if len(data) <= MAX_WAITING_BYTES:
                 self._waiting.extendleft(reversed(records))
             else:
+                self._num_lost += len(records)
                 logger.warning("%s: %d bytes that cannot be written are lost", self.path, len(data))
             if done:
                 self._is_torn = True
@@ -111,13 +113,17 @@ class AppendFile:
         """Flush, wait until the data is on the disk, and close; a second call does nothing.
 
         Raises:
-            OSError: what still waited is lost; the file is closed all the same.
+            OSError: the text has how many records are lost; the file is closed all the same.
         """
         if self._is_closed:
             return
         try:
             self.flush()
             os.fsync(self._fd)
+        except OSError as error:
+            num = self._num_lost + len(self._waiting)
+            lost = f"{num} records are lost" if num else "what was written last may be lost"
+            raise OSError(error.errno, f"{lost}: {error.strerror}", str(self.path)) from error
         finally:
             self._is_closed = True
             if self._fd >= 0:

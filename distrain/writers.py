@@ -92,7 +92,8 @@ class BackgroundWriter:
     """Hands rows to writers in a thread of its own: training pays for a queue, never for a disk.
 
     A writer that fails costs one warning, not the run; it gets the next row all the same, for a
-    full disk may be emptied. Should the writers hang, 10,000 rows wait, and later ones are lost.
+    full disk may be emptied. What it has lost in the end is reported when it is closed. Should the
+    writers hang, 10,000 rows wait, and later ones are lost.
 
     Args:
         writers: what gets each row, in this order.
@@ -131,18 +132,21 @@ class BackgroundWriter:
             for number, writer in enumerate(self._writers):
                 self._attempt(number, writer.write, row)
         for number, writer in enumerate(self._writers):
-            self._attempt(number, writer.close)
+            self._attempt(number, writer.close, is_last=True)
 
-    def _attempt(self, number: int, action: Callable[..., None], *args: Row) -> None:
+    def _attempt(
+        self, number: int, action: Callable[..., None], *args: Row, is_last: bool = False
+    ) -> None:
         name = type(self._writers[number]).__name__
         try:
             action(*args)
         except Exception as error:
-            if number not in self._failing:
+            if is_last or number not in self._failing:
                 self._failing.add(number)
+                after = "its end is missing" if is_last else "training goes on without"
                 # an OSError says all in its text; the place of any other error is worth knowing
                 trace = None if isinstance(error, OSError) else error
-                logger.warning("%s: %s; training goes on without", name, error, exc_info=trace)
+                logger.warning("%s: %s; %s", name, error, after, exc_info=trace)
         else:
             if number in self._failing:
                 self._failing.discard(number)

@@ -107,6 +107,7 @@ def test_close_releases_the_file_though_the_disk_is_full(
     before = len(os.listdir("/proc/self/fd"))
     file = AppendFile(tmp_path / "f")
     file.append(b"lost\n")
-    with pytest.raises(OSError):
+    file.append(b"lost too\n")
+    with pytest.raises(OSError, match="2 records are lost: No space left on device"):
         file.close()
     assert len(os.listdir("/proc/self/fd")) == before

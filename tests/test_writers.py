@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distrain import writers
+from distrain import appendfile, writers
+from distrain.jsonlines import JsonLinesWriter
 from distrain.writers import BackgroundWriter, NewScalars, Row, default_writers
 
 
@@ -157,6 +158,24 @@ def test_failing_writer_costs_one_warning(caplog: pytest.LogCaptureFixture) -> N
     ]
 
 
+def test_rows_lost_at_the_end_are_counted_though_the_failure_was_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(fd: int, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(appendfile.os, "write", fail)
+    writer = BackgroundWriter([JsonLinesWriter(tmp_path / "m")])
+    for iteration in range(3):
+        writer.write(Row(iteration, 3, {"loss": (1.0, iteration)}))
+    writer.close()
+    error = "JsonLinesWriter: [Errno 28]"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{error} No space left on device: '{tmp_path}/m'; training goes on without",
+        f"{error} 3 records are lost: No space left on device: '{tmp_path}/m'; its end is missing",
+    ]
+
+
 def test_a_bug_is_shown_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
     other = Recorder()
     writer = BackgroundWriter([Failing(error=TypeError("oops"), close=True), other])
@@ -190,6 +209,7 @@ def test_default_writers(
 
 FULL_DISK = """
 import logging, resource, sys, time
+from distrain.jsonlines import JsonLinesWriter
 from distrain.writers import BackgroundWriter, Row, default_writers
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -225,6 +245,7 @@ def test_full_disk_is_survived_and_nothing_is_lost(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, time
+from distrain.jsonlines import JsonLinesWriter
 from distrain.writers import BackgroundWriter, Row, default_writers
 writer = BackgroundWriter(default_writers(sys.argv[1]))
 for iteration in range(1_000_000):
