@@ -7,6 +7,7 @@ import os
 
 from distrain import checkpoint_format as fmt
 from distrain import durable
+from distrain.regular import read_regular
 from distrain.retry import read_file
 
 TYPE_CHECKING = False
@@ -134,9 +135,9 @@ def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
     fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
     text = json.dumps(fields) + "\n"
     try:
-        with open(os.path.join(folder, BEST_FILE), "rb") as file:
-            if file.read() == text.encode():
-                return
+        old = read_regular(os.path.join(folder, BEST_FILE), max_bytes=len(text))
+        if old == text.encode():
+            return
     except OSError:
         pass  # it is written, whatever is in its place
     durable.write_small(folder, BEST_FILE, text)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distrain.distributed import broadcast_from_main, topology
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, RunFailed
 from distrain.log import logger
+from distrain.retry import unreadable
 from distrain.rules import near
 from distrain.weights import locate_weights, read_weights
 
@@ -45,20 +46,27 @@ def start_from(
 
     Raises:
         ConfigError: there are no such weights, or they do not fit; one line with the names.
+        RunFailed: they cannot be read.
     """
-    found, mistake = None, None
+    found, mistake, failure = None, None, None
     if topology().is_main:
         try:
             found = str(locate_weights(weights))
         except ConfigError as error:
             mistake = f"init.weights={error}"
-    found, mistake = broadcast_from_main((found, mistake))
+        except OSError as error:
+            failure = f"init.weights={unreadable(weights, error)}"
+    found, mistake, failure = broadcast_from_main((found, mistake, failure))
     if mistake is not None:
         raise ConfigError(mistake)
+    if failure is not None:
+        raise RunFailed(failure)
     try:
         tensors = read_weights(found, ema=ema)
     except ConfigError as error:
         raise ConfigError(f"init.weights={error}") from error
+    except OSError as error:
+        raise RunFailed(f"init.weights={unreadable(found, error)}") from error
     if prefix:
         tensors = _without_prefix(tensors, prefix)
     target = _submodule(model, into) if into else model

@@ -18,6 +18,7 @@ from typing import Any
 
 from distrain.errors import ConfigError
 from distrain.regular import open_regular
+from distrain.retry import is_definite
 
 _BEGIN = b'{"pid": '  # of the lock's text
 _ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
@@ -39,8 +40,10 @@ def hold(path: Path) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(fd)
-            os.close(fd)
+            try:
+                holder = _holder(fd)
+            finally:
+                os.close(fd)
             if _is_alive(holder) or time.monotonic() > deadline:
                 raise ConfigError(f"run.dir={path}: {_who(holder)} runs here already") from None
             time.sleep(0.1)
@@ -72,13 +75,22 @@ def holder(path: Path) -> dict[str, Any] | None:
 
     Args:
         path: the run folder.
+
+    Raises:
+        OSError: it cannot be read: a process may hold it or not.
     """
     try:
         fd = open_regular(path / "lock")
-    except OSError:
-        return None
+    except OSError as error:
+        if is_definite(error):
+            return None  # none, or what no process can hold: a folder, a pipe
+        raise
     try:
         found = _holder(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
         if found.get("host") == socket.gethostname() and not _is_alive(found):
             return None  # not asked for the lock: that could disturb one who is just taking it
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

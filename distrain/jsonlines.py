@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.appendfile import AppendFile
+from distrain.regular import open_regular
 from distrain.writers import NewScalars, Row
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _drop_lines(path: Path, limit: float) -> None:
     beside = path.with_name(path.name + ".new")
     damaged = dropped = 0
     try:
-        with path.open("rb") as old, beside.open("wb") as new:
+        with open(open_regular(path), "rb") as old, beside.open("wb") as new:
             for line in old:
                 iteration = _iteration(line)
                 if iteration is None:

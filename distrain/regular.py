@@ -1,27 +1,35 @@
-"""Read files that others may have put there: regular ones only, of bounded size, never waiting."""
+"""Read files that others may have put there: regular ones only, of bounded size, never waiting.
+
+Standard library only: the writer process imports this.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: str | Path) -> int:
     """Return a descriptor for reading; pipes, devices and folders are refused without waiting.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO  # no retry mends either
+        raise OSError(number, "not a regular file", str(path))
     return fd
 
 
-def read_regular(path: Path, *, max_bytes: int) -> bytes:
+def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
     """Return the content of a file.
 
     Raises:
@@ -34,7 +42,7 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
-def read_tail(path: Path, *, max_bytes: int) -> bytes:
+def read_tail(path: str | Path, *, max_bytes: int) -> bytes:
     """Return the last bytes of a file, `max_bytes` at most; OSError as above."""
     with open(open_regular(path), "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))

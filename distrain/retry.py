@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import time
 
+from distrain.regular import open_regular
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,14 +56,14 @@ def retried(call: Callable[[], T]) -> T:
 
 
 def read_file(path: str, limit: int = -1) -> bytes:
-    """Return the content of a file, at most `limit` bytes of it.
+    """Return the content of a regular file, at most `limit` bytes of it.
 
     Raises:
-        OSError: it cannot be read, after retries; the error has the path.
+        OSError: it cannot be read, after retries, or is no regular file; the error has the path.
     """
 
     def read() -> bytes:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             try:
                 return file.read(limit)
             except OSError as error:

@@ -17,6 +17,8 @@ from distrain import checkpoint_format as fmt
 from distrain.checkpoint_found import find_all, newest_valid
 from distrain.durable import scratch_name
 from distrain.errors import ConfigError
+from distrain.regular import open_regular
+from distrain.retry import retried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +62,16 @@ def read_weights(path: str | Path, *, ema: str | None = None) -> dict[str, Tenso
         ema: the name of an EMA hook of the run: its average takes the place of the weights.
 
     Raises:
-        ConfigError: it cannot be read as weights, or has no such average.
+        ConfigError: it holds no weights that can be read, or has no such average.
+        OSError: it cannot be opened, after retries, or is no regular file.
     """
     path = Path(path)
     if path.is_dir():
         return _of_checkpoint(path, ema)
     if ema is not None:
         raise ConfigError(f"{path}: only a run's checkpoint has an average, ema={ema}")
+    # the libraries report what cannot be opened as missing or as damaged
+    os.close(retried(lambda: open_regular(path)))
     return _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)
 
 

@@ -5,19 +5,25 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from checkpoint_cases import checkpoints, iterations_in, path_of, small_state
 from project import write_project
 from test_training import CONF, ROOT, TINY
+from torch import nn
 
 from distrain import checkpoint_format as fmt
 from distrain import retry
 from distrain.checkpoint import describe
 from distrain.checkpoint_found import clear_leftovers
+from distrain.checkpoint_retention import read_run_id
 from distrain.checkpoint_table import main as table
+from distrain.errors import RunFailed
+from distrain.finetune import start_from
+from distrain.folderlock import holder
 from distrain.jsonlines import JsonLinesWriter
+from distrain.runfiles import read_frozen
+from distrain.runs.__main__ import run as runs
 from distrain.runs.files import read
 from distrain.runs.states import State, state_of
 from distrain.writers import Row
@@ -42,12 +48,6 @@ def fail(monkeypatch):
             return real(path, *args, **kwargs)
 
         monkeypatch.setattr(os, "open", fake)
-        monkeypatch.setattr(
-            retry,
-            "open",
-            lambda path, mode: os.fdopen(fake(path, os.O_RDONLY), mode),
-            raising=False,
-        )
         return calls
 
     return fail
@@ -131,24 +131,64 @@ def test_the_table_tells_unreadable_from_damaged(tmp_path, fail, capsys):
     ]
 
 
-def test_lines_that_cannot_be_read_are_kept(tmp_path, monkeypatch):
+def test_lines_that_cannot_be_read_are_kept(tmp_path, fail):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 0, "a": 1}\n{"iteration": 5, "a": 2}\n')
-    real = Path.open
-
-    def unreadable(self, *args, **kwargs):
-        if self == path:
-            raise OSError(errno.EIO, "Input/output error", str(self))
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", unreadable)
-        writer = JsonLinesWriter(path, start_iteration=3)
-        with pytest.raises(OSError):
-            writer.write(Row(3, 9, {"a": (7.0, 3)}))
+    fail("metrics.jsonl", times=2)  # at the start, and for the first row
+    writer = JsonLinesWriter(path, start_iteration=3)
+    with pytest.raises(OSError):
+        writer.write(Row(3, 9, {"a": (7.0, 3)}))
     assert len(path.read_text().splitlines()) == 2
     writer.close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [0, 3]
+
+
+@pytest.mark.timeout(60)  # of a pipe that nobody writes to, opening it would wait for ever
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    store = checkpoints(tmp_path, 100)
+    for name in ("run_id", "best.json", "run.yaml", "metrics.jsonl"):
+        tmp_path.joinpath(name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_run_id(str(tmp_path))
+    with pytest.raises(RunFailed, match="run.yaml cannot be read: not a regular file"):
+        read_frozen(tmp_path / "run.yaml")
+    writer = JsonLinesWriter(tmp_path / "metrics.jsonl", start_iteration=3)
+    with pytest.raises(OSError, match="not a regular file"):
+        writer.write(Row(3, 9, {"a": (7.0, 3)}))
+    (tmp_path / "run_id").unlink()
+    store.save(200, small_state(), world_size=1, best={"acc": 0.5})
+    assert store.wait()  # the writer process has replaced best.json
+    assert json.loads((tmp_path / "best.json").read_text())["iteration"] == 200
+    store.close()
+
+
+def test_a_lock_that_cannot_be_read_is_not_called_free(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text("seed: 0\n")
+    (tmp_path / "lock").write_text("")
+    assert holder(tmp_path) is None
+
+    def fail(fd, size, at):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        holder(tmp_path)
+    state, why = state_of(read(tmp_path), None)
+    assert (state, why) == (State.UNREADABLE, "lock: Input/output error")
+    assert runs(["stop", str(tmp_path)]) == 2
+    assert "it is not known whether it runs: lock: Input/output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["run", "file.safetensors", "file.pt"])
+def test_weights_that_cannot_be_read_are_a_failure_of_one_line(tmp_path, fail, kind):
+    if kind == "run":
+        checkpoints(tmp_path / kind, 100).close()
+    else:
+        (tmp_path / kind).touch()
+    fail("manifest.json" if kind == "run" else kind, "EIO")
+    with pytest.raises(RunFailed, match="^init.weights=.* cannot be read: Input/output error"):
+        start_from(nn.Linear(1, 1), weights=str(tmp_path / kind))
 
 
 COMMAND = """

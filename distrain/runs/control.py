@@ -40,6 +40,8 @@ def stop(path: Path, *, wait: bool) -> int:
         ConfigError: it cannot be asked from here.
     """
     run = summarize_one(path)
+    if run.state == State.UNREADABLE:
+        raise ConfigError(f"{path}: it is not known whether it runs: {run.why}")
     if run.state not in ACTIVE:
         print(escaped(f"{path}: nothing is running: it is {run.state} at {_where(run)}"))
         return 0
@@ -69,7 +71,10 @@ def _where(run: Summary) -> str:
 
 def _ask_process(path: Path) -> None:
     """Signal the process that holds a run's lock: the agent of the ranks, or the only rank."""
-    holder = folderlock.holder(path)
+    try:
+        holder = folderlock.holder(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: its lock cannot be read: {error.strerror}") from error
     if holder is None:
         return  # it has just ended
     host, pid = holder.get("host"), holder.get("pid")

@@ -85,7 +85,10 @@ def state_of(files: Files, queue: Queue | None) -> tuple[State, str]:
         files: of the run.
         queue: SLURM's states; None if SLURM could not be asked.
     """
-    holder = folderlock.holder(files.path)
+    try:
+        holder = folderlock.holder(files.path)
+    except OSError as error:  # a process may hold it: the run is not called dead
+        return State.UNREADABLE, f"lock: {error.strerror}"
     if files.unreadable and holder is None:
         return State.UNREADABLE, files.unreadable
     if files.is_on_slurm and files.submitted_id:
