@@ -8,7 +8,8 @@ step, from which all ranks compute the same length for the next window: as many 
 a second, so that short steps are charged as little as long ones, or part of a slow period.
 
 Whatever a window's length depends on, training does not. An early stop, which code sets by what it
-finds in training, is agreed on where a period ends, by a maximum of its own that all wait for.
+finds in training, is agreed on where a period ends, by a maximum of its own that all wait for; a
+stop request that is there by then rides along.
 
 Ranks may put different names. A name travels from the window after the one in which it was first
 put, for all ranks must pack alike: whoever has new names publishes them in the process group's
@@ -33,7 +34,7 @@ from distrain.exactsum import join, split
 from distrain.histories import Block
 from distrain.history import Floats, Ints
 from distrain.packing import Columns
-from distrain.rows import RowGroup, ScalarKind, ScalarRow, group_rows, meeting_device, read_blocks
+from distrain.rows import RowGroup, ScalarKind, ScalarRow, flatten, group_rows, read_blocks
 from distrain.sharednames import SharedNames, Store
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
@@ -148,14 +149,14 @@ class ScalarReduction:
     def close_if_due(self, iteration: int) -> None:
         """Close the window if it ends with this iteration; called when all scalars are put.
 
-        Where a period ends, agree on an early stop.
+        Where a period ends, agree on a stop.
         """
         if iteration >= self._close_at and self._window is None:
             self._close(iteration)
             if self.step_s > _SLOW_STEP_S:
                 self._complete(iteration)
         if (iteration + 1) % self._period == 0:
-            self._share_early_stop()
+            self._share_stop()
             if self._storage.early_stop:  # also if a request came meanwhile: training is over
                 self.stop = STOP_EARLY
 
@@ -170,15 +171,18 @@ class ScalarReduction:
         if self._complete(iteration):  # new names: their values have not travelled yet
             self._close(iteration)
             self._complete(iteration)
-        self._share_early_stop()  # for the checkpoint: the run that resumes from it stops, too
+        self._share_stop()  # an early stop is saved: the run that resumes from here stops, too
 
-    def _share_early_stop(self) -> None:
-        """Set the storage's early_stop where it is set on any rank."""
+    def _share_stop(self) -> None:
+        """Set early_stop and the stop by request where any rank asks for them."""
+        request = self.stop_request
         if self._world_size > 1:
             # waiting, for a rank must not begin the next iteration before it knows
-            flag = torch.tensor([bool(self._storage.early_stop)], dtype=torch.uint8)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-            self._storage.early_stop = bool(flag.numpy()[0])
+            asked = torch.tensor([bool(self._storage.early_stop), request], dtype=torch.uint8)
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+            early, request = asked.numpy().tolist()
+            self._storage.early_stop = bool(early)
+        self.stop = max(self.stop, request)
 
     def _complete(self, iteration: int) -> bool:
         """Bring what is in flight home, waiting; return whether names were learnt from it."""
@@ -197,7 +201,7 @@ class ScalarReduction:
         host, copied = torch.empty(0, dtype=torch.float64), None
         blocks = read_blocks(rows)
         if blocks:
-            host = _flatten(blocks)
+            host = flatten(blocks)
             if host.device.type == "cuda":
                 packed = host
                 host = torch.empty(len(packed), dtype=torch.float64, pin_memory=True)
@@ -332,16 +336,6 @@ class ScalarReduction:
             "since. Lower optim.lr, clip gradients (trainer.clip_norm=1.0), look at the data, or "
             "leave such updates out (trainer.nonfinite=skip)"
         )
-
-
-def _flatten(blocks: Sequence[Tensor]) -> Tensor:
-    """Copy the elements of all blocks into one float64 tensor on their device."""
-    if len({block.dtype for block in blocks}) == len({block.device for block in blocks}) == 1:
-        if len({block.shape for block in blocks}) == 1:
-            return torch.stack(list(blocks)).to(torch.float64).flatten()
-        return torch.cat([block.flatten() for block in blocks]).to(torch.float64)
-    device = meeting_device(blocks)
-    return torch.cat([b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks])
 
 
 def _losses_not_finite(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str, int]:

@@ -180,3 +180,13 @@ def stack(tensors: Mapping[str, Tensor]) -> Tensor:
     device = meeting_device(alike)
     alike = [_detached(name, tensor).reshape(()) for name, tensor in tensors.items()]
     return torch.stack([t.to(device, torch.float64, non_blocking=True) for t in alike])
+
+
+def flatten(blocks: Sequence[Tensor]) -> Tensor:
+    """Copy the elements of all blocks into one float64 tensor on their device."""
+    if len({block.dtype for block in blocks}) == len({block.device for block in blocks}) == 1:
+        if len({block.shape for block in blocks}) == 1:
+            return torch.stack(list(blocks)).to(torch.float64).flatten()
+        return torch.cat([block.flatten() for block in blocks]).to(torch.float64)
+    device = meeting_device(blocks)
+    return torch.cat([b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks])

@@ -131,30 +131,8 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_iteration():
     assert all(math.isnan(largest) and math.isnan(least) for *_, largest, least in results)
 
 
-def stop_asked_by(rank, asking):
-    storage = EventStorage(0)
-    reduction = reduction_of(storage, rank, period=20)
-
-    def put(i):
-        storage.put_scalar("a", float(i))
-        if rank == asking and i == 33:
-            reduction.stop_request = STOP_REQUESTED
-        if i > 33:
-            time.sleep(0.01)  # the window, of a second of the steps before, ends some time
-
-    return run(storage, reduction, range(100_000), put), reduction.stop
-
-
-def test_a_stop_asked_on_any_rank_is_agreed_by_all_at_one_iteration():
-    results = run_ranks(stop_asked_by, 3, 2)
-    assert len(set(results)) == 1
-    iteration, stop = results[0]
-    assert iteration is not None
-    assert iteration >= 33
-    assert stop == STOP_REQUESTED
-
-
-def stop_early(rank, asked_at, step_s, requested_at=None):
+def stop_asked(rank, step_s, asked_at=None, requested_at=None):
+    """Rank 1 of all asks; the clock shows `step_s` per step."""
     now_s = 0.0
     sys.modules[ScalarReduction.__module__].time = SimpleNamespace(perf_counter=lambda: now_s)
     storage = EventStorage(0)
@@ -166,7 +144,7 @@ def stop_early(rank, asked_at, step_s, requested_at=None):
         storage.put_scalar("a", float(i))
         if rank == 1 and i == asked_at:
             storage.early_stop = True
-        if i == requested_at:
+        if rank == 1 and i == requested_at:
             reduction.stop_request = STOP_REQUESTED
 
     return run(storage, reduction, range(200), put), reduction.stop
@@ -175,12 +153,21 @@ def stop_early(rank, asked_at, step_s, requested_at=None):
 @pytest.mark.parametrize("step_s", [1e-6, 0.001, 0.12, 0.6])  # windows of a second and of a step
 @pytest.mark.parametrize(("asked_at", "expected"), [(0, 19), (7, 19), (19, 19), (21, 39)])
 def test_an_early_stop_comes_where_its_period_ends_whatever_the_clock(asked_at, expected, step_s):
-    assert run_ranks(stop_early, 2, asked_at, step_s) == [(expected, STOP_EARLY)] * 2
+    assert run_ranks(stop_asked, 2, step_s, asked_at) == [(expected, STOP_EARLY)] * 2
 
 
 def test_an_early_stop_counts_more_than_a_request_of_the_same_iteration():
     """The run is over: it is not to be started again."""
-    assert run_ranks(stop_early, 2, 7, 0.6, requested_at=19) == [(19, STOP_EARLY)] * 2
+    assert run_ranks(stop_asked, 2, 0.6, 7, requested_at=19) == [(19, STOP_EARLY)] * 2
+
+
+@pytest.mark.parametrize("step_s", [1e-6, 0.001])
+@pytest.mark.parametrize(("requested_at", "expected"), [(19, 19), (33, 39), (199, 199)])
+def test_fast_steps_stop_where_the_period_ends_in_which_any_rank_was_asked(
+    requested_at, expected, step_s
+):
+    stops = run_ranks(stop_asked, 3, step_s, requested_at=requested_at)
+    assert stops == [(expected, STOP_REQUESTED)] * 3
 
 
 def slow_steps(rank):
