@@ -5,15 +5,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import pickle
 import random
-import re
 import signal
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, NamedTuple
@@ -26,22 +22,18 @@ from torch.utils.data import (
     IterableDataset,
     TensorDataset,
     default_collate,
-    get_worker_info,
 )
 from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from distrain.errors import ConfigError
+from distrain.loader_errors import SHM_HINT, Failed, ResultQueue, failed
 from distrain.permutation import Ints, sample_seeds
 
 Collate = Callable[[list[Any]], Any]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
-_SHM_HINT = (
-    "/dev/shm is full: give the container more by --shm-size=8g or --ipc=host, or set "
-    "data.workers=0"
-)
 _GRACE_S = 1.0  # for a worker to end what it is doing
 
 
@@ -153,26 +145,6 @@ def load_here(fetch: Fetch, plan: Iterable[MicroBatch], *, pin_memory: bool) -> 
         yield pinned(batch) if pin_memory else batch
 
 
-@dataclass
-class _Failed:
-    """An exception in a loader process; torch would make its message a line below others."""
-
-    error: Exception | None  # None if it cannot be pickled
-    name: str
-    text: str
-    notes: list[str]
-    trace: str
-
-    def exception(self) -> Exception:
-        """Return the exception, or a RuntimeError with its name and text."""
-        if self.error is not None:
-            return self.error
-        error: Exception = type(self.name, (RuntimeError,), {})(self.text)
-        for note in self.notes:
-            error.add_note(note)
-        return error
-
-
 class _InWorker(Dataset[Any]):
     """`Fetch` in a loader process: an exception is returned instead of a batch."""
 
@@ -183,20 +155,7 @@ class _InWorker(Dataset[Any]):
         try:
             return self._fetch[item]
         except Exception as error:
-            worker = get_worker_info()
-            error.add_note(f"in DataLoader worker process {worker.id if worker else 0}")
-            if re.search(r"shared memory|\bshm\b|file </torch_", str(error)):
-                error.add_note(_SHM_HINT)
-            trace = "".join(traceback.format_exception(error))
-            sent = error if _survives_pickle(error) else None
-            return _Failed(sent, type(error).__name__, str(error), error.__notes__, trace)
-
-
-def _survives_pickle(error: Exception) -> bool:
-    try:
-        return str(pickle.loads(pickle.dumps(error))) == str(error)
-    except Exception:  # whatever the user's class does
-        return False
+            return failed(error)
 
 
 class WorkerBatches(Iterator[Any]):
@@ -261,13 +220,13 @@ class WorkerBatches(Iterator[Any]):
                 if worker.exitcode:
                     hint = "-9 is mostly a lack of memory: try fewer data.workers"
                     if worker.exitcode == -signal.SIGBUS:
-                        hint = _SHM_HINT
+                        hint = SHM_HINT
                     raise RuntimeError(
                         f"loader process {worker.pid} ended with exit code {worker.exitcode}; "
                         f"{hint}"
                     ) from error
             raise
-        if isinstance(batch, _Failed):
+        if isinstance(batch, Failed):
             raise batch.exception() from RuntimeError(batch.trace)
         return batch
 
@@ -322,6 +281,9 @@ class _Worker(ForkProcess):
 
 class _Context(ForkContext):
     Process = _Worker
+
+    def Queue(self, maxsize: int = 0) -> ResultQueue:
+        return ResultQueue(maxsize, ctx=self)
 
 
 def _as_it_is(batch: Any) -> Any:

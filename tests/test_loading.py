@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distrain.data import EvalLoader, TrainLoader
 from distrain.launch import failure
+from distrain.loader_errors import FILES_HINT, SHM_HINT
 from distrain.loading import Fetch, MicroBatch, WorkerBatches
 
 ITEM = MicroBatch(np.array([0, 0, 1]), np.array([4, 2, 0]))
@@ -363,6 +364,42 @@ class Photos:
         if index == 7:
             raise self._error
         return torch.zeros(1)
+
+
+class Unsendable:
+    def __init__(self, error):
+        self._error = error
+
+    def __reduce__(self):
+        raise self._error
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_7_1>: No space left on device (28)"
+MANY = (
+    "unable to open shared memory object </torch_7_1> in read-write mode: Too many open files (24)"
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (TypeError("cannot pickle it"), "TypeError: cannot pickle it ("),
+        (RuntimeError(FULL), f"RuntimeError: {FULL} ({SHM_HINT}, "),
+        (RuntimeError(MANY), f"RuntimeError: {MANY} ({FILES_HINT}, "),
+    ],
+)
+def test_a_batch_that_cannot_be_sent_is_an_error_of_its_iteration(error, line):
+    """Multiprocessing's thread that sends would print the error, and drop the batch."""
+    fetch = Fetch(Told(lambda i: Unsendable(error) if i == 3 else i), seed=None, collate=list)
+    plan = [MicroBatch(np.zeros(1, np.int64), np.array([i])) for i in range(4)]
+    batches = WorkerBatches(fetch, plan, workers=2, pin_memory=False, seed=0)
+    assert [next(batches) for _ in range(3)] == [[0], [1], [2]]
+    with pytest.raises(type(error)) as raised:
+        next(batches)
+    batches.close()
+    said = failure.of_exception(raised.value, rank=1, log="x")
+    assert said.text == line + "in DataLoader worker process 1)"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ NAMES = {
     "hydra._internal.config_loader_impl:ConfigLoaderImpl._embed_result_config": "its package",
     "torch._dynamo": "imported before the fork: DDP imports it in every rank",
     "torch._C._distributed_c10d:GradBucket": "type of the argument of a communication hook",
+    "multiprocessing.queues:Queue._on_queue_feeder_error": "overridden: it drops a batch unsent",
     "threading:_register_atexit": "called before non-daemon threads are joined",
     "multiprocessing.popen_fork:Popen": "loader workers that SIGTERM does not end",
     "multiprocessing.context:ForkProcess._Popen": "overridden: loader workers that are killed",

@@ -1,0 +1,65 @@
+"""Exceptions in a loader process, sent to the process that trains."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import traceback
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+SHM_HINT = (
+    "/dev/shm is full: give the container more by --shm-size=8g or --ipc=host, or set "
+    "data.workers=0"
+)
+FILES_HINT = "the limit on open files (ulimit -n) is too low; raise it, or set data.workers=0"
+
+
+@dataclass
+class Failed:
+    """An exception in a loader process; torch would make its message a line below others."""
+
+    error: Exception | None  # None if it cannot be pickled
+    name: str
+    text: str
+    notes: list[str]
+    trace: str
+
+    def exception(self) -> Exception:
+        """Return the exception, or a RuntimeError with its name and text."""
+        if self.error is not None:
+            return self.error
+        error: Exception = type(self.name, (RuntimeError,), {})(self.text)
+        for note in self.notes:
+            error.add_note(note)
+        return error
+
+
+def failed(error: Exception) -> Failed:
+    """Return what a loader process sends of an exception."""
+    worker = get_worker_info()
+    error.add_note(f"in DataLoader worker process {worker.id if worker else 0}")
+    if re.search(r"shared memory|\bshm\b|file </torch_", str(error)):
+        is_full = "Too many open files" not in str(error)
+        error.add_note(SHM_HINT if is_full else FILES_HINT)
+    trace = "".join(traceback.format_exception(error))
+    sent = error if _survives_pickle(error) else None
+    return Failed(sent, type(error).__name__, str(error), error.__notes__, trace)
+
+
+def _survives_pickle(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # whatever the user's class does
+        return False
+
+
+class ResultQueue(Queue):  # type: ignore[type-arg]
+    """Queue of batches; an error is sent in place of a batch that cannot be."""
+
+    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:
+        # multiprocessing prints the error and drops the batch: training would wait for ever
+        self.put((item[0], failed(error)))
