@@ -32,6 +32,10 @@ class Printable:
     """A text must not be empty, nor hold control characters or surrounding blanks."""
 
 
+class RunName:
+    """A text must name a folder below the one of all runs, and must not look like an option."""
+
+
 class LocalPath:
     """A text must be a path of a mounted file system, no URL."""
 
@@ -44,7 +48,7 @@ class Target(dict[str, Any]):
 class RunKeys:
     """`run.*`: where the run lies."""
 
-    name: Annotated[str, Printable(), LocalPath()]
+    name: Annotated[str, Printable(), LocalPath(), RunName()]
     dir: Annotated[str, Printable(), LocalPath()]
 
 
@@ -315,6 +319,10 @@ def _in_range(value: Any, limit: object, key: str) -> None:
         raise ConfigError(f"{key}: a value is needed, {key}=...")
     if isinstance(limit, LocalPath):
         refuse_url(key, value)
+    if isinstance(limit, RunName) and (
+        value.startswith(("-", "/")) or not {".", ".."}.isdisjoint(value.split("/"))
+    ):
+        raise wrong(key, value, "expected a name without a leading - or /, and without . or ..")
     if isinstance(limit, AtLeast) and value < limit.limit:
         raise wrong(key, value, f"at least {limit.limit} is needed")
     if isinstance(limit, Positive) and value <= 0:

@@ -128,6 +128,10 @@ def test_a_hook_may_be_taken_out():
         ({"run__name": "a\nb"}, "run.name='a\\nb': a text without control characters"),
         ({"run__dir": "s3://b/x"}, "run.dir=s3://b/x: expected a path of a mounted file system"),
         ({"run__dir": "file:///x"}, "run.dir=file:///x: expected a path of a mounted file system"),
+        *(
+            ({"run__name": name}, f"run.name={name}: expected a name without")
+            for name in ("-m", "--all", "../up", "a/../../b", "a/..", ".", "/tmp/a")
+        ),
         ({"run__name": "gs://b"}, "run.name=gs://b: expected a path of a mounted file system"),
         ({"init": {"weights": "hdfs://b"}}, "init.weights=hdfs://b: expected a path of a mounted"),
         ({"run__dir": " a"}, "run.dir=' a': a text without control characters"),
