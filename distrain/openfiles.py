@@ -9,7 +9,8 @@ import resource
 from distrain.errors import ConfigError
 
 _GROUPS = 2  # that of the gradients, and that of the scalars
-_RESERVE = 16  # files that a rank opens meanwhile: listening sockets, libraries, logs
+_IN_AGENT = 8  # of each rank, in the process that starts it: pipes, heartbeat, sockets
+_RESERVE = 16  # files that are opened meanwhile: listening sockets, libraries, logs
 
 
 def raise_limit() -> None:
@@ -17,6 +18,21 @@ def raise_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check_agent(ranks: int, *, world_size: int) -> None:
+    """Check that this process can watch its ranks, and each of them connect with all others.
+
+    Args:
+        ranks: that this process starts.
+        world_size: ranks on all nodes.
+
+    Raises:
+        ConfigError: the limit is too low; names the limit and the ranks.
+    """
+    of_each = f"the agent opens up to {_IN_AGENT} files and pipes of each"
+    _check(_IN_AGENT * ranks, f"{ranks} ranks ({of_each})")
+    check_mesh(world_size)
 
 
 def check_mesh(ranks: int) -> None:
@@ -28,13 +44,16 @@ def check_mesh(ranks: int) -> None:
     Raises:
         ConfigError: the limit is too low; names the limit and the ranks.
     """
+    _check(_GROUPS * (ranks - 1), f"{ranks} ranks ({_GROUPS} sockets per rank to each other one)")
+
+
+def _check(num_files: int, what: str) -> None:
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
-    needed = len(os.listdir("/proc/self/fd")) + _GROUPS * (ranks - 1) + _RESERVE
+    needed = len(os.listdir("/proc/self/fd")) + num_files + _RESERVE
     if needed > limit:
         raise ConfigError(
-            f"ulimit -n {limit}: expected at least {needed} for {ranks} ranks ({_GROUPS} sockets "
-            f"per rank to each other one); raise the hard limit (ulimit -Hn is {hard}), or start "
-            "fewer ranks"
+            f"ulimit -n {limit}: expected at least {needed} for {what}; raise the hard limit "
+            f"(ulimit -Hn is {hard}), or start fewer ranks"
         )

@@ -91,6 +91,7 @@ def run_node(
     """
     silence_torch()
     openfiles.raise_limit()
+    openfiles.check_agent(ranks, world_size=ranks * nodes)
     meeting = Meeting(
         nodes=nodes, node_rank=node_rank, endpoint=endpoint, run_id=run_id, join_s=join_s
     )

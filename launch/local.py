@@ -75,6 +75,9 @@ class LocalLauncher:
             return run_here(job)
         refuse_among_ranks()
         ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
+        plural = "s" if ranks > 1 else ""
+        print(f"distrain: starting {ranks} rank{plural}", file=sys.stderr, flush=True)
+        # from here on torch is imported, for which there is nothing to see for seconds
         method = self.start_method or ("fork" if may_fork() else "spawn")
         from distrain.launch.agent import run_node
 

@@ -19,6 +19,7 @@ from distrain.errors import RankFailed
 from distrain.launch.failure import Failure
 
 _POLL_S = 0.5  # from one look at the other nodes to the next
+_FIRST_PAUSE_S = 0.02  # of a wait, whose pauses grow up to _POLL_S
 _EXCHANGE_S = 8.0  # a node needs up to SURVIVOR_S to know how its ranks failed
 _BACKLOG = 4096  # ranks connect at the same moment
 
@@ -216,9 +217,10 @@ def _serve(listener: socket.socket, timeout_s: float) -> TCPStore:
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Wait until a condition holds, with signals heard in between; say whether it does."""
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(pause_s)
+        pause_s = min(_POLL_S, pause_s * 1.5)  # one node answers all others
     return True

@@ -2,13 +2,17 @@
 
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import FORK
 
 from distrain import openfiles
 from distrain.errors import ConfigError
-from distrain.launch import slurm_attempts, slurm_task
+from distrain.launch import meeting, slurm_attempts, slurm_task
 from distrain.launch.slurm_attempts import NodeRecord
 from distrain.launch.slurm_task import NodeTask
 from distrain.launch.stop import StopRequest
@@ -42,6 +46,21 @@ def test_a_look_at_the_nodes_opens_no_record(tmp_path, monkeypatch):
     assert pauses[-1] == 2.0
 
 
+def test_a_wait_for_the_other_nodes_asks_less_and_less_often(monkeypatch):
+    now_s, calls = 0.0, []
+
+    def sleep(seconds):
+        nonlocal now_s
+        now_s += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now_s, sleep=sleep)
+    monkeypatch.setattr(meeting, "time", clock)
+    assert not meeting._wait(lambda: calls.append(now_s), 60.0)
+    assert len(calls) < 140  # it was 1,200, from each of up to 512 nodes
+    assert calls[1] <= 0.05
+    assert 60.0 - calls[-2] <= 0.5
+
+
 def limited(soft, hard, fn, *args):
     """Return what a function does in a process with a limit on open files."""
 
@@ -73,3 +92,23 @@ def test_a_mesh_that_does_not_fit_names_the_limit_and_the_ranks(ranks):
     else:  # 398
         assert said.startswith("ulimit -n 200: expected at least ")
         assert "for 200 ranks (2 sockets per rank to each other one)" in said
+
+
+@pytest.mark.ranks
+def test_a_start_that_does_not_fit_is_refused_before_any_rank_starts(tmp_path):
+    argv = [sys.executable, "-m", "distrain", "+experiment=digits", "launch.ranks=8"]
+    done = subprocess.run(
+        [*argv, "trainer.max_iter=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.splitlines()
+    assert lines[0] == "distrain: starting 8 ranks"
+    assert lines[1].startswith("distrain: ulimit -n 40: expected at least ")
+    assert " for 8 ranks (the agent opens up to 8 files and pipes of each)" in lines[1]
+    assert len(lines) == 2
+    assert done.returncode == 2
