@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distrain import schema
+from distrain.runs.states import State
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("mkdocs")
@@ -122,3 +123,9 @@ def test_every_hook_is_on_the_page_of_hooks_and_says_whether_it_is_in_every_run(
     default = (ROOT / "conf" / "hooks" / "default.yaml").read_text()
     in_default = set(re.findall(r"_target_: distrain.hooks.(\w+)", default))
     assert {name for name, mark in rows.items() if mark} == in_default
+
+
+def test_the_states_of_a_run_are_those_of_the_code():
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    told = page[page.index("| State |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", told, re.MULTILINE) == [*State]
