@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,10 @@ def hold(path: Path) -> int:
     file = path / "lock"
     deadline = time.monotonic() + _ENDING_S
     while True:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise _not_ours(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,10 +61,7 @@ def hold(path: Path) -> int:
         os.close(fd)  # its owner has just removed it
     try:
         if not _is_ours(fd):
-            raise ConfigError(
-                f"run.dir={path}: its file lock is not that of a run; move it away, or give "
-                "another run.dir"
-            )
+            raise _not_ours(path)
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(mine).encode(), 0)
@@ -101,6 +102,12 @@ def holder(path: Path) -> dict[str, Any] | None:
     finally:
         os.close(fd)
     return None
+
+
+def _not_ours(path: Path) -> ConfigError:
+    return ConfigError(
+        f"run.dir={path}: its file lock is not that of a run; move it away, or give another run.dir"
+    )
 
 
 def _is_ours(fd: int) -> bool:

@@ -76,7 +76,9 @@ def masked_text(text: str, secrets: Iterable[str] = ()) -> str:
         key, sign, value = match.groups()
         # of a message that names a key, `api_key: expected a text`, nothing is hidden
         is_message = ":" in sign and not value.startswith(("'", '"')) and "{" not in text
-        if is_message or not is_secret(key, value) or _LOOKED_UP.fullmatch(value):
+        if is_message or not is_secret(key, value):
+            return f"{key}{sign}{_PAIR.sub(hide, value)}"  # as in `cannot log in: password=...`
+        if _LOOKED_UP.fullmatch(value):
             return match[0]
         return f"{key}{sign}{MASK}"
 

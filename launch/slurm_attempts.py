@@ -17,6 +17,7 @@ from typing import Any
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.failure import Failure, cause
+from distrain.regular import read_regular
 
 SLURM_FOLDER = "slurm"
 SUBMITTED_FILE = "submitted.json"
@@ -24,6 +25,7 @@ RUNNING_FILE = "running.json"
 """The attempt that has begun, as long as it has noted no end."""
 
 _STOP_FILE = "stop.json"
+_MAX_BYTES = 16 << 20  # of a file of these
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,10 @@ def read_nodes(run_dir: Path) -> dict[str, NodeRecord]:
 def read_attempts(run_dir: Path) -> list[Attempt]:
     """Return the attempts of a run that are over, oldest first."""
     try:
-        lines = (run_dir / "attempts.jsonl").read_text().splitlines()
+        data = read_regular(run_dir / "attempts.jsonl", max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         return []
-    return [Attempt(**json.loads(line)) for line in lines if line.strip()]
+    return [Attempt(**json.loads(line)) for line in data.splitlines() if line.strip()]
 
 
 def summary(attempts: Sequence[Attempt]) -> str:
@@ -273,7 +275,7 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON file; empty if it is not there."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_regular(path, max_bytes=_MAX_BYTES))
     except (FileNotFoundError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -9,6 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_runfolder import conf
 
+from distrain import folderlock
+from distrain.errors import ConfigError
+from distrain.launch.slurm_attempts import read_attempts, refuse_other_job
 from distrain.runs.__main__ import run
 from distrain.runs.files import Attempt
 from distrain.runs.frozen_yaml import load_mapping
@@ -103,6 +106,44 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, capsys, name, kind)
     assert runs["odd"]["state"] == ("unreadable" if name in GOOD else "dead")
     assert run(["show", str(tmp_path / "odd")]) == 0
     assert run(["diff", str(tmp_path / "odd"), str(tmp_path / "good")]) == 0
+
+
+def test_what_is_shown_of_a_run_is_masked_and_escaped(tmp_path, capsys):
+    said = "cannot log in: password=hunter22 at https://me:pass5678@host \x1b[31m"
+    attempt = Attempt(1, "12", 0, ["n1"], 1.0, 2.0, outcome="failed", why=said)
+    start = START | {"end": {"time": START["time"], "code": 1, "why": said}}
+    odd = make(
+        tmp_path / "odd",
+        **{
+            "attempts.jsonl": json.dumps(vars(attempt)) + "\n",
+            "command.json": json.dumps({"starts": [start]}),
+        },
+    )
+    (odd / "logs").mkdir()
+    (odd / "logs" / "rank_0.log").write_text(f"{said}\n")
+    shown = table(tmp_path, capsys)["odd"]["why"] + "\n"
+    assert run(["show", str(odd)]) == 0
+    assert run(["stop", str(odd)]) == 0
+    shown += capsys.readouterr().out
+    # the state, the attempt, the start, the log
+    assert shown.count("password=*** at https://***@host") == 5
+    assert "hunter22" not in shown
+    assert "pass5678" not in shown
+    assert shown[shown.index("\n") :].count("\x1b") == 0
+
+
+@pytest.mark.timeout(60)
+def test_commands_that_write_do_not_wait_for_a_pipe_either(tmp_path):
+    slurm, lock, attempts = (tmp_path / name for name in ("slurm", "lock", "attempts"))
+    slurm.mkdir()
+    for pipe in (slurm / "submitted.json", lock, attempts.with_suffix(".jsonl")):
+        os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        refuse_other_job(tmp_path)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_attempts(tmp_path)
+    with pytest.raises(ConfigError, match="its file lock is not that of a run; move it away"):
+        folderlock.hold(tmp_path)
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400)

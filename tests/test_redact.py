@@ -64,6 +64,7 @@ def test_messages_keep_their_words() -> None:
     assert masked_text("a.token: expected a text, a.token=...") == (
         "a.token: expected a text, a.token=***"
     )
+    assert masked_text("cannot log in: password=hunter2") == "cannot log in: password=***"
     known = secrets_of(["+a.password='hunter2'"], {"b": {"api_key": "k-1234"}})
     assert masked_text("no login with hunter2 and k-1234", known) == "no login with *** and ***"
 

@@ -20,6 +20,7 @@ from distrain.launch.slurm_attempts import (
     SUBMITTED_FILE,
     Attempt,
 )
+from distrain.redact import masked_text
 from distrain.regular import open_regular, read_regular, read_tail
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
@@ -273,7 +274,7 @@ def _start(fields: Any) -> Start:
         time=_seconds(fields.get("time")) or 0.0,
         end=_seconds(end.get("time")),
         code=None if code is None else _of_type(code, int, "end.code"),
-        why=_of_type(end.get("why") or "", str, "end.why"),
+        why=masked_text(_of_type(end.get("why") or "", str, "end.why")),
         git=git,
         versions={name: _of_type(each, str, f"versions.{name}") for name, each in versions.items()},
     )
@@ -322,7 +323,7 @@ def _attempt(fields: Any) -> Attempt:
                 raise ValueError(f"{each.name}: expected a number, 0 or more")
         else:
             _of_type(value, kinds[str(each.type)], each.name)
-    return attempt
+    return dataclasses.replace(attempt, why=masked_text(attempt.why))
 
 
 def _submitted_id(path: Path) -> str:

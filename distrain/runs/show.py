@@ -15,7 +15,7 @@ from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_man
 from distrain.checkpoint_found import find_all
 from distrain.checkpoint_table import best_mark, known_best
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
-from distrain.redact import masked, masked_overrides
+from distrain.redact import masked, masked_overrides, masked_text
 from distrain.regular import read_tail
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, mtime
@@ -122,7 +122,7 @@ def tail(path: Path, lines: int) -> str:
         text = read_tail(path, max_bytes=_TAIL_BYTES).decode(errors="replace")
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""
+    return "\n".join(map(masked_text, text.splitlines()[-lines:])) if lines > 0 else ""
 
 
 def _configuration(files: Files) -> str:
