@@ -240,6 +240,7 @@ def test_train_sbatch_from_the_repository_and_from_a_folder_of_ones_own(
         out = tmp_path / f"{name}.out"
         assert cluster.wait(job_id)["JobState"] == "COMPLETED", out.read_text()
         assert "finished: 4 of 4 iterations" in out.read_text()
+        assert "\x1b" not in out.read_text()  # srun --unbuffered gives the ranks a terminal
         (attempt,) = read_attempts(tmp_path / name)
         assert (attempt.kept_iter, attempt.nodes) == (4, ["n1", "n2"])
 
