@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distrain.errors import ExitCode
+from distrain.errors import ExitCode, RunFailed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class TrainJob:
         """Do what one rank does; see `distrain.training.train`."""
         from distrain.training import train
 
-        return train(self.conf, self.run_dir)
+        try:
+            return train(self.conf, self.run_dir)
+        except OSError as error:  # of the run's storage, not a bug: one line
+            if not str(error.filename).startswith(self.run_dir):
+                raise
+            raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
     def plan(self) -> str:
         """Return in words what would be trained; see `distrain.plan.plan`."""

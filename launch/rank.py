@@ -113,11 +113,11 @@ def open_log(log_dir: Path, rank: int) -> str:
 
 
 def append(path: str, text: str) -> None:
-    """Add text to a log, whole even where several write to it.
+    """Add text to a log, whole even where several write to it; nothing where that fails.
 
-    A run that was a mistake of the user loses its folder, maybe before its last rank has failed.
+    The log may be gone, or its disk full: what failed is reported all the same.
     """
-    with contextlib.suppress(FileNotFoundError), open(path, "ab", buffering=0) as file:
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
         file.write(text.encode(errors="replace"))
 
 

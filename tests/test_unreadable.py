@@ -13,7 +13,7 @@ from test_training import CONF, ROOT, TINY
 from torch import nn
 
 from distrain import checkpoint_format as fmt
-from distrain import retry
+from distrain import retry, training
 from distrain.checkpoint import describe
 from distrain.checkpoint_found import clear_leftovers
 from distrain.checkpoint_retention import read_run_id
@@ -22,6 +22,8 @@ from distrain.errors import RunFailed
 from distrain.finetune import start_from
 from distrain.folderlock import holder
 from distrain.jsonlines import JsonLinesWriter
+from distrain.launch.rank import append
+from distrain.run import TrainJob
 from distrain.runfiles import read_frozen
 from distrain.runs.__main__ import run as runs
 from distrain.runs.files import read
@@ -189,6 +191,16 @@ def test_weights_that_cannot_be_read_are_a_failure_of_one_line(tmp_path, fail, k
     fail("manifest.json" if kind == "run" else kind, "EIO")
     with pytest.raises(RunFailed, match="^init.weights=.* cannot be read: Input/output error"):
         start_from(nn.Linear(1, 1), weights=str(tmp_path / kind))
+
+
+def test_a_storage_that_fails_in_a_rank_is_one_line(tmp_path, monkeypatch):
+    def train(conf, run_dir):
+        raise OSError(errno.EIO, "Input/output error", f"{run_dir}/logs")
+
+    monkeypatch.setattr(training, "train", train)
+    with pytest.raises(RunFailed, match=f"^{tmp_path}/logs: Input/output error$"):
+        TrainJob({}, str(tmp_path))()
+    append("/dev/full", "a trace that no disk takes does not hide the failure")
 
 
 COMMAND = """
