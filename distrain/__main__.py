@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -137,7 +137,8 @@ class Command:
         if not owns_run:
             await_run(job.run_dir)
             self._stop.__enter__()
-            return ExitCode(launcher.start(job))
+            with _storage_of(job):
+                return ExitCode(launcher.start(job))
         if handover is None:
             return self._start_own(launcher, job, name)
         code = ExitCode.FAILED
@@ -189,12 +190,8 @@ class Command:
             if on_claim is not None:
                 on_claim()
             self._stop.__enter__()
-            try:
+            with _storage_of(job):
                 return folder.watch(lambda: launcher.start(job))
-            except OSError as error:  # of the storage, not a bug: one line
-                if not str(error.filename).startswith(job.run_dir):
-                    raise
-                raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
     def _submit(self) -> None:
         """Hand the runs of a sweep to a launcher that takes them all at once."""
@@ -212,6 +209,17 @@ class Command:
             traceback.print_exception(error)
         print(f"distrain: {masked_text(str(what), self._secrets)}", file=sys.stderr, flush=True)
         return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
+
+
+@contextlib.contextmanager
+def _storage_of(job: TrainJob) -> Iterator[None]:
+    """Turn an OSError of a file in the run's folder into one line: it is no bug."""
+    try:
+        yield
+    except OSError as error:
+        if not str(error.filename).startswith(job.run_dir):
+            raise
+        raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
 
 def main() -> None:

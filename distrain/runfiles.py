@@ -89,12 +89,12 @@ def read_starts(path: Path) -> list[Any] | None:
     return starts if isinstance(starts, list) else None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole and synced, or leave the one that is there; OSError if it fails."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.touch(0o600)  # diffs and arguments may hold what others are not to read
-        scratch.write_text(text)
+        scratch.write_bytes(data)
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
         scratch.replace(path)

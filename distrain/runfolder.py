@@ -34,7 +34,7 @@ from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.provenance import git_state, start_record
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.retry import retried, unreadable
-from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_text
+from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_bytes
 
 FREE_KEYS = (
     *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
@@ -165,7 +165,7 @@ class RunFolder:
             if starts:
                 starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
                 text = json.dumps({"starts": starts}, indent=1) + "\n"
-                retried(lambda: write_text(file, text))
+                retried(lambda: write_bytes(file, text.encode()))
         except (OSError, RunFailed) as error:  # must not hide how the run ended
             print(f"distrain: {file}: the end of the run is not noted: {error}", file=sys.stderr)
 
@@ -226,7 +226,7 @@ class RunFolder:
         path = self.path / name
         try:
             self._before.setdefault(path, read_bytes(path))
-            retried(lambda: write_text(path, text))
+            retried(lambda: write_bytes(path, text.encode()))
         except OSError as error:
             raise cannot_use(self.path, error, f"{name} cannot be written: ") from error
 
@@ -242,8 +242,8 @@ class RunFolder:
             for path, content in self._before.items():
                 if content is None:
                     path.unlink(missing_ok=True)
-                else:
-                    path.write_bytes(content)
+                elif read_bytes(path) != content:  # in place, a full disk would empty it
+                    write_bytes(path, content)
             return
         if find_all(self.path / "checkpoints", with_trained=True):
             return

@@ -67,20 +67,35 @@ def contents(path):
     return {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
 
 
+def fill_disk(monkeypatch, full_at):
+    """Let files whose names have this in them be emptied and take nothing."""
+    real = Path.open
+
+    def fill(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        if "w" in mode and full_at in path.name:
+            file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return file
+
+    monkeypatch.setattr(Path, "open", fill)
+
+
 @pytest.mark.parametrize("full_at", ["run.yaml", "command.json"])
 def test_a_full_disk_at_the_start_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, full_at):
-    write = Path.write_text
-
-    def fill(path, text):
-        write(path, text[:10])
-        if full_at in path.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, text)
-
-    monkeypatch.setattr(Path, "write_text", fill)
+    fill_disk(monkeypatch, full_at)
     with pytest.raises(ConfigError, match=f"{full_at} cannot be written: No space left"):
         freeze(tmp_path / "a")
     assert not contents(tmp_path)
+
+
+def test_a_full_disk_damages_no_file_of_an_earlier_start(tmp_path, monkeypatch):
+    path = freeze(tmp_path / "a").path
+    before = contents(path)
+    fill_disk(monkeypatch, "run.yaml")
+    with pytest.raises(ConfigError, match=r"run.yaml cannot be written: No space left"):
+        freeze(path, data={**conf()["data"], "workers": 3})
+    assert contents(path) == before
 
 
 def test_a_new_folder_holds_the_configuration_and_the_command(tmp_path):

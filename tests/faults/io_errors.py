@@ -151,7 +151,7 @@ class Campaign:
         self.control.root = b""
 
     def command(self, ranks: int, *overrides: str) -> Ended:
-        """Run the command in forks of this process, one per rank; return how rank 0 ended."""
+        """Run the command in forks of this process, one per rank; return how they ended."""
         launch = ["launch.in_process=true"] if ranks == 1 else ["launch=external"]
         self._compose(["--config-dir", "conf", "+experiment=tiny", *launch, *overrides])
         with tempfile.TemporaryFile("w+b") as log, socket.socket() as probe:
@@ -161,7 +161,9 @@ class Campaign:
             pids = [self._fork(rank, ranks, port, log.fileno()) for rank in range(ranks)]
             codes = self._reap(pids)
             log.seek(0)
-            return Ended(codes[0] if codes[0] else max(codes), log.read().decode(errors="replace"))
+            # a rank that is killed because another has failed does not count
+            code = next((code for code in codes if code > 0), min(codes))
+            return Ended(code, log.read().decode(errors="replace"))
 
     def _compose(self, argv: list[str]) -> None:
         """Let `hydra.main` hand out the configuration of these arguments, composed only once.
