@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import random
 import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import popen_fork
-from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,13 +24,12 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from distrain.errors import ConfigError
-from distrain.loader_errors import SHM_HINT, Failed, ResultQueue, failed
+from distrain.loader_errors import SHM_HINT, Failed, failed
 from distrain.permutation import Ints, sample_seeds
+from distrain.worker_process import WorkerContext, init_worker, signals_held
 
 Collate = Callable[[list[Any]], Any]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _GRACE_S = 1.0  # for a worker to end what it is doing
 
 
@@ -189,17 +185,13 @@ class WorkerBatches(Iterator[Any]):
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            worker_init_fn=lambda _: _init_worker(parent),
-            multiprocessing_context=_Context(),
+            worker_init_fn=lambda _: init_worker(parent),
+            multiprocessing_context=WorkerContext(),
             # torch would draw the workers' seed from the generator of the training process
             generator=torch.Generator().manual_seed(seed),
         )
-        # A signal between a worker's start and its `_init_worker` waits until it is ignored.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-        try:
+        with signals_held():
             self._iterator: Any = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _open.add(self)
 
     def __next__(self) -> Any:
@@ -257,45 +249,5 @@ def _close_all() -> None:
         batches.close()
 
 
-class _Popen(popen_fork.Popen):
-    def terminate(self) -> None:
-        self.kill()  # for torch and multiprocessing: SIGTERM is ignored, they would wait for ever
-
-
-class _Worker(ForkProcess):
-    """A process that can be ended whatever it is doing."""
-
-    deadline: float | None = None  # on time.monotonic(), for its end once it was told to
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> _Popen:
-        return _Popen(process_obj)
-
-    def join(self, timeout: float | None = None) -> None:
-        if self.deadline is not None:
-            super().join(max(0.0, self.deadline - time.monotonic()))
-            if self.is_alive():
-                self.kill()
-        super().join(timeout)
-
-
-class _Context(ForkContext):
-    Process = _Worker
-
-    def Queue(self, maxsize: int = 0) -> ResultQueue:
-        return ResultQueue(maxsize, ctx=self)
-
-
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _init_worker(parent: int) -> None:
-    """Leave signals to the rank and end with it."""
-    # a cluster sends its signals to every process; a worker that heeds them takes the rank along
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)

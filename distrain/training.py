@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -37,6 +38,7 @@ from distrain.numerics import numerics
 from distrain.optim import build_optimizer
 from distrain.outcome import conclude, outcome_of
 from distrain.resume import resume_point
+from distrain.same_data import check_same_data, open_files
 from distrain.schedule import WarmupConstantLR
 from distrain.trainer import Trainer
 
@@ -156,8 +158,9 @@ def build_parts(
         accumulation=settings["accumulation"],
         largest=state["stream"]["samples_per_forward"] if state else None,
     )
+    datasets = _build_datasets(conf, where)
     train_loader = TrainLoader(
-        build(data["train"], "data.train"),
+        datasets["data.train"],
         batch_size=data["batch_size"],
         rank=where.rank,
         world_size=where.world_size,
@@ -168,7 +171,7 @@ def build_parts(
         pin_memory=local_device().type == "cuda",
     )
     hooks = _build_hooks(
-        eval_loader=_eval_loader(conf, where),
+        eval_loader=_eval_loader(datasets.get("data.eval"), conf, where),
         schedule=schedule,
         checkpoints=checkpoints,
         run_dir=run_dir,
@@ -228,13 +231,26 @@ def _optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
     return optimizer, build(conf["schedule"], "schedule", optimizer=optimizer)
 
 
-def _eval_loader(conf: Conf, where: Topology) -> EvalLoader | None:
+def _build_datasets(conf: Conf, where: Topology) -> dict[str, Any]:
+    """Build the data sets, by their keys, and check that they are the same on all ranks."""
     data = conf["data"]
-    if data["eval"] is None:
+    open_before = open_files()
+    names = [name for name in ("train", "eval") if data[name] is not None]
+    datasets = {f"data.{name}": build(data[name], f"data.{name}") for name in names}
+    if where.world_size > 1:
+        # where CUDA is in use, fork only if loader processes are forked anyway
+        may_fork = data["workers"] > 0 or not torch.cuda.is_initialized()
+        check_same_data(datasets, seed=conf["seed"], open_before=open_before, may_fork=may_fork)
+    return datasets
+
+
+def _eval_loader(dataset: Any, conf: Conf, where: Topology) -> EvalLoader | None:
+    if dataset is None:
         return None
+    data = conf["data"]
     batch_size = data["eval_batch_size"] or data["batch_size"]
     return EvalLoader(
-        build(data["eval"], "data.eval"),
+        dataset,
         batch_size=max(1, batch_size // where.world_size),
         rank=where.rank,
         world_size=where.world_size,

@@ -301,6 +301,40 @@ def test_a_mistake_in_metrics_is_found_before_anything_is_trained(folder, model,
     assert [*(folder / "runs").glob("*/checkpoints/iter_*")] == []
 
 
+LISTED = """
+import os
+
+class Listed(Points):
+    def __init__(self, num=40, missing=0):
+        super().__init__(num - missing * int(os.environ["RANK"]))
+        if not missing:  # another order
+            self.x = self.x.roll(int(os.environ["RANK"]), 0)
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.train._target_=tiny.Listed"],
+            "data.train: sample 0 is (float32[1] -1, float32[1] 1) on rank 0, (float32[1] 1, "
+            "float32[1] 1) on rank 1; expected the same data set on all ranks",
+        ),
+        (
+            ["data.eval._target_=tiny.Listed", "+data.eval.missing=10"],
+            "data.eval: rank 0 has 40 samples, rank 1 has 30; expected the same data set",
+        ),
+    ],
+)
+def test_data_that_differs_between_ranks_is_refused(folder, overrides, words):
+    (folder / "tiny.py").write_text(TINY + LISTED)
+    result = distrain(folder, "launch.in_process=false", "launch.ranks=2", *overrides)
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr.splitlines()[-1]
+    assert not (folder / "runs").exists()
+
+
 @pytest.mark.ranks
 def test_a_run_changes_between_ddp_and_fsdp_by_command(folder):
     two = ["launch.in_process=false", "launch.ranks=2"]

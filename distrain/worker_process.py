@@ -1,0 +1,75 @@
+"""Forked worker processes of a rank: they ignore its signals and end with it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import popen_fork
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import Any
+
+from distrain.loader_errors import ResultQueue
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+
+
+class _Popen(popen_fork.Popen):
+    def terminate(self) -> None:
+        self.kill()  # for torch and multiprocessing: SIGTERM is ignored, they would wait for ever
+
+
+class _Worker(ForkProcess):
+    """A process that can be ended whatever it is doing."""
+
+    deadline: float | None = None  # on time.monotonic(), for its end once it was told to
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> _Popen:
+        return _Popen(process_obj)
+
+    def join(self, timeout: float | None = None) -> None:
+        if self.deadline is not None:
+            super().join(max(0.0, self.deadline - time.monotonic()))
+            if self.is_alive():
+                self.kill()
+        super().join(timeout)
+
+
+class WorkerContext(ForkContext):
+    """Of forked processes that `kill` ends; each calls `init_worker` first."""
+
+    Process = _Worker
+
+    def Queue(self, maxsize: int = 0) -> ResultQueue:
+        """Return the queue of a loader's batches."""
+        return ResultQueue(maxsize, ctx=self)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Start processes inside `with`: they get no signal before `init_worker` ignores it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def init_worker(parent: int) -> None:
+    """Leave signals to the rank and end with it.
+
+    Args:
+        parent: the process id of the rank.
+    """
+    # a cluster sends its signals to every process; a worker that heeds them takes the rank along
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
