@@ -78,6 +78,8 @@ class ConsoleWriter:
         new = {name: value for name, (value, _) in self._new(row).items()}
         if not new:
             return
+        if self._left_out is not None and self._left_out[0].iteration == row.iteration:
+            new = {**self._left_out[1], **new}  # the end adds to the last row
         rare = new.keys() - self._usual
         self._usual = frozenset(new)
         now_s = time.monotonic()

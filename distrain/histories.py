@@ -48,6 +48,7 @@ class Histories:
         self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
         self._is_settled_known = True
         self._settled_from = -1  # the first iteration of which `_settled` is the answer
+        self._settled_window = 0  # in iterations, of its medians
 
     def append(self, block: Block) -> None:
         """Append a block; O(1) where its names are those of the block before."""
@@ -159,6 +160,8 @@ class Histories:
 
     def _until_in_buffers(self, iteration: int, window_size: int) -> dict[str, tuple[float, int]]:
         """Return `until` for what does not wait; kept while it can not change."""
+        if window_size != self._settled_window:
+            self._is_settled_known, self._settled_window = False, window_size
         if self._is_settled_known and iteration >= self._settled_from:
             return dict(self._settled)
         waiting = {name for names in self._waiting for name in names}

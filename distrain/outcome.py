@@ -48,7 +48,7 @@ def conclude(
     # as in the last row, which stands above
     latest = trainer.storage.scalars_until(trainer.iter_done - 1, window_size=trainer.window)
     shown = "  ".join(
-        f"{name.removeprefix('eval/')} {value:.4g}"
+        f"{name if name == 'eval/loss' else name.removeprefix('eval/')} {value:.4g}"
         for name, (value, _) in latest.items()
         if name == "loss" or name.startswith("eval/")
     )

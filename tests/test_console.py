@@ -79,6 +79,21 @@ def test_rows_faster_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None
     assert 8 <= len(lines) <= 8 + 2 + 1
 
 
+def test_what_the_end_adds_to_the_last_row_is_one_line_with_it() -> None:
+    stream = io.StringIO()
+    writer = ConsoleWriter(stream=stream)
+    row = {"loss": (1.0, 19)}
+    writer.write(Row(19, 40, row))
+    row = {"loss": (0.5, 39)}
+    writer.write(Row(39, 40, row))  # too soon after the one before
+    writer.write(Row(39, 40, {**row, "eval/accuracy": (0.75, 39)}))
+    writer.close()
+    assert stream.getvalue().splitlines() == [
+        "iter 19/40  loss 1",
+        "iter 39/40  loss 0.5  eval/accuracy 0.75",
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

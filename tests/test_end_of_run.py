@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from ranks import run_ranks
@@ -10,7 +11,10 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from distrain import HookBase, TrainerBase
 from distrain.checkpoint import CheckpointStore
+from distrain.errors import ExitCode
+from distrain.events import EventStorage
 from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter
+from distrain.outcome import conclude
 
 pytestmark = pytest.mark.ranks
 
@@ -246,3 +250,19 @@ def test_nothing_is_saved_twice_where_the_end_only_closes(tmp_path, monkeypatch)
     )
     train(0, tmp_path)
     assert saved == [3, 6, 9, 10]
+
+
+def test_the_last_line_tells_the_loss_of_the_evaluation_from_that_of_training(caplog):
+    caplog.set_level("INFO")
+    storage = EventStorage(0)
+    storage.put_scalars(loss=0.5, smoothing_hint=False)
+    for name in ("eval/loss", "eval/score"):
+        storage.put_scalar(name, 0.25, smoothing_hint=False)
+    storage.step()
+    trainer = SimpleNamespace(
+        iter_done=1, start_iter=0, max_iter=1, ends_only=False, storage=storage, window=4
+    )
+    saved = SimpleNamespace(last_saved=1)
+    conclude(trainer, ExitCode.FINISHED, "runs/a", saved, may_be_unsaved=False)
+    [line] = [r.message for r in caplog.records if "finished" in r.message]
+    assert line == "finished: 1 of 1 iterations  loss 0.5  eval/loss 0.25  score 0.25"

@@ -115,6 +115,16 @@ def test_a_median_is_over_iterations_not_over_values():
     assert storage.history("a").median(4) == 53.0  # a history counts values
 
 
+def test_one_may_ask_for_medians_of_several_windows():
+    storage = EventStorage(0)
+    for value in (1.0, 9.0, 2.0, 6.0):
+        storage.put_scalar("a", value)
+        storage.step()
+    for size, median in ((1, 6.0), (2, 4.0), (3, 6.0), (4, 4.0), (1, 6.0)):
+        assert storage.scalars_until(3, window_size=size) == {"a": (median, 3)}
+        assert storage.scalars_until_each([3], window_size=size) == [{"a": (median, 3)}]
+
+
 def test_rows_of_scalars_that_are_put_now_and_then_equal_a_plain_median():
     draw = np.random.default_rng(0)
     storage = EventStorage(0)

@@ -93,6 +93,17 @@ def test_a_metric_may_be_a_scalar_that_a_hook_puts(tmp_path, values, at_end, exp
     assert store.best() == {"mine": expected}
 
 
+def test_the_last_row_is_one_though_a_metric_of_a_hook_is_saved_before(tmp_path):
+    evaluation = EvalHook(10, function=scores(0.5, 0.4, 0.9))
+    train(tmp_path, metrics=["mine"], eval=evaluation, put=Put({10: 0.1, 30: 0.3}))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], row.get("eval/score")) for row in rows] == [
+        (9, 0.5),
+        (19, 0.4),
+        (29, 0.9),
+    ]
+
+
 def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, monkeypatch):
     saved = []
     real = CheckpointStore.save

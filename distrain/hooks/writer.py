@@ -69,7 +69,7 @@ class PeriodicWriter(HookBase):
     def after_step(self) -> None:
         """Write a row if one is complete."""
         if self._writer is not None:
-            self._write_complete()
+            self._write_complete(but_last=is_finished(self.trainer))  # see `state_dict`
         else:  # nobody writes this rank's: let them go
             self.trainer.storage.clear_images()
             self.trainer.storage.clear_histograms()
