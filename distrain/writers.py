@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class BackgroundWriter:
         self._writers = list(writers)
         self._failing: set[int] = set()
         self._overfull = False
-        self._rows: SimpleQueue[Row | None] = SimpleQueue()
+        self._rows: SimpleQueue[Row | Event | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="distrain-writers", daemon=True)
         self._thread.start()
 
@@ -114,6 +114,17 @@ class BackgroundWriter:
         elif not self._overfull:
             self._overfull = True
             logger.warning("the writers hang: rows from iteration %d on are lost", row.iteration)
+
+    def flush(self) -> None:
+        """Wait until every queued row is written, unless the writers hang."""
+        if not self._thread.is_alive():
+            return
+        written = Event()
+        self._rows.put(written)
+        waiting = self._rows.qsize() + 1
+        while not written.is_set() and waiting > self._rows.qsize():
+            waiting = self._rows.qsize()
+            written.wait(HANG_S)
 
     def close(self) -> None:
         """Wait until every queued row is written and all writers are closed, unless they hang."""
@@ -129,6 +140,9 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         while (row := self._rows.get()) is not None:
+            if isinstance(row, Event):
+                row.set()
+                continue
             for number, writer in enumerate(self._writers):
                 self._attempt(number, writer.write, row)
         for number, writer in enumerate(self._writers):

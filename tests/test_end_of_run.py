@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -250,6 +251,30 @@ def test_nothing_is_saved_twice_where_the_end_only_closes(tmp_path, monkeypatch)
     )
     train(0, tmp_path)
     assert saved == [3, 6, 9, 10]
+
+
+class Slow:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, row):
+        time.sleep(0.05)
+        self.rows.append(row.iteration)
+
+    def close(self):
+        pass
+
+
+def test_the_rows_are_written_before_the_trained_state_is_saved(tmp_path):
+    writer, seen = Slow(), []
+    checkpoints = CheckpointStore(tmp_path / "checkpoints", background=False)
+    hooks = {
+        "writer": PeriodicWriter([writer]),
+        "eval": EvalHook(function=lambda: seen.extend(writer.rows) or {}),
+        "checkpoint": PeriodicCheckpointer(checkpoints=checkpoints),
+    }
+    Steps(hooks, window=1).train(0, 6)
+    assert seen == [0, 1, 2, 3, 4]  # the last row waits for what is evaluated here
 
 
 def test_the_last_line_tells_the_loss_of_the_evaluation_from_that_of_training(caplog):

@@ -170,6 +170,8 @@ class PeriodicWriter(HookBase):
         if self._writer is not None:
             # the final evaluation, which may be still to come, belongs into the last row
             self._write_complete(but_last=is_finished(self.trainer))
+            if is_finished(self.trainer):  # the end may fail, and the next start does the end only
+                self._writer.flush()
         return {"written": self._written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
