@@ -108,8 +108,8 @@ def describe(values: Mapping[str, float]) -> str:
 
     Args:
         values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
-            have their places at the end; others under `lr/` and `CLOCK_PREFIXES` are
-            left out.
+            have their places at the end; others under `lr/`, `guard/` and
+            `CLOCK_PREFIXES` are left out.
 
     Example:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
@@ -133,7 +133,7 @@ def describe(values: Mapping[str, float]) -> str:
 @lru_cache(10_000)
 def _place(name: str) -> int:
     """Return where in a line a scalar is listed: totals, other losses, metrics, not at all."""
-    if name == "lr" or name.startswith(("lr/", *CLOCK_PREFIXES)):
+    if name == "lr" or name.startswith(("lr/", "guard/", *CLOCK_PREFIXES)):
         return _HIDDEN
     if "loss" not in name.lower():
         return 2

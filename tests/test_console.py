@@ -103,6 +103,7 @@ def test_what_the_end_adds_to_the_last_row_is_one_line_with_it() -> None:
         ({"perf/eta_s": math.nan}, ""),
         ({"perf/eta_s": -1.0}, ""),
         ({"loss": math.nan}, "loss nan"),
+        ({"guard/checksum": 1.5e7, "a": 1.0}, "a 1"),
         ({"b": 2.0, "Loss": 123456.0}, "Loss 1.235e+05  b 2"),
         ({f"m{i}": 1.0 for i in range(20)}, "  ".join(f"m{i} 1" for i in range(12))),
     ],
