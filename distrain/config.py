@@ -65,7 +65,8 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(f"--config-name={choice}: no such file in the folders searched")
     if isinstance(error, OverrideParseException):
         key, equals, _ = str(error.override).partition("=")
-        fix = f"; put a text in quotes, as '{key}=\"...\"'" if equals else "; expected key=value"
+        quoted = repr(f'{key}="..."')
+        fix = f"; put a text in quotes, as {quoted}" if equals else "; expected key=value"
         return ConfigError(f"cannot read {error.override!r}: {text.splitlines()[0]}{fix}")
     if text.startswith("Config group override must be a string"):
         return ConfigError("a group cannot be null in a sweep; expected ~GROUP, as in ~schedule")

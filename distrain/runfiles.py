@@ -20,6 +20,7 @@ _OF_USER = frozenset(
         errno.ENOSPC,
         errno.EDQUOT,
         errno.EROFS,
+        errno.ENOENT,
         errno.EACCES,
         errno.EPERM,
         errno.ENOTDIR,

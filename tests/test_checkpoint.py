@@ -76,7 +76,7 @@ def test_the_first_save_may_be_prepared(store: CheckpointStore) -> None:
     store.save(1, state, world_size=1)
     assert store.wait()
     assert identical(store.load(1), state)
-    with pytest.raises(TypeError, match=r"checkpoint state at hooks\.x: a builtins\.set"):
+    with pytest.raises(ConfigError, match=r"checkpoint state at hooks\.x: a builtins\.set"):
         store.reserve({"hooks": {"x": set()}})
 
 

@@ -175,7 +175,7 @@ def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
     assert err.splitlines()[-1] == "distrain: optim.lr=abc: a number is needed"
 
 
-@pytest.mark.parametrize("name", ["a b", "a'b\"c", "a;touch x", "$(touch x)", "`x`", "-x", "äß"])
+@pytest.mark.parametrize("name", ["a b", "a'b\"c", "a;touch x", "$(touch x)", "`x`", "äß"])
 def test_any_name_is_only_a_name(command, tmp_path, name):
     quoted = "'" + name.replace("'", "\\'") + "'"
     code, _, err = command(*DIGITS, f"run.name={quoted}")

@@ -40,7 +40,7 @@ NOT_RUN = {
 }
 # first line of a block that is no code of a language here
 SHOWN = {
-    "iter 19/500  loss 1.704  lr 0.0381  0.0203 s/it  eta 0:00:10": "output",
+    "distrain: starting 2 ranks": "output",
     "conf/          Hydra groups: config.yaml, then experiment launch model data optim schedule "
     "trainer hooks with": "a tree",
     "hook.before_train()": "pseudo code of the loop",
@@ -194,7 +194,8 @@ def compose(folder, monkeypatch):
     monkeypatch.chdir(folder)
     built = []
 
-    def start(self, conf):
+    def start(self, cfg):
+        conf = config.resolve(cfg)
         config.build(conf["launch"], "launch")
         built.append(TrainJob(conf, conf["run"]["dir"]).plan())
         return ExitCode.FINISHED

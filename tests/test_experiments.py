@@ -394,7 +394,9 @@ def test_pydoc_gpt_decays_matrices_alone() -> None:
     conf = composed("pydoc_gpt")
     model = build(conf["model"])
     settings = {
-        key: value for key, value in conf["optim"].items() if key not in ("target", "betas")
+        key: value
+        for key, value in conf["optim"].items()
+        if key not in ("target", "betas", "fused")
     }
     for group in param_groups(model, **settings):
         is_decayed = group["weight_decay"] > 0
