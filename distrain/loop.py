@@ -260,7 +260,8 @@ class TrainerBase:
         """
         state: dict[str, Any] = {
             "histories": self.storage.state_dict(),
-            "early_stop": bool(self.storage.early_stop),
+            # where training was to end when an early stop was asked for; 0: it was not
+            "early_stop": self.max_iter if self.storage.early_stop else 0,
         }
         for name, hook in self.hooks.items():
             state.setdefault(hook.part, {})[name] = hook.state_dict()
@@ -275,7 +276,7 @@ class TrainerBase:
             state: with tensors on the CPU.
         """
         self._histories = state["histories"]
-        self._early_stop = state["early_stop"]
+        self._early_stop = bool(state["early_stop"])
         self._end_left = state.get("end")
         for name, hook in self.hooks.items():
             saved = state.get(hook.part, {}).get(name)

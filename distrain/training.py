@@ -75,11 +75,10 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         sync_batchnorm = conf["trainer"]["sync_batchnorm"]
         model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
         start_iter, state = _resume_point(conf["resume"], checkpoints, model)
-        is_end_left = state is not None and "end" in state
-        max_iter = max(conf["trainer"]["max_iter"], start_iter if is_end_left else 0)
-        if start_iter >= max_iter and not is_end_left:
-            log.logger.info("%s has done its %d iterations already", run_dir, start_iter)
+        if why := _why_done(start_iter, state, conf["trainer"]):
+            log.logger.info("%s %s", run_dir, why)
             return ExitCode.FINISHED
+        max_iter = max(conf["trainer"]["max_iter"], start_iter)  # less: only the end is left
         parts = build_parts(
             conf, where=where, run_dir=run_dir, checkpoints=checkpoints, model=model, state=state
         )
@@ -106,6 +105,22 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         may_be_unsaved = conf["hooks"].get("checkpoint") is None
         conclude(trainer, outcome, run_dir, checkpoints, may_be_unsaved=may_be_unsaved)
     return outcome
+
+
+def _why_done(start_iter: int, state: Conf | None, settings: Conf) -> str:
+    """Return why nothing is left to train, "" if something is."""
+    max_iter, window = settings["max_iter"], settings["window"]
+    if state is not None and "end" in state:
+        return ""
+    if start_iter >= max_iter:
+        return f"has done its {start_iter} iterations already"
+    # the same command again is no request for more; an early stop is obeyed where a period ends
+    if state is not None and state["early_stop"] >= max_iter and start_iter % window == 0:
+        return (
+            f"stopped early after {start_iter} of {max_iter} iterations; "
+            "a larger trainer.max_iter trains on"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

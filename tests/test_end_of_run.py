@@ -162,9 +162,6 @@ class StopAt(HookBase):
     def __init__(self, iteration):
         self.iteration = iteration
 
-    def before_train(self):
-        self.trainer.reduction.stops_at_period = True
-
     def after_step(self):
         if self.trainer.iter_done >= self.iteration:
             self.trainer.storage.early_stop = True

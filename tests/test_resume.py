@@ -101,6 +101,17 @@ class Stop(HookBase):
             self.trainer.request_stop()
 
 
+class Early(HookBase):
+    """Asks for an early stop after an iteration."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def after_step(self):
+        if self.trainer.iter_done == self.after:
+            self.trainer.storage.early_stop = True
+
+
 SCHEDULES = [
     {"_target_": "distrain.schedule.WarmupConstantLR"},
     {"_target_": "distrain.schedule.WarmupMultiStepLR", "milestones": [4, 7], "warmup_iters": 3},
@@ -218,6 +229,21 @@ def interrupted_and_straight(rank, folder, settle=True, **settings):
 def differing(broken, whole):
     assert broken.keys() == whole.keys()
     return [part for part in whole if not identical(broken[part], whole[part])]
+
+
+def stopped_early_and_again(rank, folder):
+    hooks = {"early": {"_target_": f"{HERE}.Early", "after": 6}}
+    code, seen = train(conf_of(hooks=hooks), folder)
+    assert (code, sorted(seen)) == (ExitCode.FINISHED, list(range(8))), "a period has 4"
+    code, seen = train(conf_of(hooks=hooks), folder)
+    assert (code, seen) == (ExitCode.FINISHED, {}), "it had been finished"
+    code, seen = train(conf_of(hooks=hooks, iters=ITERS + 4), folder)
+    assert (code, sorted(seen)) == (ExitCode.FINISHED, list(range(8, ITERS + 4)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_stopped_early_trains_on_only_if_more_is_asked_for(tmp_path, world_size):
+    run_ranks(stopped_early_and_again, world_size, tmp_path / "run")
 
 
 CASES = [  # workers, accumulation, precision, optimizer
