@@ -7,6 +7,7 @@ daemon may start the command with the descriptors closed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -14,6 +15,7 @@ import sys
 from typing import IO, Any
 
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
+_STUCK_S = 5.0  # a terminal that takes nothing for so long loses what is printed
 
 
 def protect() -> None:
@@ -55,10 +57,21 @@ def flush(stream: Any) -> None:
 
 def lossy(number: int, *, encoding: str | None = None) -> io.TextIOWrapper:
     """Return a text stream to a descriptor that drops what cannot be written."""
-    raw = _Lossy(number, "wb", closefd=False)
+    raw = _Lossy(_unblocked(number), "wb", closefd=False)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=True
     )
+
+
+def _unblocked(number: int) -> int:
+    """Return a descriptor of the same terminal whose writes do not block; else `number`."""
+    # Ctrl-S, or a lost connection that is not noticed yet: a write would wait for ever. Whether
+    # writes block is a property of the open file, which other processes share: open it again.
+    with contextlib.suppress(OSError):
+        if os.isatty(number):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return os.open(f"/proc/self/fd/{number}", flags)
+    return number
 
 
 def notify(text: str) -> None:
@@ -77,6 +90,7 @@ class _Lossy(io.FileIO):
     """
 
     _is_torn = False
+    _is_stuck = False
 
     def write(self, data: Any, /) -> int:
         written: int | None
@@ -88,9 +102,13 @@ class _Lossy(io.FileIO):
                 self._is_torn = False
             while rest:
                 written = super().write(rest)
-                if written is None:  # the descriptor does not block, and its reader is slow
-                    select.select([], [self], [])
+                if written is None:  # its reader is slow, or has stopped reading
+                    wait_s = 0.0 if self._is_stuck else _STUCK_S
+                    self._is_stuck = not select.select([], [self], [], wait_s)[1]
+                    if self._is_stuck:
+                        raise BlockingIOError(errno.EAGAIN, "the reader has stopped")
                     continue
+                self._is_stuck = False
                 rest = rest[written:]
         except OSError:
             self._is_torn |= 0 < len(rest) < num

@@ -61,5 +61,7 @@ def test_it_is_told_once_a_minute(run, monkeypatch, caplog):
     run.rmdir()
     with caplog.at_level("WARNING", logger="distrain"), watch:
         assert told.wait(30)
-    lines = [r for r in caplog.records if "this folder is gone" in r.getMessage()]
-    assert 2 <= len(lines) <= len(looks) // 3 + 1
+    # a logger that other tests have set up may hand one record on twice
+    lines = {id(r) for r in caplog.records if "this folder is gone" in r.getMessage()}
+    assert len(lines) >= 2
+    assert len(lines) <= len(looks) // 3 + 1

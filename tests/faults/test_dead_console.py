@@ -1,6 +1,7 @@
 """Consoles that are dead, requests to stop at odd moments, threads that stay: no exit code lies."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tty
 
 import pytest
 from ranks import die_with
@@ -115,6 +117,24 @@ def test_a_terminal_that_is_gone(tmp_path):
         os.close(ours)
         process.send_signal(signal.SIGHUP)
         check_stopped(runner, process)
+
+
+def test_a_terminal_that_nobody_reads(tmp_path):
+    """As one that Ctrl-S has stopped, or a lost connection that is not noticed yet."""
+    runner = Runner(tmp_path, iterations=1_000_000)
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    with started(runner, stdout=theirs) as process:
+        await_checkpoint(runner, process)
+        fcntl.fcntl(theirs, fcntl.F_SETFL, os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):  # until it takes no more
+            while True:
+                os.write(theirs, b"x" * 256)
+        fcntl.fcntl(theirs, fcntl.F_SETFL, 0)
+        process.send_signal(signal.SIGTERM)
+        check_stopped(runner, process)
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_console_on_a_full_disk(tmp_path):
