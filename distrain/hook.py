@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from distrain.errors import ConfigError
 
@@ -18,14 +18,7 @@ Moment = Literal[
     "after_last_step",
     "after_train",
 ]
-MOMENTS: tuple[Moment, ...] = (
-    "before_train",
-    "before_step",
-    "after_backward",
-    "after_step",
-    "after_last_step",
-    "after_train",
-)
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
 STEP_MOMENTS: tuple[Moment, ...] = ("before_step", "after_backward", "after_step")
 
 

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from distrain.checkpoint import CheckpointStore, SaveFailed
 from distrain.errors import ExitCode
 from distrain.log import logger
 from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
+
+
+def why_done(start_iter: int, state: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str:
+    """Return why nothing is left to train, "" if something is.
+
+    Args:
+        start_iter: number of iterations done.
+        state: of the checkpoint that the run continues from, if any.
+        settings: `trainer` of the configuration.
+    """
+    max_iter, window = settings["max_iter"], settings["window"]
+    if state is not None and "end" in state:
+        return ""
+    if start_iter >= max_iter:
+        return f"has done its {start_iter} iterations already"
+    # the same command again is no request for more; an early stop is obeyed where a period ends
+    if state is not None and state["early_stop"] >= max_iter and start_iter % window == 0:
+        return (
+            f"stopped early after {start_iter} of {max_iter} iterations; "
+            "a larger trainer.max_iter trains on"
+        )
+    return ""
 
 
 def outcome_of(trainer: Trainer) -> ExitCode:

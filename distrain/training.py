@@ -36,7 +36,7 @@ from distrain.hook import HookBase
 from distrain.instantiate import placed
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer
-from distrain.outcome import conclude, outcome_of
+from distrain.outcome import conclude, outcome_of, why_done
 from distrain.resume import resume_point
 from distrain.same_data import check_same_data, open_files
 from distrain.schedule import WarmupConstantLR
@@ -75,7 +75,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         sync_batchnorm = conf["trainer"]["sync_batchnorm"]
         model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
         start_iter, state = _resume_point(conf["resume"], checkpoints, model)
-        if why := _why_done(start_iter, state, conf["trainer"]):
+        if why := why_done(start_iter, state, conf["trainer"]):
             log.logger.info("%s %s", run_dir, why)
             return ExitCode.FINISHED
         max_iter = max(conf["trainer"]["max_iter"], start_iter)  # less: only the end is left
@@ -105,22 +105,6 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         may_be_unsaved = conf["hooks"].get("checkpoint") is None
         conclude(trainer, outcome, run_dir, checkpoints, may_be_unsaved=may_be_unsaved)
     return outcome
-
-
-def _why_done(start_iter: int, state: Conf | None, settings: Conf) -> str:
-    """Return why nothing is left to train, "" if something is."""
-    max_iter, window = settings["max_iter"], settings["window"]
-    if state is not None and "end" in state:
-        return ""
-    if start_iter >= max_iter:
-        return f"has done its {start_iter} iterations already"
-    # the same command again is no request for more; an early stop is obeyed where a period ends
-    if state is not None and state["early_stop"] >= max_iter and start_iter % window == 0:
-        return (
-            f"stopped early after {start_iter} of {max_iter} iterations; "
-            "a larger trainer.max_iter trains on"
-        )
-    return ""
 
 
 @dataclass(frozen=True)

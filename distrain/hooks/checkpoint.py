@@ -33,10 +33,9 @@ class PeriodicCheckpointer(HookBase):
         self._period = period
         self._checkpoints = checkpoints
 
-    def before_step(self) -> None:
-        """Before the first step, check that the state can be saved, as far as there is one."""
-        if self.trainer.iter == self.trainer.start_iter:
-            self._rehearse(self._checkpoints.check)
+    def before_train(self) -> None:
+        """Check that the state can be saved, as far as there is one."""
+        self._rehearse(self._checkpoints.check)
 
     def after_step(self) -> None:
         """Save if it is time; the last iteration's turn comes in `after_train`."""
