@@ -77,7 +77,7 @@ def iteration_of(name: str) -> int | None:
 
 
 def trained_iteration_of(name: str) -> int | None:
-    """Return the iteration that the folder name of a trained state says, None if it is none."""
+    """Return the iteration in the folder name of a trained state, None if it is none."""
     return iteration_of(name.removesuffix(TRAINED_SUFFIX)) if TRAINED_SUFFIX in name else None
 
 

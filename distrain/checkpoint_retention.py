@@ -86,8 +86,8 @@ def _delete(path: str) -> None:
 def read_best(folder: str) -> dict[str, dict[str, Any]]:
     """Return `{"iteration": ..., "metric": ...}` of the best checkpoint by the metric's name.
 
-    The manifests decide: a metric's best checkpoint is the newest that says so. `best.json` repeats
-    it for people and tools.
+    The manifests decide: a metric's best checkpoint is the newest one marked as such. `best.json`
+    repeats it for people and tools.
 
     Raises:
         OSError: a manifest or the run's id cannot be read, after retries.

@@ -185,7 +185,7 @@ def _newest_first(run: Path) -> Iterator[Found]:
 
 
 def _describe(path: Path) -> Found:
-    """Return what a checkpoint says of itself, or that it is damaged or cannot be read."""
+    """Return the description of a checkpoint, or why it is damaged or cannot be read."""
     try:
         found = describe(path)
     except OSError as error:

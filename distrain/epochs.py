@@ -15,7 +15,7 @@ from distrain.log import logger
 def repeat(data: Iterable[Any], *, start: int = 0) -> Iterator[Any]:
     """Yield the batches of `data` over and over, as an uninterrupted run sees them after `start`.
 
-    Every sampler and data set in `data` that has a `set_epoch` is told the epoch before it begins.
+    Every sampler and data set in `data` that has a `set_epoch` gets the epoch before it begins.
     The batches of the first epoch that come before `start` are loaded and dropped.
 
     Args:

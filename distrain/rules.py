@@ -57,7 +57,7 @@ def near(word: str, known: Iterable[str], *, first: int = 3) -> str:
 def plain(value: Any) -> Any:
     """Return a YAML value as optimizers want it: lists become tuples, at any depth.
 
-    Integers beside floats become floats, as torch refuses `betas: [0, 0.9]` otherwise.
+    Integers among floats become floats, as torch refuses `betas: [0, 0.9]` otherwise.
     """
     if not isinstance(value, list | tuple):
         return value

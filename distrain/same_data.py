@@ -77,7 +77,7 @@ def check_same_data(
 
 
 def open_files() -> dict[int, str]:
-    """Return what the open descriptors of this process refer to, where the system tells."""
+    """Return what the open descriptors of this process refer to, where the system lists them."""
     found = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc/self/fd"):

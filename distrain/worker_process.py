@@ -26,7 +26,7 @@ class _Popen(popen_fork.Popen):
 class _Worker(ForkProcess):
     """A process that can be ended whatever it is doing."""
 
-    deadline: float | None = None  # on time.monotonic(), for its end once it was told to
+    deadline: float | None = None  # on time.monotonic(), for its end once it was asked to end
 
     @staticmethod
     def _Popen(process_obj: Any) -> _Popen:

@@ -129,7 +129,7 @@ class BestCheckpointer(MetricHook):
         if not marks:
             return
         unsaved = [(hook, hook._unsaved) for hook in hooks]
-        for hook in hooks:  # what is saved says that nothing is left to save
+        for hook in hooks:  # the saved state: nothing is left to save
             hook._unsaved = None
         if not save(self.trainer, self._checkpoints, best=marks):
             for hook, value in unsaved:

@@ -22,7 +22,7 @@ class LRScheduler(HookBase):
 
     Args:
         optimizer: that of the schedule, or the schedule itself.
-        scheduler: of ours, or any of torch that steps once per iteration.
+        scheduler: of distrain or torch, that steps once per iteration.
         schedule: another name of it.
 
     Raises:

@@ -80,7 +80,7 @@ def _values(left: Path, right: Path, *, is_full: bool) -> list[list[str]]:
 
 
 def _diff(path: Path, start: Start | None) -> str | None:
-    """Return what differed from the commit when a run was started last; None if nobody knows."""
+    """Return what differed from the commit when a run was started last; None if it is unknown."""
     name = start.git.get("diff") if start else None
     if not name:
         return None if start and start.git.get("changed") else ""

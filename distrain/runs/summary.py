@@ -26,8 +26,8 @@ class Summary:
         why: one line about that.
         values: the last values of its scalars.
         eta_s: seconds to its end, None if it is not running.
-        ranks: how many it has, None if nobody knows.
-        goodput: the time of iterations that count over all time; None if nobody knows.
+        ranks: how many it has, None if it is unknown.
+        goodput: the time of iterations that count over all time; None if it is unknown.
         job_id: SLURM's, "" without one.
         started: for the first time, in seconds since 1970; None if nobody noted it.
         age_s: seconds since it last wrote something.
