@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
 from distrain.checkpoint_format import CLOCK_PREFIXES
-from distrain.progressbar import REFRESH_S, display, import_rich, is_terminal
+from distrain.progress import REFRESH_S, display, import_rich, is_terminal
 from distrain.writers import NewScalars, Row
 
 if TYPE_CHECKING:

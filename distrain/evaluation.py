@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain import heartbeat, progressbar
+from distrain import heartbeat
+
+from distrain import progress as progressbar
 from distrain.batches import to_channels_last
 from distrain.data import EvalLoader, batch_length, to_device
 from distrain.distributed import gather_to_all

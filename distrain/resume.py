@@ -14,7 +14,7 @@ from distrain.checkpoint_retention import read_run_id
 from distrain.distributed import broadcast_from_main, topology
 from distrain.errors import RunFailed, RunRefused
 from distrain.log import logger
-from distrain.progressbar import waiting
+from distrain.progress import waiting
 from distrain.restore import load_checkpoint
 from distrain.retry import retried, unreadable
 

@@ -27,7 +27,7 @@ from distrain.distributed import (
     restore_random_states,
     seed_everything,
 )
-from distrain.env import env_int, restart_count
+from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.folderwatch import FolderWatch

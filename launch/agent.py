@@ -31,7 +31,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from distrain import openfiles
+from distrain.process import open_files as openfiles
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.env import env_int, restart_count
+from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.handover import Handover

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from distrain.env import env_int
+from distrain.process.environment import env_int
 from distrain.errors import RankFailed
 
 _KEY = "distrain/run"

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distrain import heartbeat, stdio, tempfolder
+from distrain import heartbeat, tempfolder
+
+from distrain.process import stdio
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
-from distrain.threads import limit_exit
+from distrain.process.threads import limit_exit
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """What asks a rank to stop; its job sets the handlers."""

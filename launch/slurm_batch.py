@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrain import stdio
+from distrain.process import stdio
 from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import find_all
 from distrain.errors import ExitCode

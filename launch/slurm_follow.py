@@ -10,7 +10,7 @@ from pathlib import Path
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import SLURM_FOLDER, Attempt, read_attempts, summary
-from distrain.progressbar import waiting
+from distrain.progress import waiting
 
 POLL_S = 2.0
 _PATIENCE_S = 60.0  # with a controller that does not answer, or a file system that is late

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distrain.env import env_int
+from distrain.process.environment import env_int
 from distrain.errors import ConfigError
 
 ENDED = (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain import stdio
+from distrain.process import stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.failure import Failure, of_exception

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from distrain import stdio
+from distrain.process import stdio
 
 LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

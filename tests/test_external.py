@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import FORK
 
-from distrain.env import env_int, restart_count
+from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, RankFailed
 from distrain.launch.external import ExternalLauncher, rank_env
 from distrain.launch.handover import Handover

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain import progressbar
+from distrain import progress as progressbar
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from ranks import FORK
 
-from distrain import openfiles
+from distrain.process import open_files as openfiles
 from distrain.errors import ConfigError
 from distrain.launch import meeting, slurm_attempts, slurm_task
 from distrain.launch.slurm_attempts import NodeRecord

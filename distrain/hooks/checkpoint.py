@@ -13,7 +13,7 @@ from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
 from distrain.hooks.metric import MetricHook
 from distrain.loop import TrainerBase
-from distrain.progressbar import waiting
+from distrain.progress import waiting
 
 
 class PeriodicCheckpointer(HookBase):

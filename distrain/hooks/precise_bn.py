@@ -18,7 +18,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
 from distrain.module_state import no_trace
-from distrain.progressbar import counted
+from distrain.progress import counted
 from distrain.trainer import Seekable, Trainer
 
 

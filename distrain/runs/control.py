@@ -15,7 +15,7 @@ from distrain import folderlock
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import ask_to_stop
-from distrain.progressbar import waiting
+from distrain.progress import waiting
 from distrain.redact import MASK, masked_overrides
 from distrain.runs.escape import escaped
 from distrain.runs.files import Start

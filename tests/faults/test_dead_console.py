@@ -37,7 +37,8 @@ class Uploader(HookBase):
         threading.Thread(target=time.sleep, args=(1000,), name="uploader").start()
 """
 SHORT_GRACE = """
-from distrain import __main__, threads
+from distrain import __main__
+from distrain.process import threads
 threads.GRACE_S = 0.5
 __main__.main()
 """

@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from distrain import stdio
+from distrain.process import stdio
 from distrain.log import logger
 
 GRACE_S = 10.0
