@@ -18,16 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distrain import completion, composition, config, overrides
-
-from distrain.process import stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import stop
 from distrain.launch.stop import StopRequest
+from distrain.process import stdio
+from distrain.process.threads import limit_exit
 from distrain.redact import masked_text, secrets_of
 from distrain.runfolder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
-from distrain.tempfolder import folder_of_processes
-from distrain.process.threads import limit_exit
 
 if TYPE_CHECKING:
     from distrain.run import TrainJob

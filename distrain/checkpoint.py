@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distrain import checkpoint_format as fmt
-from distrain import durable
 from distrain.checkpoint_format import CheckpointDamaged
 from distrain.checkpoint_found import Found, clear_leftovers, describe, find_all, newest_valid
 from distrain.checkpoint_process import Outcome, Request, Requests
 from distrain.checkpoint_retention import read_best
 from distrain.errors import ConfigError, RunFailed
+from distrain.files import atomic as durable
 from distrain.schema import refuse_url
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import re
 import stat
 from functools import partial
 
-from distrain.retry import is_definite, retried
+from distrain.files.retry import is_definite, retried
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from distrain import checkpoint_format as fmt
-from distrain import durable
-from distrain.retry import retried
+from distrain.files import atomic as durable
+from distrain.files.retry import retried
 
 ORPHAN_PATIENCE_S = 60.0
 

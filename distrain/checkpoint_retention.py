@@ -6,9 +6,9 @@ import json
 import os
 
 from distrain import checkpoint_format as fmt
-from distrain import durable
-from distrain.regular import read_regular
-from distrain.retry import read_file
+from distrain.files import atomic as durable
+from distrain.files.regular import read_regular
+from distrain.files.retry import read_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import time
 
 from distrain import checkpoint_format as fmt
 from distrain import checkpoint_retention as retention
-from distrain import durable
+from distrain.files import atomic as durable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distrain.errors import ConfigError
 from distrain.process import open_files as openfiles
 from distrain.process.environment import env_int
-from distrain.errors import ConfigError
 from distrain.wire import decode, encode
 
 

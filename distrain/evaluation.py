@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from distrain import heartbeat
-
 from distrain import progress as progressbar
 from distrain.batches import to_channels_last
 from distrain.data import EvalLoader, batch_length, to_device

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from distrain.distributed import broadcast_from_main, topology
 from distrain.errors import ConfigError, RunFailed
+from distrain.files.retry import unreadable
 from distrain.log import logger
-from distrain.retry import unreadable
 from distrain.rules import near
 from distrain.weights import locate_weights, read_weights
 

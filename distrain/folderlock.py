@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError
-from distrain.regular import open_regular
-from distrain.retry import is_definite
+from distrain.files.regular import open_regular
+from distrain.files.retry import is_definite
 
 _BEGIN = b'{"pid": '  # of the lock's text
 _ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment

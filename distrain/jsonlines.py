@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrain.appendfile import AppendFile
-from distrain.regular import open_regular
+from distrain.files.append_file import AppendFile
+from distrain.files.regular import open_regular
 from distrain.writers import NewScalars, Row
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distrain import checkpoint_format as fmt
-from distrain.retry import read_file, retried
+from distrain.files.retry import read_file, retried
 from distrain.snapshot import SAFETENSORS_DTYPES
 
 TORCH_DTYPES = {

@@ -13,10 +13,10 @@ from distrain.checkpoint_found import clear_leftovers, find_all
 from distrain.checkpoint_retention import read_run_id
 from distrain.distributed import broadcast_from_main, topology
 from distrain.errors import RunFailed, RunRefused
+from distrain.files.retry import retried, unreadable
 from distrain.log import logger
 from distrain.progress import waiting
 from distrain.restore import load_checkpoint
-from distrain.retry import retried, unreadable
 
 PARTS: dict[str, type] = {
     "model": dict,

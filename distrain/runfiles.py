@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from distrain.durable import sync_folder
 from distrain.errors import ConfigError, RunFailed, RunRefused
-from distrain.retry import read_file, unreadable
+from distrain.files.atomic import sync_folder
+from distrain.files.retry import read_file, unreadable
 
 # errors that are for the user to mend: space, quota, permissions, a path that is none
 _OF_USER = frozenset(

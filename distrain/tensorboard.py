@@ -43,8 +43,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
     SessionStartInfo,
 )
 
-from distrain.appendfile import AppendFile
 from distrain.chartlayout import default_layout
+from distrain.files.append_file import AppendFile
 from distrain.tfrecord import record
 from distrain.writers import NewScalars, Row
 

@@ -27,7 +27,6 @@ from distrain.distributed import (
     restore_random_states,
     seed_everything,
 )
-from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.folderwatch import FolderWatch
@@ -37,6 +36,7 @@ from distrain.instantiate import placed
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer
 from distrain.outcome import conclude, outcome_of, why_done
+from distrain.process.environment import env_int, restart_count
 from distrain.resume import resume_point
 from distrain.same_data import check_same_data, open_files
 from distrain.schedule import WarmupConstantLR

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from distrain import checkpoint_format as fmt
 from distrain.checkpoint_found import find_all, newest_valid
-from distrain.durable import scratch_name
 from distrain.errors import ConfigError
-from distrain.regular import open_regular
-from distrain.retry import retried
+from distrain.files.atomic import scratch_name
+from distrain.files.regular import open_regular
+from distrain.files.retry import retried
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,7 +31,6 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from distrain.process import open_files as openfiles
 from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch
@@ -40,6 +39,7 @@ from distrain.launch.meeting import Meeting
 from distrain.launch.rank import RankTask, log_path, rank_main
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import Watchdog
+from distrain.process import open_files as openfiles
 
 SURVIVOR_S = 3.0
 """How long ranks that survive a failed one get to notice it and to say so."""

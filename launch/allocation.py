@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from distrain.process.environment import env_int
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch import Job, slurm_queue
 from distrain.launch.slurm_attempts import prepare, read_attempts
 from distrain.launch.slurm_batch import begin, end
 from distrain.launch.slurm_task import NodeTask, node_python
+from distrain.process.environment import env_int
 from distrain.progress import is_terminal
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch.rank import loopback_env
 from distrain.launch.watchdog import Watchdog
-from distrain.tempfolder import TemporaryFolder
 
 
 class RankFiles(LogsSpecs):

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.handover import Handover
 from distrain.launch.local import environment, only_rank_env
 from distrain.launch.rank import append, die_with_parent, open_log
+from distrain.process.environment import env_int, restart_count
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_SLURM = {

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from distrain.process.environment import env_int
 from distrain.errors import RankFailed
+from distrain.process.environment import env_int
 
 _KEY = "distrain/run"
 _READERS = "distrain/run/readers"

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.process.environment import env_int
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job
 from distrain.launch.stop import StopRequest
+from distrain.process.environment import env_int
 
 _DEFAULT_RANKS = 2
 

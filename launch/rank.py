@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distrain import heartbeat, tempfolder
-
-from distrain.process import stdio
+from distrain import heartbeat
 from distrain.errors import ExitCode
+from distrain.files import temp_folder as tempfolder
 from distrain.launch import Job, failure
+from distrain.process import stdio
 from distrain.process.threads import limit_exit
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
+from distrain.files.regular import read_regular
 from distrain.launch import slurm_queue
 from distrain.launch.failure import Failure, cause
-from distrain.regular import read_regular
 
 SLURM_FOLDER = "slurm"
 SUBMITTED_FILE = "submitted.json"

@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrain.process import stdio
 from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import find_all
 from distrain.errors import ExitCode
@@ -42,6 +41,7 @@ from distrain.launch.slurm_attempts import (
     without_progress,
     write_json,
 )
+from distrain.process import stdio
 
 _METRICS_FILE = "metrics.jsonl"
 

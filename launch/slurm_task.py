@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.process import stdio
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import Job, slurm_queue
 from distrain.launch.failure import Failure, of_exception
 from distrain.launch.slurm_attempts import (
@@ -24,7 +24,7 @@ from distrain.launch.slurm_attempts import (
     nodes_there,
 )
 from distrain.launch.stop import StopRequest
-from distrain.tempfolder import folder_of_processes
+from distrain.process import stdio
 
 _ENDPOINT_FILE = "endpoint"
 _FIRST_PAUSE_S = 0.1

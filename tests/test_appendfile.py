@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain import appendfile
-from distrain.appendfile import AppendFile
+from distrain.files import append_file as appendfile
+from distrain.files.append_file import AppendFile
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *, free: int) -> Callable[[], None]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from checkpoint_cases import checkpoints, path_of, scratch_in
 
 from distrain import checkpoint_format as fmt
-from distrain import durable
 from distrain.checkpoint_found import clear_leftovers, describe, find_all, newest_valid
+from distrain.files import atomic as durable
 
 
 def test_what_a_live_writer_works_on_is_left_alone(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from checkpoint_cases import (
 )
 
 from distrain import checkpoint_format as fmt
-from distrain import checkpoint_retention, durable
+from distrain import checkpoint_retention
 from distrain.checkpoint import CheckpointStore
+from distrain.files import atomic as durable
 
 
 def save(store: CheckpointStore, *iterations: int, best: Mapping[str, float] | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain import durable
+from distrain.files import atomic as durable
 
 
 def test_names() -> None:

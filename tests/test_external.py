@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from ranks import FORK
 
-from distrain.process.environment import env_int, restart_count
 from distrain.errors import ConfigError, RankFailed
 from distrain.launch.external import ExternalLauncher, rank_env
 from distrain.launch.handover import Handover
 from distrain.launch.local import refuse_among_ranks
+from distrain.process.environment import env_int, restart_count
 
 ROOT = Path(__file__).parents[1]
 NOW = 'run.name="now-${now:%f}"'

@@ -9,12 +9,12 @@ import tempfile
 
 import pytest
 
-from distrain import tempfolder
-from distrain.tempfolder import TemporaryFolder, folder_of_processes
+from distrain.files import temp_folder as tempfolder
+from distrain.files.temp_folder import TemporaryFolder, folder_of_processes
 
 HOLD = """
 import os, sys, time
-from distrain.tempfolder import TemporaryFolder
+from distrain.files.temp_folder import TemporaryFolder
 folder = TemporaryFolder("held-", parent=sys.argv[1])
 child = os.fork()
 if not child:
@@ -94,7 +94,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
 SOCKETS = """
 import multiprocessing, os, sys, tempfile
 from multiprocessing.util import get_temp_dir
-from distrain.tempfolder import folder_of_processes, use_inherited
+from distrain.files.temp_folder import folder_of_processes, use_inherited
 
 def grandchild():
     print(get_temp_dir(), flush=True)

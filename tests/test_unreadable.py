@@ -13,12 +13,13 @@ from test_training import CONF, ROOT, TINY
 from torch import nn
 
 from distrain import checkpoint_format as fmt
-from distrain import retry, training
+from distrain import training
 from distrain.checkpoint import describe
 from distrain.checkpoint_found import clear_leftovers
 from distrain.checkpoint_retention import read_run_id
 from distrain.checkpoint_table import main as table
 from distrain.errors import RunFailed
+from distrain.files import retry
 from distrain.finetune import start_from
 from distrain.folderlock import holder
 from distrain.jsonlines import JsonLinesWriter
@@ -205,7 +206,7 @@ def test_a_storage_that_fails_in_a_rank_is_one_line(tmp_path, monkeypatch):
 
 COMMAND = """
 import builtins, errno, os, sys
-from distrain import retry
+from distrain.files import retry
 retry.PAUSES_S = (0.0,)
 ending, name = sys.argv.pop(1), sys.argv.pop(1)
 real_open, real_os_open = builtins.open, os.open

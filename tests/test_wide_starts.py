@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from ranks import FORK
 
-from distrain.process import open_files as openfiles
 from distrain.errors import ConfigError
 from distrain.launch import meeting, slurm_attempts, slurm_task
 from distrain.launch.slurm_attempts import NodeRecord
 from distrain.launch.slurm_task import NodeTask
 from distrain.launch.stop import StopRequest
+from distrain.process import open_files as openfiles
 
 NODES = 64
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distrain import appendfile, writers
+from distrain import writers
+from distrain.files import append_file as appendfile
 from distrain.jsonlines import JsonLinesWriter
 from distrain.writers import BackgroundWriter, NewScalars, Row, default_writers
 

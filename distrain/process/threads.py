@@ -7,8 +7,8 @@ import sys
 import threading
 from typing import Any
 
-from distrain.process import stdio
 from distrain.log import logger
+from distrain.process import stdio
 
 GRACE_S = 10.0
 """Time that non-daemon threads get, from the shutdown of the interpreter on."""

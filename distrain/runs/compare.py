@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distrain.files.regular import read_regular
 from distrain.provenance import LEFT_OUT
 from distrain.redact import masked
-from distrain.regular import read_regular
 from distrain.runfolder import differences
 from distrain.runs.escape import escaped
 from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, read

@@ -14,6 +14,7 @@ from typing import Any
 
 from distrain.checkpoint_format import iteration_of
 from distrain.checkpoint_found import find_all
+from distrain.files.regular import open_regular, read_regular, read_tail
 from distrain.launch.slurm_attempts import (
     RUNNING_FILE,
     SLURM_FOLDER,
@@ -21,7 +22,6 @@ from distrain.launch.slurm_attempts import (
     Attempt,
 )
 from distrain.redact import masked_text
-from distrain.regular import open_regular, read_regular, read_tail
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
 METRICS_FILE = "metrics.jsonl"

@@ -14,9 +14,9 @@ import yaml
 from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint_found import find_all
 from distrain.checkpoint_table import best_mark, known_best
+from distrain.files.regular import read_tail
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
-from distrain.regular import read_tail
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one

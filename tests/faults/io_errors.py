@@ -202,7 +202,8 @@ class Campaign:
             if ranks == 1:
                 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                     del os.environ[name]
-            from distrain import __main__, retry
+            from distrain import __main__
+            from distrain.files import retry
 
             retry.PAUSES_S = (0.01, 0.02)
             __main__.main()

@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 
-from distrain.retry import is_definite
+from distrain.files.retry import is_definite
 
 _SCRATCH = re.compile(
     r"\.tmp-(delete-)?(iter_\d{10,18}(?:\.trained)?|best\.json|run_id)-[0-9a-f]{12}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 
-from distrain.regular import open_regular
+from distrain.files.regular import open_regular
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
