@@ -25,7 +25,7 @@ from distrain.launch.stop import StopRequest
 from distrain.process import stdio
 from distrain.process.threads import limit_exit
 from distrain.redact import masked_text, secrets_of
-from distrain.runfolder import RunFolder, await_run
+from distrain.runfolder.folder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
 
 if TYPE_CHECKING:

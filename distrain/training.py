@@ -29,7 +29,6 @@ from distrain.distributed import (
 )
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
-from distrain.folderwatch import FolderWatch
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.instantiate import placed
@@ -38,6 +37,7 @@ from distrain.optim import build_optimizer
 from distrain.outcome import conclude, outcome_of, why_done
 from distrain.process.environment import env_int, restart_count
 from distrain.resume import resume_point
+from distrain.runfolder.watch import FolderWatch
 from distrain.same_data import check_same_data, open_files
 from distrain.schedule import WarmupConstantLR
 from distrain.trainer import Trainer

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from distrain import folderwatch
 from distrain.errors import RunRefused
-from distrain.folderwatch import FolderWatch
+from distrain.runfolder import watch as folderwatch
+from distrain.runfolder.watch import FolderWatch
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_runfolder import conf
 
-from distrain import folderlock
 from distrain.errors import ConfigError
 from distrain.launch.slurm_attempts import read_attempts, refuse_other_job
+from distrain.runfolder import lock as folderlock
 from distrain.runs.__main__ import run
-from distrain.runs.files import Attempt
 from distrain.runs.frozen_yaml import load_mapping
+from distrain.runs.records import Attempt
 
 START = {"argv": ["x=1"], "overrides": ["x=1"], "folder": "/", "host": "h", "end": None}
 START |= {"time": "2026-01-02T03:04:05+00:00", "git": None, "versions": {"torch": "2"}}

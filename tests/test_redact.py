@@ -10,9 +10,9 @@ from test_runfolder import conf, freeze
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks.writer import PeriodicWriter
 from distrain.redact import is_secret, masked, masked_overrides, masked_text, secrets_of
-from distrain.runfolder import RunFolder
+from distrain.runfolder.folder import RunFolder
 from distrain.runs.control import command
-from distrain.runs.files import read_starts
+from distrain.runs.records import read_starts
 from distrain.sweep import folder_name
 from distrain.tensorboard import TensorBoardWriter
 

@@ -14,15 +14,15 @@ import pytest
 import yaml
 from checkpoint_cases import checkpoints
 
-from distrain import folderlock
 from distrain.errors import ConfigError
-from distrain.provenance import git_state
-from distrain.runfolder import RunFolder, await_run, differences
+from distrain.runfolder import lock as folderlock
+from distrain.runfolder.folder import RunFolder, await_run, differences
+from distrain.runfolder.provenance import git_state
 from distrain.schema import check
 
 HOLD = """
 import sys
-from distrain.runfolder import RunFolder
+from distrain.runfolder.folder import RunFolder
 with RunFolder(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -14,7 +14,7 @@ import pytest
 from project import write_project
 
 from distrain.runs.__main__ import run
-from distrain.runs.files import last_rows, read
+from distrain.runs.records import last_rows, read
 
 pytestmark = pytest.mark.ranks
 

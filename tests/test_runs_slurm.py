@@ -20,7 +20,7 @@ from distrain.launch.slurm_attempts import (
 from distrain.launch.slurm_batch import begin, end
 from distrain.runs.__main__ import run
 from distrain.runs.control import command
-from distrain.runs.files import Start
+from distrain.runs.records import Start
 
 CONF = """
 trainer: {max_iter: 100}

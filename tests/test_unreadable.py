@@ -21,13 +21,13 @@ from distrain.checkpoint_table import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry
 from distrain.finetune import start_from
-from distrain.folderlock import holder
 from distrain.jsonlines import JsonLinesWriter
 from distrain.launch.rank import append
 from distrain.run import TrainJob
-from distrain.runfiles import read_frozen
+from distrain.runfolder.files import read_frozen
+from distrain.runfolder.lock import holder
 from distrain.runs.__main__ import run as runs
-from distrain.runs.files import read
+from distrain.runs.records import read
 from distrain.runs.states import State, state_of
 from distrain.writers import Row
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.regular import read_regular
-from distrain.provenance import LEFT_OUT
 from distrain.redact import masked
-from distrain.runfolder import differences
+from distrain.runfolder.folder import differences
+from distrain.runfolder.provenance import LEFT_OUT
 from distrain.runs.escape import escaped
-from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, read
+from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, read
 
 _MAX_WIDTH = 60
 _MAX_DIFF_BYTES = 32 << 20

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrain import folderlock
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import ask_to_stop
 from distrain.progress import waiting
 from distrain.redact import MASK, masked_overrides
+from distrain.runfolder import lock as folderlock
 from distrain.runs.escape import escaped
-from distrain.runs.files import Start
+from distrain.runs.records import Start
 from distrain.runs.states import ACTIVE, State
 from distrain.runs.summary import Summary, summarize_one
 

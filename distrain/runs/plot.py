@@ -10,7 +10,7 @@ from typing import Any
 
 from distrain.errors import ConfigError
 from distrain.runs.escape import escaped
-from distrain.runs.files import all_rows, curve, last_values
+from distrain.runs.records import all_rows, curve, last_values
 
 _COLUMNS = 3
 _SIZE = (5.0, 3.4)  # of one pair of axes, in inches

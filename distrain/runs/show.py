@@ -18,7 +18,7 @@ from distrain.files.regular import read_tail
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.runs.escape import escaped, escaped_lines
-from distrain.runs.files import HIDDEN, Files, Start, all_rows, last_values, mtime
+from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
 from distrain.runs.table import cells, titles
 

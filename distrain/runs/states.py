@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-from distrain import folderlock
 from distrain.errors import ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import SLURM_FOLDER, Attempt
-from distrain.runs.files import Files
+from distrain.runfolder import lock as folderlock
+from distrain.runs.records import Files
 
 
 class State(StrEnum):

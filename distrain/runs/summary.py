@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distrain.runs.files import METRICS_FILE, Files, last_values, mtime, node, number, read
 from distrain.runs.find import find_runs, name_of
+from distrain.runs.records import METRICS_FILE, Files, last_values, mtime, node, number, read
 from distrain.runs.states import Queue, State, ask_slurm, open_job, state_of
 
 _LONGEST_S = 1e10  # 300 years; what takes longer is no measurement

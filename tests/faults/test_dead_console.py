@@ -20,7 +20,8 @@ pytestmark = pytest.mark.ranks
 PLAIN = [sys.executable, "-m", "distrain"]
 LATE = """
 import atexit, os, signal
-from distrain import __main__, runfolder
+from distrain import __main__
+from distrain.runfolder import folder as runfolder
 note_end = runfolder.RunFolder._note_end
 def late(*args):
     os.kill(os.getpid(), signal.SIGTERM)

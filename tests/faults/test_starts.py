@@ -13,11 +13,11 @@ from ranks import FORK
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistNetworkError
 
-from distrain import folderlock
 from distrain.errors import ConfigError
 from distrain.launch.meeting import Meeting
 from distrain.launch.rank import append
-from distrain.runfolder import RunFolder
+from distrain.runfolder import lock as folderlock
+from distrain.runfolder.folder import RunFolder
 
 STARTS = 16
 

@@ -26,15 +26,16 @@ from typing import Any
 
 import yaml
 
-from distrain import folderlock, schema
+from distrain import schema
 from distrain.checkpoint_format import MODEL_PART, iteration_of
 from distrain.checkpoint_found import find_all, newest_valid
 from distrain.checkpoint_retention import read_run_id
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files.retry import retried, unreadable
-from distrain.provenance import git_state, start_record
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
-from distrain.runfiles import cannot_use, read_bytes, read_frozen, read_starts, write_bytes
+from distrain.runfolder import lock as folderlock
+from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts, write_bytes
+from distrain.runfolder.provenance import git_state, start_record
 
 FREE_KEYS = (
     *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
