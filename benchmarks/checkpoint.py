@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.common import estimate, print_table
 from benchmarks.models import Classifier, new_optimizer
 from distrain import HookBase, Trainer
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.hooks.checkpoint import save
 
 WIDTH, DEPTH = 1024, 12  # 12.6 M parameters

@@ -30,7 +30,7 @@ from benchmarks.common import Turns, estimate, percentile, print_table
 from benchmarks.models import GPT, resnet50
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import Topology, local_device, process_group
 from distrain.optim import build_optimizer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distrain import HookBase, get_event_storage
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.hooks import (
     EvalHook,
     GpuStats,

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from distrain.checkpoint_format import CLOCK_PREFIXES
+from distrain.checkpoint.format import CLOCK_PREFIXES
 
 _NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/", "final/"])
 

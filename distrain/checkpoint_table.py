@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint_format import iteration_of
-from distrain.checkpoint_found import Found, describe, find_all
-from distrain.checkpoint_retention import read_best
+from distrain.checkpoint.catalog import Found, describe, find_all
+from distrain.checkpoint.format import iteration_of
+from distrain.checkpoint.retention import read_best
 
 DIGITS = 12  # of a digest: enough to tell parts apart
 VERIFY = "--verify-resume"

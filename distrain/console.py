@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
-from distrain.checkpoint_format import CLOCK_PREFIXES
+from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.progress import REFRESH_S, display, import_rich, is_terminal
 from distrain.writers import NewScalars, Row
 

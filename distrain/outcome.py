@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrain.checkpoint import CheckpointStore, SaveFailed
+from distrain.checkpoint.store import CheckpointStore, SaveFailed
 from distrain.errors import ExitCode
 from distrain.log import logger
 from distrain.reduction import STOP_REQUESTED

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.config import build
 from distrain.distributed import Topology
 from distrain.hook import MOMENTS, HookBase

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint_found import clear_leftovers, find_all
-from distrain.checkpoint_retention import read_run_id
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.catalog import clear_leftovers, find_all
+from distrain.checkpoint.decode import load_checkpoint
+from distrain.checkpoint.retention import read_run_id
 from distrain.distributed import broadcast_from_main, topology
 from distrain.errors import RunFailed, RunRefused
 from distrain.files.retry import retried, unreadable
 from distrain.log import logger
 from distrain.progress import waiting
-from distrain.restore import load_checkpoint
 
 PARTS: dict[str, type] = {
     "model": dict,

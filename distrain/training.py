@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from distrain import heartbeat, log
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.config import build
 from distrain.data import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed import (

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint_found import find_all, newest_valid
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.errors import ConfigError
 from distrain.files.atomic import scratch_name
 from distrain.files.regular import open_regular
@@ -76,7 +76,7 @@ def read_weights(path: str | Path, *, ema: str | None = None) -> dict[str, Tenso
 
 
 def _of_checkpoint(path: Path, ema: str | None) -> dict[str, Tensor]:
-    from distrain.restore import load_checkpoint
+    from distrain.checkpoint.decode import load_checkpoint
 
     try:
         state = load_checkpoint(path)

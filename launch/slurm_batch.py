@@ -23,8 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrain.checkpoint_format import iteration_of
-from distrain.checkpoint_found import find_all
+from distrain.checkpoint.catalog import find_all
+from distrain.checkpoint.format import iteration_of
 from distrain.errors import ExitCode
 from distrain.launch import slurm_queue
 from distrain.launch.slurm_attempts import (

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.store import CheckpointStore
 
 
 def identical(a: Any, b: Any) -> bool:

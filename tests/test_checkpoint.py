@@ -22,10 +22,10 @@ from checkpoint_cases import (
 )
 from torch import nn
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint import CheckpointStore, SaveFailed, describe
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.encode import state_digests
+from distrain.checkpoint.store import CheckpointStore, SaveFailed, describe
 from distrain.errors import ConfigError
-from distrain.snapshot import state_digests
 
 
 @pytest.fixture(params=[True, False], ids=["background", "inline"])

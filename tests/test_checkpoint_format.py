@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import checkpoints, path_of
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint_format import CheckpointDamaged, part_digests, read_manifest, verify
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.format import CheckpointDamaged, part_digests, read_manifest, verify
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from checkpoint_cases import checkpoints, path_of, scratch_in
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint_found import clear_leftovers, describe, find_all, newest_valid
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.catalog import clear_leftovers, describe, find_all, newest_valid
 from distrain.files import atomic as durable
 
 

@@ -17,9 +17,9 @@ from checkpoint_cases import (
     small_state,
 )
 
-from distrain import checkpoint_format as fmt
-from distrain import checkpoint_retention
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint import retention as checkpoint_retention
+from distrain.checkpoint.store import CheckpointStore
 from distrain.files import atomic as durable
 
 

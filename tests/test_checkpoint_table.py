@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import checkpoints, path_of, small_state
 
-from distrain import checkpoint_format as fmt
+from distrain.checkpoint import format as fmt
 from distrain.checkpoint_table import main
 
 
@@ -140,5 +140,5 @@ def test_from_the_shell_and_without_torch(run: Path) -> None:
     assert done.returncode == 0
     assert "iteration     200" in done.stdout
     modules = done.stderr.split()
-    assert "distrain.checkpoint_format" in modules
+    assert "distrain.checkpoint.format" in modules
     assert not {"torch", "numpy"} & {*modules}

@@ -15,9 +15,9 @@ import torch
 from checkpoint_cases import checkpoints, iterations_in, path_of, scratch_in, small_state
 from safetensors.torch import load
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint import CheckpointStore, describe
-from distrain.checkpoint_writer import IGNORED_SIGNALS
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.store import CheckpointStore, describe
+from distrain.checkpoint.writer_process import IGNORED_SIGNALS
 
 pytestmark = pytest.mark.ranks
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from distrain import HookBase, TrainerBase
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ExitCode
 from distrain.events import EventStorage
 from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 from distrain import HookBase, Trainer, get_event_storage
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.data import EvalLoader, TrainLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate

@@ -18,7 +18,7 @@ from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer, get_event_storage, reduction
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import process_group
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.numerics import numerics

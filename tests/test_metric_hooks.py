@@ -10,7 +10,7 @@ import torch
 from checkpoint_cases import iterations_in
 
 from distrain import HookBase, Trainer, TrainerBase
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.data import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks import (

@@ -14,9 +14,9 @@ import torch
 from checkpoint_cases import checkpoints, forge, forge_tree, identical, path_of, small_state
 from safetensors.torch import load_file, save
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint import CheckpointDamaged, CheckpointStore, describe
-from distrain.restore import load_checkpoint
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.decode import load_checkpoint
+from distrain.checkpoint.store import CheckpointDamaged, CheckpointStore, describe
 
 ALL_FILES = (*fmt.FILES, fmt.MANIFEST_FILE)
 

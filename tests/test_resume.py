@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
-from distrain import HookBase, Trainer, get_event_storage, restore, schedule, staging, training  # noqa: F401
+from distrain import HookBase, Trainer, get_event_storage, schedule, training
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.checkpoint import CheckpointStore
-from distrain.checkpoint_format import CLOCK_PREFIXES
+from distrain.checkpoint import staging  # noqa: F401
+from distrain.checkpoint.format import CLOCK_PREFIXES
+from distrain.checkpoint.store import CheckpointStore
 from distrain.data import SampleStream
 from distrain.distributed import topology
 from distrain.errors import ExitCode

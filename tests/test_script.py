@@ -13,7 +13,7 @@ import sys
 import torch
 from torch.nn import functional as F
 import distrain
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.data import TrainLoader
 from distrain.distributed import process_group
 from distrain.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from distrain.checkpoint_format import MODEL_FILE, TRAINING_FILE
-from distrain.restore import TORCH_DTYPES, decode
-from distrain.snapshot import Snapshot, bytes_of, encode, state_digests
+from distrain.checkpoint.decode import TORCH_DTYPES, decode
+from distrain.checkpoint.encode import Snapshot, bytes_of, encode, state_digests
+from distrain.checkpoint.format import MODEL_FILE, TRAINING_FILE
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkpoint_cases import identical
 
-from distrain import staging as staging_module
-from distrain.checkpoint import CheckpointStore
-from distrain.snapshot import encode
-from distrain.staging import ALIGNMENT, GRANULE, Staging, place, size_with_headroom
+from distrain.checkpoint import staging as staging_module
+from distrain.checkpoint.encode import encode
+from distrain.checkpoint.staging import ALIGNMENT, GRANULE, Staging, place, size_with_headroom
+from distrain.checkpoint.store import CheckpointStore
 
 
 @pytest.fixture

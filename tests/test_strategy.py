@@ -7,7 +7,7 @@ from ranks import run_ranks
 from torch import nn
 
 from distrain import Trainer
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.optim import build_optimizer

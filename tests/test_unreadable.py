@@ -12,11 +12,11 @@ from project import write_project
 from test_training import CONF, ROOT, TINY
 from torch import nn
 
-from distrain import checkpoint_format as fmt
 from distrain import training
-from distrain.checkpoint import describe
-from distrain.checkpoint_found import clear_leftovers
-from distrain.checkpoint_retention import read_run_id
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.catalog import clear_leftovers
+from distrain.checkpoint.retention import read_run_id
+from distrain.checkpoint.store import describe
 from distrain.checkpoint_table import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry

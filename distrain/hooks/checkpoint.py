@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import gather_to_main, random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase

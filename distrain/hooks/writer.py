@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from distrain.checkpoint_format import CLOCK_PREFIXES
+from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
 from distrain.module_state import kept_generators

@@ -27,9 +27,9 @@ from typing import Any
 import yaml
 
 from distrain import schema
-from distrain.checkpoint_format import MODEL_PART, iteration_of
-from distrain.checkpoint_found import find_all, newest_valid
-from distrain.checkpoint_retention import read_run_id
+from distrain.checkpoint.catalog import find_all, newest_valid
+from distrain.checkpoint.format import MODEL_PART, iteration_of
+from distrain.checkpoint.retention import read_run_id
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint_format import iteration_of
-from distrain.checkpoint_found import find_all
+from distrain.checkpoint.catalog import find_all
+from distrain.checkpoint.format import iteration_of
 from distrain.files.regular import open_regular, read_regular, read_tail
 from distrain.launch.slurm_attempts import (
     RUNNING_FILE,

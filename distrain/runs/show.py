@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from distrain.checkpoint_format import CheckpointDamaged, iteration_of, read_manifest
-from distrain.checkpoint_found import find_all
+from distrain.checkpoint.catalog import find_all
+from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint_table import best_mark, known_best
 from distrain.files.regular import read_tail
 from distrain.launch.slurm_attempts import SLURM_FOLDER, summary

@@ -270,7 +270,7 @@ class Campaign:
         Checkpoints by iteration, the iteration of the newest state to continue from (a run whose
         end failed leaves one that is trained only), rows and curve.
         """
-        from distrain.checkpoint import describe, find_all
+        from distrain.checkpoint.store import describe, find_all
 
         folder = self.run / "checkpoints"
         found = {one.iteration: one for one in map(describe, find_all(folder))}
@@ -320,7 +320,7 @@ class Campaign:
 
     def _await_writers(self) -> None:
         """Wait until no orphaned checkpoint writer is at work."""
-        from distrain.checkpoint_found import clear_leftovers
+        from distrain.checkpoint.catalog import clear_leftovers
 
         if (self.run / "checkpoints").is_dir():
             clear_leftovers(self.run / "checkpoints", patience_s=10)
@@ -457,10 +457,10 @@ def main() -> int:
     import torch.distributed.tensor.parallel.ddp
 
     import distrain.__main__
+    import distrain.checkpoint.staging
     import distrain.hooks
     import distrain.launch.local
     import distrain.run
-    import distrain.staging
     import distrain.tensorboard
     import distrain.training  # noqa: F401
 

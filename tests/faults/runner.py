@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from distrain.checkpoint_format import CLOCK_PREFIXES  # noqa: E402
-from distrain.checkpoint_found import describe, find_all  # noqa: E402
+from distrain.checkpoint.catalog import describe, find_all  # noqa: E402
+from distrain.checkpoint.format import CLOCK_PREFIXES  # noqa: E402
 
 ROLES = ("parent", "rank", "worker", "writer", "tracker")  # the last is Python's, of shared memory
 TOKEN = "DISTRAIN_FAULT_TRIAL"  # in the environment of every process of a trial, and of no other

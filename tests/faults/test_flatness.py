@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 from distrain import HookBase, Trainer
-from distrain.checkpoint import CheckpointStore
+from distrain.checkpoint.store import CheckpointStore
 from distrain.history import HistoryBuffer
 from distrain.hooks import (
     EvalHook,

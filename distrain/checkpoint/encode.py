@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from distrain.checkpoint_format import MODEL_FILE, MODEL_PART, TRAINING_FILE, part_digests
+from distrain.checkpoint.format import MODEL_FILE, MODEL_PART, TRAINING_FILE, part_digests
 
 ALLOWED = (
     "dict (also OrderedDict, Counter) with str or int keys, list, tuple, int, float, bool, str, "

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from distrain import checkpoint_format as fmt
-from distrain.checkpoint_format import CheckpointDamaged
-from distrain.checkpoint_found import Found, clear_leftovers, describe, find_all, newest_valid
-from distrain.checkpoint_process import Outcome, Request, Requests
-from distrain.checkpoint_retention import read_best
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.catalog import Found, clear_leftovers, describe, find_all, newest_valid
+from distrain.checkpoint.format import CheckpointDamaged
+from distrain.checkpoint.retention import read_best
+from distrain.checkpoint.writer_client import Outcome, Request, Requests
 from distrain.errors import ConfigError, RunFailed
 from distrain.files import atomic as durable
 from distrain.schema import refuse_url
@@ -26,8 +26,8 @@ from distrain.schema import refuse_url
 if TYPE_CHECKING:
     import torch
 
-    from distrain.snapshot import Snapshot
-    from distrain.staging import Staging
+    from distrain.checkpoint.encode import Snapshot
+    from distrain.checkpoint.staging import Staging
 
 __all__ = ["CheckpointDamaged", "CheckpointStore", "Found", "SaveFailed", "describe", "find_all"]
 
@@ -112,7 +112,7 @@ class CheckpointStore:
         Raises:
             ConfigError: it holds something that cannot be saved; the text has its place and type.
         """
-        from distrain.snapshot import encode
+        from distrain.checkpoint.encode import encode
 
         try:
             return encode(state)
@@ -125,7 +125,7 @@ class CheckpointStore:
         Best called after the first iteration, when the optimizer has its state. Returns at once;
         ConfigError if the state holds something that cannot be saved.
         """
-        from distrain.staging import place, size_with_headroom
+        from distrain.checkpoint.staging import place, size_with_headroom
 
         size = place(self.check(state).tensors)[1]
         try:
@@ -161,7 +161,7 @@ class CheckpointStore:
             TypeError: the state holds something that cannot be saved.
             SaveFailed: this save or the one before it failed, see `on_error`.
         """
-        from distrain.snapshot import encode
+        from distrain.checkpoint.encode import encode
 
         start = time.perf_counter()
         best = {name: float(value) for name, value in (best or {}).items()}
@@ -251,7 +251,7 @@ class CheckpointStore:
             CheckpointDamaged: a file is not what was written.
             OSError: a file cannot be read, after retries.
         """
-        from distrain.restore import load_checkpoint
+        from distrain.checkpoint.decode import load_checkpoint
 
         path = self._path(which) if isinstance(which, int) else Path(which)
         return load_checkpoint(path, map_location=map_location)
@@ -260,7 +260,7 @@ class CheckpointStore:
         return self.folder / fmt.folder_name(iteration)
 
     def _staged(self) -> Staging:
-        from distrain.staging import Staging
+        from distrain.checkpoint.staging import Staging
 
         if self._staging is None:
             self._staging = Staging()
@@ -303,9 +303,3 @@ class CheckpointStore:
             self._to_raise = SaveFailed(text)
         else:
             _log.warning("%s; training goes on, older checkpoints are untouched", text)
-
-
-if __name__ == "__main__":
-    from distrain.checkpoint_table import main
-
-    raise SystemExit(main())

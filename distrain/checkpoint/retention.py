@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from distrain import checkpoint_format as fmt
+from distrain.checkpoint import format as fmt
 from distrain.files import atomic as durable
 from distrain.files.regular import read_regular
 from distrain.files.retry import read_file

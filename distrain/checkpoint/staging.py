@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.checkpoint_format import MODEL_FILE, TRAINING_FILE
-from distrain.snapshot import NamedTensor, Snapshot
+from distrain.checkpoint.encode import NamedTensor, Snapshot
+from distrain.checkpoint.format import MODEL_FILE, TRAINING_FILE
 
 ALIGNMENT = 64  # bytes; any dtype can lie there, and copies start at a cache line
 GRANULE = 1 << 21  # grow in steps, so that histories that grow do not move the memory at each save

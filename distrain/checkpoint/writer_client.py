@@ -12,11 +12,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from distrain.checkpoint_writer import IGNORED_SIGNALS, perform
+from distrain.checkpoint.writer_process import IGNORED_SIGNALS, perform
 
 _CODE = (
     "import sys; sys.path.append(sys.argv[1]); "  # behind the standard library, which it is to use
-    "from distrain.checkpoint_writer import main; main(sys.argv[2:])"
+    "from distrain.checkpoint.writer_process import main; main(sys.argv[2:])"
 )
 
 
@@ -68,7 +68,7 @@ class WriterProcess:
 
     def __init__(self, staging_fd: int) -> None:
         self._pending = b""
-        package_parent = str(Path(__file__).resolve().parents[1])
+        package_parent = str(Path(__file__).resolve().parents[2])
         arguments = ["-c", _CODE, package_parent, str(staging_fd), str(os.getpid())]
         self._errors = os.memfd_create("distrain-checkpoint-writer-errors")
         # blocked signals stay blocked in the child until it ignores them: none kills it before

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from distrain import checkpoint_format as fmt
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.encode import SAFETENSORS_DTYPES
 from distrain.files.retry import read_file, retried
-from distrain.snapshot import SAFETENSORS_DTYPES
 
 TORCH_DTYPES = {
     str(dtype).removeprefix("torch."): dtype

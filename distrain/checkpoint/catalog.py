@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from distrain import checkpoint_format as fmt
+from distrain.checkpoint import format as fmt
 from distrain.files import atomic as durable
 from distrain.files.retry import retried
 

@@ -23,8 +23,8 @@ import signal
 import sys
 import time
 
-from distrain import checkpoint_format as fmt
-from distrain import checkpoint_retention as retention
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint import retention
 from distrain.files import atomic as durable
 
 TYPE_CHECKING = False
