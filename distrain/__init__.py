@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distrain.events import EventStorage, get_event_storage
-    from distrain.history import HistoryBuffer
+    from distrain.events.history import HistoryBuffer
+    from distrain.events.storage import EventStorage, get_event_storage
     from distrain.hook import HookBase
     from distrain.loop import TrainerBase
     from distrain.optim import param_groups
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from distrain.trainer import Trainer
 
 _MODULE_OF = {
-    "EventStorage": "events",
-    "HistoryBuffer": "history",
+    "EventStorage": "events.storage",
+    "HistoryBuffer": "events.history",
     "HookBase": "hook",
     "Trainer": "trainer",
     "TrainerBase": "loop",
     "WarmupCosineLR": "schedule",
     "WarmupMultiStepLR": "schedule",
-    "get_event_storage": "events",
+    "get_event_storage": "events.storage",
     "param_groups": "optim",
 }
 

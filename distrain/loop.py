@@ -9,11 +9,11 @@ from typing import Any
 from distrain import heartbeat
 from distrain.distributed import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
-from distrain.events import EventStorage
+from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
+from distrain.events.storage import EventStorage
 from distrain.heartbeat import Heard, Phase, Pulse
 from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 from distrain.log import logger
-from distrain.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 
 
 class TrainerBase:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.distributed import random_states, restore_random_states, topology
-from distrain.events import EventStorage
+from distrain.events.storage import EventStorage
 
 
 @contextmanager

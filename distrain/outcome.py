@@ -7,8 +7,8 @@ from typing import Any
 
 from distrain.checkpoint.store import CheckpointStore, SaveFailed
 from distrain.errors import ExitCode
+from distrain.events.reduction import STOP_REQUESTED
 from distrain.log import logger
-from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
 

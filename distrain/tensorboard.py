@@ -49,7 +49,7 @@ from distrain.tfrecord import record
 from distrain.writers import NewScalars, Row
 
 if TYPE_CHECKING:
-    from distrain.histogram import Histogram
+    from distrain.events.histogram import Histogram
 
 _MAX_EVENTS = 16
 

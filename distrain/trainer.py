@@ -15,7 +15,7 @@ from distrain.batches import to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
 from distrain.distributed import local_device
 from distrain.epochs import repeat
-from distrain.events import EventStorage
+from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.loop import TrainerBase

@@ -38,7 +38,7 @@ class StopAt(HookBase):
     def after_step(self) -> None:
         """Stop if it is time: every rank knows, so nobody needs to agree."""
         if self.trainer.iter_done == self._at:
-            from distrain.reduction import STOP_REQUESTED  # imports torch
+            from distrain.events.reduction import STOP_REQUESTED  # imports torch
 
             self.trainer.reduction.stop = STOP_REQUESTED
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from distrain.histogram import Histogram
+    from distrain.events.histogram import Histogram
 
 logger = logging.getLogger(__name__)
 

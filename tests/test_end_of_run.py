@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from distrain import HookBase, TrainerBase
 from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ExitCode
-from distrain.events import EventStorage
+from distrain.events.storage import EventStorage
 from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter
 from distrain.outcome import conclude
 

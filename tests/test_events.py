@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from distrain import EventStorage, get_event_storage
-from distrain.histogram import count_values
-from distrain.histories import Block, Histories
-from distrain.reduction import ScalarReduction
-from distrain.rows import ScalarKind, meeting_device, stack
+from distrain.events.histogram import count_values
+from distrain.events.history_store import Block, Histories
+from distrain.events.pending import ScalarKind, meeting_device, stack
+from distrain.events.reduction import ScalarReduction
 
 kind_c = ScalarKind("mean", True)
 

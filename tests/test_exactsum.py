@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from distrain.exactsum import join, split
+from distrain.events.exact_sum import join, split
 
 
 def test_halves_by_hand():

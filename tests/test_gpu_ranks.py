@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
-from distrain import HookBase, Trainer, get_event_storage, reduction
+from distrain import HookBase, Trainer, get_event_storage
 from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import process_group
+from distrain.events import reduction
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.numerics import numerics
 from distrain.optim import build_optimizer

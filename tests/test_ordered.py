@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrain.ordered import ordered, split_rank, unordered, with_rank
+from distrain.events.float_encoding import ordered, split_rank, unordered, with_rank
 
 floats = st.floats(allow_nan=False)
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.distributed import default_store, new_cpu_group
 from distrain.errors import NonFiniteLoss
-from distrain.events import EventStorage
-from distrain.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
+from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
+from distrain.events.storage import EventStorage
 
 pytestmark = pytest.mark.ranks
 
@@ -241,7 +241,9 @@ def random_names_with_a_gather(rank, windows):
     [(400, 0.0), (400, 1.0), pytest.param(10_000, 0.0, marks=pytest.mark.slow)],
 )
 def test_random_names_on_random_ranks_equal_a_gather(monkeypatch, windows, together_s):
-    monkeypatch.setattr("distrain.reduction._TOGETHER_S", together_s)  # 0: each window is short
+    monkeypatch.setattr(
+        "distrain.events.reduction._TOGETHER_S", together_s
+    )  # 0: each window is short
     first, *others = run_ranks(random_names_with_a_gather, 4, windows, timeout_s=280)
     assert first > 1_000
     assert all(other == first for other in others)

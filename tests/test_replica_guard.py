@@ -8,9 +8,9 @@ from torch import nn
 
 from distrain import Trainer
 from distrain.errors import ReplicaDrift
+from distrain.events.reduction import ScalarReduction
 from distrain.hooks import CallbackHook, ReplicaGuard
 from distrain.hooks.replica_guard import bit_sum, bit_sums, checksum
-from distrain.reduction import ScalarReduction
 
 
 class Model(nn.Module):

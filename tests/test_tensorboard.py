@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 
 from distrain.chartlayout import default_layout
-from distrain.histogram import Histogram
+from distrain.events.histogram import Histogram
 from distrain.tensorboard import TensorBoardWriter
 from distrain.tfrecord import crc32c, record
 from distrain.writers import Row

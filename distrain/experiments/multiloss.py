@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from distrain.events import EventStorage, get_event_storage
+from distrain.events.storage import EventStorage, get_event_storage
 from distrain.experiments.digits import CLASSES, SIDE, Split, load_split
 
 CANVAS = 32  # pixels

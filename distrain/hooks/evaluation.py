@@ -8,11 +8,11 @@ from typing import Any
 from distrain.data import EvalLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
+from distrain.events.reduction import STOP_REQUESTED
 from distrain.hook import HookBase
 from distrain.hooks.ema import EMA
 from distrain.loop import TrainerBase
 from distrain.module_state import kept_generators, no_trace
-from distrain.reduction import STOP_REQUESTED
 from distrain.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ import torch
 
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError
-from distrain.events import Spread
+from distrain.events.storage import Spread
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.log import logger

@@ -36,7 +36,7 @@ CODE = """
 import torch
 from torch import nn
 from distrain import HookBase
-from distrain.history import HistoryBuffer
+from distrain.events.history import HistoryBuffer
 
 HistoryBuffer.__init__.__defaults__ = (HISTORY,)
 

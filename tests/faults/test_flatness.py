@@ -14,7 +14,7 @@ from torch import nn
 
 from distrain import HookBase, Trainer
 from distrain.checkpoint.store import CheckpointStore
-from distrain.history import HistoryBuffer
+from distrain.events.history import HistoryBuffer
 from distrain.hooks import (
     EvalHook,
     IterationTimer,

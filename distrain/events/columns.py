@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.events import Spread
-from distrain.histories import Block
-from distrain.history import Floats, Ints
-from distrain.ordered import ordered, split_rank, unordered, with_rank
-from distrain.rows import RowGroup, ScalarKind, ScalarRow
+from distrain.events.float_encoding import ordered, split_rank, unordered, with_rank
+from distrain.events.history import Floats, Ints
+from distrain.events.history_store import Block
+from distrain.events.pending import RowGroup, ScalarKind, ScalarRow
+from distrain.events.storage import Spread
 
 _ABSENT = np.iinfo(np.int64).min
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from distrain.history import Floats, Ints
+from distrain.events.history import Floats, Ints
 
 _LARGEST = np.int64(np.iinfo(np.int64).max)
 _RANK_BITS = np.int64(2**20 - 1)

@@ -29,13 +29,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.errors import NonFiniteLoss
-from distrain.events import EventStorage, Spread
-from distrain.exactsum import join, split
-from distrain.histories import Block
-from distrain.history import Floats, Ints
-from distrain.packing import Columns
-from distrain.rows import RowGroup, ScalarKind, ScalarRow, flatten, group_rows, read_blocks
-from distrain.sharednames import SharedNames, Store
+from distrain.events.columns import Columns
+from distrain.events.exact_sum import join, split
+from distrain.events.history import Floats, Ints
+from distrain.events.history_store import Block
+from distrain.events.name_exchange import SharedNames, Store
+from distrain.events.pending import (
+    RowGroup,
+    ScalarKind,
+    ScalarRow,
+    flatten,
+    group_rows,
+    read_blocks,
+)
+from distrain.events.storage import EventStorage, Spread
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distrain.history import Floats
+from distrain.events.history import Floats
 
 _LOW_BITS = np.int64((1 << 27) - 1)
 

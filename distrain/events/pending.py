@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.history import Floats, Ints
+from distrain.events.history import Floats, Ints
 
 Operation = Literal["mean", "sum", "max", "min", "local"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)

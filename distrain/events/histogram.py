@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.history import Floats
+from distrain.events.history import Floats
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol
 
-from distrain.rows import ScalarKind
+from distrain.events.pending import ScalarKind
 
 _instances = itertools.count()
 

@@ -12,10 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.histogram import Histogram, PendingHistogram, count_values
-from distrain.histories import Block, Histories
-from distrain.history import HistoryBuffer
-from distrain.rows import LOSS, OPERATIONS, Operation, ScalarKind, ScalarRow, own_copy, stack
+from distrain.events.histogram import Histogram, PendingHistogram, count_values
+from distrain.events.history import HistoryBuffer
+from distrain.events.history_store import Block, Histories
+from distrain.events.pending import (
+    LOSS,
+    OPERATIONS,
+    Operation,
+    ScalarKind,
+    ScalarRow,
+    own_copy,
+    stack,
+)
 
 _FLOATS, _TENSORS = {float}, {Tensor}
 _MAX_CALLS = 1000  # shapes of put_scalars calls that are remembered as checked

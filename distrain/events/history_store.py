@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.history import Floats, HistoryBuffer, Ints
-from distrain.rows import ScalarKind
+from distrain.events.history import Floats, HistoryBuffer, Ints
+from distrain.events.pending import ScalarKind
 
 _MAX_WAITING = 1000  # iterations of one set of names, before they move into the histories
 
