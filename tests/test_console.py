@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from distrain.console import ConsoleWriter, describe
-from distrain.writers import Row
+from distrain.writers.background import Row
+from distrain.writers.console import ConsoleWriter, describe
 
 SCALARS = {
     "accuracy": (0.98, 199),
@@ -41,7 +41,7 @@ def test_plain_line() -> None:
 
 
 def test_old_values_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distrain.console.LINE_S", 0.0)
+    monkeypatch.setattr("distrain.writers.console.LINE_S", 0.0)
     stream = io.StringIO()
     writer = ConsoleWriter(stream=stream, start_iteration=20)
     writer.write(Row(29, 100, {"loss": (1.0, 29), "eval/accuracy": (0.5, 19)}))
@@ -57,7 +57,7 @@ def test_old_values_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_faster_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("distrain.console.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("distrain.writers.console.time", SimpleNamespace(monotonic=lambda: now_s))
     stream = io.StringIO()
     writer = ConsoleWriter(stream=stream)
     for i in range(200):
@@ -145,7 +145,7 @@ def test_plain_where_a_terminal_is_not_wanted(
 def test_rich_is_imported_for_a_terminal_only() -> None:
     script = (
         "import sys\n"
-        "from distrain.console import ConsoleWriter\n"
+        "from distrain.writers.console import ConsoleWriter\n"
         "from distrain.writers import Row\n"
         "ConsoleWriter().write(Row(9, 10, {'loss': (1.5, 9)}))\n"
         "assert not {'rich', 'torch', 'numpy'} & {*sys.modules}\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain.jsonlines import JsonLinesWriter
-from distrain.writers import Row
+from distrain.writers.background import Row
+from distrain.writers.json_lines import JsonLinesWriter
 
 
 def row(iteration: int, **scalars: float) -> Row:

@@ -128,9 +128,9 @@ def test_a_file_gets_no_sign_and_starts_no_thread_and_no_rich() -> None:
 
 
 ROWS = """
-from distrain import console
-from distrain.console import ConsoleWriter
-from distrain.writers import Row
+from distrain.writers import console
+from distrain.writers.console import ConsoleWriter
+from distrain.writers.background import Row
 console.LINE_S = 0.0  # every row is shown
 writer = ConsoleWriter()
 writer.write(Row(4, 20, {"loss": (1.5, 4)}))

@@ -14,7 +14,7 @@ from distrain.runfolder.folder import RunFolder
 from distrain.runs.control import command
 from distrain.runs.records import read_starts
 from distrain.sweep import folder_name
-from distrain.tensorboard import TensorBoardWriter
+from distrain.writers.tensorboard import TensorBoardWriter
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 
-from distrain.chartlayout import default_layout
 from distrain.events.histogram import Histogram
-from distrain.tensorboard import TensorBoardWriter
-from distrain.tfrecord import crc32c, record
-from distrain.writers import Row
+from distrain.writers.background import Row
+from distrain.writers.chart_layout import default_layout
+from distrain.writers.event_file import crc32c, record
+from distrain.writers.tensorboard import TensorBoardWriter
 
 
 def row(iteration: int, **scalars: float) -> Row:
@@ -308,7 +308,7 @@ def test_torn_end_of_an_earlier_file_hides_nothing(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     script = (
-        "import sys, distrain.tensorboard\n"
+        "import sys, distrain.writers.tensorboard\n"
         "heavy = {'torch', 'tensorflow', 'tensorboard.compat.tensorflow_stub', 'PIL', 'grpc'}\n"
         "assert not heavy & {*sys.modules}, heavy & {*sys.modules}\n"
     )

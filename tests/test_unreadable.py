@@ -21,7 +21,6 @@ from distrain.checkpoint_table import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry
 from distrain.finetune import start_from
-from distrain.jsonlines import JsonLinesWriter
 from distrain.launch.rank import append
 from distrain.run import TrainJob
 from distrain.runfolder.files import read_frozen
@@ -29,7 +28,8 @@ from distrain.runfolder.lock import holder
 from distrain.runs.__main__ import run as runs
 from distrain.runs.records import read
 from distrain.runs.states import State, state_of
-from distrain.writers import Row
+from distrain.writers.background import Row
+from distrain.writers.json_lines import JsonLinesWriter
 
 UNREADABLE = ["EIO", "EACCES", "EPERM", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distrain import writers
 from distrain.files import append_file as appendfile
-from distrain.jsonlines import JsonLinesWriter
-from distrain.writers import BackgroundWriter, NewScalars, Row, default_writers
+from distrain.writers import background as writers
+from distrain.writers.background import BackgroundWriter, NewScalars, Row, default_writers
+from distrain.writers.json_lines import JsonLinesWriter
 
 
 class Recorder:
@@ -189,7 +189,7 @@ def test_a_bug_is_shown_with_its_place(caplog: pytest.LogCaptureFixture) -> None
 def test_default_writers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distrain.console.LINE_S", 0.0)  # each row is shown
+    monkeypatch.setattr("distrain.writers.console.LINE_S", 0.0)  # each row is shown
     for start in (0, 10):
         writer = BackgroundWriter(default_writers(tmp_path, start_iteration=start))
         for iteration in range(start + 4, start + 15, 5):
@@ -210,8 +210,8 @@ def test_default_writers(
 
 FULL_DISK = """
 import logging, resource, sys, time
-from distrain.jsonlines import JsonLinesWriter
-from distrain.writers import BackgroundWriter, Row, default_writers
+from distrain.writers.json_lines import JsonLinesWriter
+from distrain.writers.background import BackgroundWriter, Row, default_writers
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 writer = BackgroundWriter(default_writers(sys.argv[1]))
@@ -246,8 +246,8 @@ def test_full_disk_is_survived_and_nothing_is_lost(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, time
-from distrain.jsonlines import JsonLinesWriter
-from distrain.writers import BackgroundWriter, Row, default_writers
+from distrain.writers.json_lines import JsonLinesWriter
+from distrain.writers.background import BackgroundWriter, Row, default_writers
 writer = BackgroundWriter(default_writers(sys.argv[1]))
 for iteration in range(1_000_000):
     writer.write(Row(iteration, 60, {f"loss{k}": (k / 3, iteration) for k in range(30)}))

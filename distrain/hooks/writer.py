@@ -12,7 +12,7 @@ from distrain.hooks.evaluation import is_finished
 from distrain.module_state import kept_generators
 from distrain.redact import masked
 from distrain.schema import refuse_url
-from distrain.writers import BackgroundWriter, Row, Writer, default_writers
+from distrain.writers.background import BackgroundWriter, Row, Writer, default_writers
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class PeriodicWriter(HookBase):
         self._writer.write(row)
 
     def _describe_run(self) -> None:
-        from distrain.tensorboard import TensorBoardWriter
+        from distrain.writers.tensorboard import TensorBoardWriter
 
         for writer in self._given or ():
             if isinstance(writer, TensorBoardWriter) and self._conf is not None:
@@ -151,7 +151,7 @@ class PeriodicWriter(HookBase):
 
     def _finish_run(self) -> None:
         """Mark the run as finished, with its latest metrics, if it is."""
-        from distrain.tensorboard import TensorBoardWriter
+        from distrain.writers.tensorboard import TensorBoardWriter
 
         if self.trainer.iter_done != self.trainer.max_iter:
             return

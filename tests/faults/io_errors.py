@@ -461,7 +461,6 @@ def main() -> int:
     import distrain.hooks
     import distrain.launch.local
     import distrain.run
-    import distrain.tensorboard
     import distrain.training  # noqa: F401
 
     torch.set_num_threads(1)

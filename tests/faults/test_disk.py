@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 WRITERS = """
 import logging, os, resource, subprocess, sys, time
 from pathlib import Path
-from distrain.writers import BackgroundWriter, Row, default_writers
-import distrain.console, distrain.jsonlines, distrain.tensorboard  # while there are handles
+from distrain.writers.background import BackgroundWriter, Row, default_writers
+import distrain.writers.console, distrain.writers.json_lines, distrain.writers.tensorboard  # while there are handles
 
 folder, fault, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -43,10 +43,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
     SessionStartInfo,
 )
 
-from distrain.chartlayout import default_layout
 from distrain.files.append_file import AppendFile
-from distrain.tfrecord import record
-from distrain.writers import NewScalars, Row
+from distrain.writers.background import NewScalars, Row
+from distrain.writers.chart_layout import default_layout
+from distrain.writers.event_file import record
 
 if TYPE_CHECKING:
     from distrain.events.histogram import Histogram

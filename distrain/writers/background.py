@@ -179,9 +179,9 @@ def default_writers(
         stream: of the console; the standard output by default.
     """
     # imported here: these cost 0.1 s, and only rank 0 has writers
-    from distrain.console import ConsoleWriter
-    from distrain.jsonlines import JsonLinesWriter
-    from distrain.tensorboard import TensorBoardWriter
+    from distrain.writers.console import ConsoleWriter
+    from distrain.writers.json_lines import JsonLinesWriter
+    from distrain.writers.tensorboard import TensorBoardWriter
 
     new = NewScalars(start_iteration)
     return [
