@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distrain import heartbeat
 from distrain import progress as progressbar
-from distrain.batches import to_channels_last
-from distrain.data import EvalLoader, batch_length, to_device
+from distrain.data.batch import to_channels_last
+from distrain.data.loader import EvalLoader, batch_length, to_device
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase

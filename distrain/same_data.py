@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from distrain import wire
+from distrain.data.worker_process import WorkerContext, init_worker, signals_held
+from distrain.data.workers import Fetch, MicroBatch, length_of
 from distrain.distributed import gather_to_all
 from distrain.errors import ConfigError
-from distrain.loading import Fetch, MicroBatch, length_of
 from distrain.log import logger
-from distrain.worker_process import WorkerContext, init_worker, signals_held
 
 PROBE_S = 3.0
 """Time that the samples of all data sets together may take; those that come later are left out."""

@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from distrain.batches import to_channels_last, to_device
 from distrain.compression import CommHook, compress_gradients
+from distrain.data.batch import to_channels_last, to_device
+from distrain.data.epochs import repeat
 from distrain.distributed import local_device
-from distrain.epochs import repeat
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase

@@ -19,7 +19,7 @@ from distrain import heartbeat, log
 from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config import build
-from distrain.data import EvalLoader, TrainLoader, micro_batches
+from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed import (
     Topology,
     local_device,

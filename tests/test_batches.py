@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from distrain import Trainer
-from distrain.batches import batch_length, to_channels_last, to_device
+from distrain.data.batch import batch_length, to_channels_last, to_device
 from distrain.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from distrain.data import EvalLoader, SampleStream, TrainLoader, micro_batches
+from distrain.data.loader import EvalLoader, SampleStream, TrainLoader, micro_batches
 from distrain.errors import ConfigError
 
 SIZE, B, SEED = 29, 24, 5  # no batch ends with an epoch before iteration 29

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import distrain
-from distrain.epochs import repeat
+from distrain.data.epochs import repeat
 from distrain.errors import ConfigError
 
 

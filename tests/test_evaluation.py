@@ -12,7 +12,7 @@ from torch import nn
 
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data import EvalLoader, TrainLoader
+from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
 from distrain.hooks import EMA, BestCheckpointer, EvalHook, PeriodicCheckpointer, PreciseBN

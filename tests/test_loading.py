@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from distrain.data import EvalLoader, TrainLoader
+from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.data.loader_errors import FILES_HINT, SHM_HINT
+from distrain.data.workers import Fetch, MicroBatch, WorkerBatches
 from distrain.launch import failure
-from distrain.loader_errors import FILES_HINT, SHM_HINT
-from distrain.loading import Fetch, MicroBatch, WorkerBatches
 
 ITEM = MicroBatch(np.array([0, 0, 1]), np.array([4, 2, 0]))
 
@@ -321,7 +321,7 @@ def test_none_outlives_a_rank_that_is_killed(is_working: bool) -> None:
 
 SCRIPT = """
 import time
-from distrain.data import TrainLoader
+from distrain.data.loader import TrainLoader
 
 class Slow:
     def __len__(self):

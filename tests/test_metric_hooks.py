@@ -11,7 +11,7 @@ from checkpoint_cases import iterations_in
 
 from distrain import HookBase, Trainer, TrainerBase
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data import EvalLoader
+from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks import (
     EMA,

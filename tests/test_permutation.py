@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from distrain.permutation import Ints, mixed, permuted, sample_seeds
+from distrain.data.permutation import Ints, mixed, permuted, sample_seeds
 
 PRIMES = [2, 3, 5, 7, 11, 13, 97, 1009]
 SIZES = sorted(
@@ -90,7 +90,7 @@ def test_the_order_is_the_same_in_every_process_and_release() -> None:
     # written down from the first run: a change would reorder the samples of every run on disk
     assert whole(10) == [3, 4, 5, 2, 0, 1, 8, 7, 6, 9]
     code = (
-        "import numpy as np; from distrain.permutation import permuted; "
+        "import numpy as np; from distrain.data.permutation import permuted; "
         "print(permuted(np.arange(1797), size=1797, seed=5, epoch=8).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

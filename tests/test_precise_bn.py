@@ -11,7 +11,7 @@ from torch import nn
 
 from distrain import EventStorage, Trainer, get_event_storage
 from distrain.batchnorm import convert_sync_batchnorm
-from distrain.data import TrainLoader
+from distrain.data.loader import TrainLoader
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, EvalHook, PreciseBN
 

@@ -189,7 +189,7 @@ def test_evaluation_shows_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import nn
 
     from distrain import evaluation
-    from distrain.data import EvalLoader
+    from distrain.data.loader import EvalLoader
 
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

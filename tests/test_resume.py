@@ -25,7 +25,7 @@ from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data import SampleStream
+from distrain.data.loader import SampleStream
 from distrain.distributed import topology
 from distrain.errors import ExitCode
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 import distrain
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data import TrainLoader
+from distrain.data.loader import TrainLoader
 from distrain.distributed import process_group
 from distrain.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distrain import Trainer
-from distrain.data import TrainLoader
+from distrain.data.loader import TrainLoader
 from distrain.errors import ConfigError
 from distrain.hooks import Throughput
 from distrain.hooks import throughput as module

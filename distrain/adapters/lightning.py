@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
-from distrain.batches import batch_length
+from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
 from distrain.events.pending import OPERATIONS, Operation
 from distrain.events.storage import get_event_storage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distrain.data import EvalLoader
+from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
 from distrain.evaluation import evaluate
 from distrain.events.reduction import STOP_REQUESTED

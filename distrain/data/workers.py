@@ -23,10 +23,10 @@ from torch.utils.data import (
 from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
+from distrain.data.loader_errors import SHM_HINT, Failed, failed
+from distrain.data.permutation import Ints, sample_seeds
+from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 from distrain.errors import ConfigError
-from distrain.loader_errors import SHM_HINT, Failed, failed
-from distrain.permutation import Ints, sample_seeds
-from distrain.worker_process import WorkerContext, init_worker, signals_held
 
 Collate = Callable[[list[Any]], Any]
 

@@ -12,7 +12,7 @@ from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
-from distrain.loader_errors import ResultQueue
+from distrain.data.loader_errors import ResultQueue
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}

@@ -31,7 +31,7 @@ def repeat(data: Iterable[Any], *, start: int = 0) -> Iterator[Any]:
     if num_dropped:
         logger.info(
             "resuming within an epoch: %d batches of the data loader are loaded again and dropped; "
-            "distrain.data.TrainLoader starts anywhere at no cost",
+            "distrain.data.loader.TrainLoader starts anywhere at no cost",
             num_dropped,
         )
     for epoch in itertools.count(first_epoch):

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from distrain.batches import batch_length, to_device
+from distrain.data.batch import batch_length, to_device
+from distrain.data.permutation import Ints, permuted
+from distrain.data.workers import Collate, Fetch, MicroBatch, WorkerBatches, length_of, load_here
 from distrain.errors import ConfigError
-from distrain.loading import Collate, Fetch, MicroBatch, WorkerBatches, length_of, load_here
-from distrain.permutation import Ints, permuted
 
 __all__ = [
     "EvalLoader",
