@@ -32,7 +32,7 @@ from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
 from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import Topology, local_device, process_group
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 
 # dense bf16 operations a second, from NVIDIA's data sheets; the first name that fits counts
 PEAK_FLOPS = {

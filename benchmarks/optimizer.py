@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from benchmarks.common import alternate, estimate, print_table
 from benchmarks.models import resnet50
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 
 TARGETS = {64: 2.2, 4: 3.3}  # width -> times that fused is faster than one group a parameter
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distrain.events.storage import EventStorage, get_event_storage
     from distrain.hook import HookBase
     from distrain.loop import TrainerBase
-    from distrain.optim import param_groups
+    from distrain.optim.groups import param_groups
     from distrain.schedule import WarmupCosineLR, WarmupMultiStepLR
     from distrain.trainer import Trainer
 
@@ -26,7 +26,7 @@ _MODULE_OF = {
     "WarmupCosineLR": "schedule",
     "WarmupMultiStepLR": "schedule",
     "get_event_storage": "events.storage",
-    "param_groups": "optim",
+    "param_groups": "optim.groups",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import Tensor, zeros
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distrain.optim import representative_group
+from distrain.optim.optimizer import representative_group
 from distrain.warmup import WarmupLR
 
 

@@ -14,7 +14,7 @@ from distrain.distributed import broadcast_from_main, topology
 from distrain.errors import ConfigError, RunFailed
 from distrain.files.retry import unreadable
 from distrain.log import logger
-from distrain.rules import near
+from distrain.optim.rules import near
 from distrain.weights import locate_weights, read_weights
 
 _SHOWN = 5  # names in an error

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from distrain.curve import schedule_values
 from distrain.errors import ConfigError
-from distrain.rules import number
+from distrain.optim.rules import number
 from distrain.warmup import HorizonLR, WarmupLR, choice, whole
 
 __all__ = [

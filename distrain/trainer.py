@@ -23,7 +23,7 @@ from distrain.losses import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.module_state import train_mode
 from distrain.nonfinite import SkippedUpdates
 from distrain.numerics import Precision
-from distrain.optim import clip_gradients, start_momentum
+from distrain.optim.optimizer import clip_gradients, start_momentum
 from distrain.replicas import Replicated, replicate, settle_buckets
 from distrain.shardable import find_blocks
 from distrain.step_options import check_step, check_strategy

@@ -33,7 +33,7 @@ from distrain.heartbeat import Phase
 from distrain.hook import HookBase
 from distrain.instantiate import placed
 from distrain.numerics import numerics
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 from distrain.outcome import conclude, outcome_of, why_done
 from distrain.process.environment import env_int, restart_count
 from distrain.resume import resume_point

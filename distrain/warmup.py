@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distrain.errors import ConfigError
-from distrain.rules import number
+from distrain.optim.rules import number
 
 WARMUP_METHODS = ("constant", "linear")
 

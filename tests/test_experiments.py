@@ -36,7 +36,7 @@ from distrain.experiments.pydoc_gpt import (
     encode,
 )
 from distrain.losses import total_loss
-from distrain.optim import param_groups
+from distrain.optim.optimizer import param_groups
 
 ROOT = Path(__file__).parents[1]
 METRIC = {

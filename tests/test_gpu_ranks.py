@@ -23,7 +23,7 @@ from distrain.distributed import process_group
 from distrain.events import reduction
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.numerics import numerics
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 
 pytestmark = [
     pytest.mark.gpu,

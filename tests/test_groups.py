@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.groups import explain_groups, format_groups, param_groups
+from distrain.optim.groups import explain_groups, format_groups, param_groups
 
 BASE = {
     "lr": 0.1,

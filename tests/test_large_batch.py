@@ -11,8 +11,8 @@ from kernels import Kernels
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.large_batch import LAMB, LARS
-from distrain.optim import build_optimizer
+from distrain.optim.large_batch import LAMB, LARS
+from distrain.optim.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[1] / "conf" / "optim"
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.groups import explain_groups, format_groups, param_groups
-from distrain.layerwise import find_layers
-from distrain.optim import build_optimizer
+from distrain.optim.groups import explain_groups, format_groups, param_groups
+from distrain.optim.layer_decay import find_layers
+from distrain.optim.optimizer import build_optimizer
 
 
 class Vit(nn.Module):

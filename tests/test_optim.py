@@ -9,7 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.errors import ConfigError
-from distrain.optim import build_optimizer, clip_gradients, param_groups, representative_group
+from distrain.optim.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    param_groups,
+    representative_group,
+)
 
 
 class Net(nn.Module):

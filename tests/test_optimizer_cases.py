@@ -13,7 +13,7 @@ from distrain import Trainer
 from distrain.config import resolve
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 
 SIZE = 1000  # of a parameter: small enough that freed memory is used again at once
 OPTIMIZERS = {
@@ -23,8 +23,8 @@ OPTIMIZERS = {
     "adam": ("torch.optim.Adam", {"lr": 0.1}),
     "adamw": ("torch.optim.AdamW", {"lr": 0.1}),
     "adagrad": ("torch.optim.Adagrad", {"lr": 0.1}),
-    "lars": ("distrain.large_batch.LARS", {"lr": 0.1, "momentum": 0.9, "trust": 0.1}),
-    "lamb": ("distrain.large_batch.LAMB", {"lr": 0.1}),
+    "lars": ("distrain.optim.large_batch.LARS", {"lr": 0.1, "momentum": 0.9, "trust": 0.1}),
+    "lamb": ("distrain.optim.large_batch.LAMB", {"lr": 0.1}),
 }
 
 
@@ -235,7 +235,7 @@ def test_fused_sgd_with_dampening_is_refused():
 
 
 def test_fused_false_is_taken_where_there_is_nothing_to_fuse():
-    for target in ("torch.optim.RMSprop", "distrain.large_batch.LARS"):
+    for target in ("torch.optim.RMSprop", "distrain.optim.large_batch.LARS"):
         assert "fused" not in build_optimizer(Late(), target=target, lr=0.1, fused=False).defaults
         with pytest.raises(ConfigError, match="fused: .* takes no 'fused'"):
             build_optimizer(Late(), target=target, lr=0.1, fused=True)

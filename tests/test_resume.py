@@ -286,7 +286,7 @@ MORE_HOOKS = {
 
 @pytest.mark.parametrize("optim", ["LARS", "LAMB"])
 def test_with_more_hooks_and_gradients_in_bf16_bit_for_bit(tmp_path, optim):
-    optim = {"target": f"distrain.large_batch.{optim}", "lr": 0.05, "weight_decay": 1e-3}
+    optim = {"target": f"distrain.optim.large_batch.{optim}", "lr": 0.05, "weight_decay": 1e-3}
     settings = {"hooks": MORE_HOOKS, "optim": optim, "comm_hook": "bf16"}
     broken, whole = run_ranks(interrupted_and_straight, 3, tmp_path, **settings)[0]
     assert differing(broken, whole) == []

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.groups import explain_groups, param_groups
+from distrain.optim.groups import explain_groups, param_groups
 
 BASE = {
     "lr": 0.1,

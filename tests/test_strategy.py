@@ -10,7 +10,7 @@ from distrain import Trainer
 from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
-from distrain.optim import build_optimizer
+from distrain.optim.optimizer import build_optimizer
 from distrain.shardable import find_blocks
 from distrain.strategy import is_sharded
 

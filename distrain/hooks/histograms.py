@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.errors import ConfigError
 from distrain.hook import HookBase
-from distrain.rules import near
+from distrain.optim.rules import near
 from distrain.trainer import Trainer
 
 

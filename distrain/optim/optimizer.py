@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from distrain.errors import ConfigError
-from distrain.groups import GroupRow, explain_groups, format_groups, param_groups
-from distrain.rules import MATCH_KEYS, Rules, near, number, parse, plain, resolve
+from distrain.optim.groups import GroupRow, explain_groups, format_groups, param_groups
+from distrain.optim.rules import MATCH_KEYS, Rules, near, number, parse, plain, resolve
 
 __all__ = [
     "GroupRow",

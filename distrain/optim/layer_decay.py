@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from distrain.errors import ConfigError
-from distrain.rules import Rule, Rules, number, parse
+from distrain.optim.rules import Rule, Rules, number, parse
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distrain.errors import ConfigError
-from distrain.rules import number
+from distrain.optim.rules import number
 
 __all__ = ["LAMB", "LARS"]
 

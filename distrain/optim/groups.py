@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from distrain.errors import ConfigError
-from distrain.layerwise import with_layer_decay
-from distrain.rules import Place, Rule, Rules, number
+from distrain.optim.layer_decay import with_layer_decay
+from distrain.optim.rules import Place, Rule, Rules, number
 
 # _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
