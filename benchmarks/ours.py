@@ -20,7 +20,7 @@ from distrain.hooks import (
     ReplicaGuard,
     StragglerWatch,
 )
-from distrain.schedule import WarmupCosineLR
+from distrain.schedule.schedules import WarmupCosineLR
 from distrain.writers.background import default_writers
 
 Scalars = Mapping[str, float | Tensor]

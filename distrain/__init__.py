@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distrain.hook import HookBase
     from distrain.loop import TrainerBase
     from distrain.optim.groups import param_groups
-    from distrain.schedule import WarmupCosineLR, WarmupMultiStepLR
+    from distrain.schedule.schedules import WarmupCosineLR, WarmupMultiStepLR
     from distrain.trainer import Trainer
 
 _MODULE_OF = {
@@ -23,8 +23,8 @@ _MODULE_OF = {
     "HookBase": "hook",
     "Trainer": "trainer",
     "TrainerBase": "loop",
-    "WarmupCosineLR": "schedule",
-    "WarmupMultiStepLR": "schedule",
+    "WarmupCosineLR": "schedule.schedules",
+    "WarmupMultiStepLR": "schedule.schedules",
     "get_event_storage": "events.storage",
     "param_groups": "optim.groups",
 }

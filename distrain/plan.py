@@ -11,7 +11,7 @@ from distrain.config import build
 from distrain.distributed import Topology
 from distrain.hook import MOMENTS, HookBase
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
-from distrain.schedule import schedule_values
+from distrain.schedule.schedules import schedule_values
 from distrain.trainer import Trainer
 from distrain.training import build_parts
 

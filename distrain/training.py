@@ -39,7 +39,7 @@ from distrain.process.environment import env_int, restart_count
 from distrain.resume import resume_point
 from distrain.runfolder.watch import FolderWatch
 from distrain.same_data import check_same_data, open_files
-from distrain.schedule import WarmupConstantLR
+from distrain.schedule.schedules import WarmupConstantLR
 from distrain.trainer import Trainer
 
 Conf = dict[str, Any]

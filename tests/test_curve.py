@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as theirs
 
-from distrain.schedule import (
+from distrain.schedule.schedules import (
     OneCycleLR,
     WarmupCosineLR,
     WarmupExponentialLR,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
-from distrain import HookBase, Trainer, get_event_storage, schedule, training
+from distrain import HookBase, Trainer, get_event_storage, training
 from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.format import CLOCK_PREFIXES
@@ -28,6 +28,7 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import SampleStream
 from distrain.distributed import topology
 from distrain.errors import ExitCode
+from distrain.schedule import schedules as schedule
 
 pytestmark = pytest.mark.ranks
 

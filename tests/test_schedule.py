@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as theirs
 import distrain.schedule as ours
 from distrain.errors import ConfigError
 from distrain.hooks import LRScheduler
-from distrain.schedule import (
+from distrain.schedule.schedules import (
     OneCycleLR,
     WarmupConstantLR,
     WarmupCosineLR,

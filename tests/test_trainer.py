@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.hooks import CallbackHook, EarlyStopping, EvalHook, IterationTimer, LRScheduler
-from distrain.schedule import WarmupCosineLR
+from distrain.schedule.schedules import WarmupCosineLR
 
 
 class Regression(nn.Module):

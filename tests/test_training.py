@@ -118,7 +118,7 @@ def test_a_run_and_the_same_command_again(folder):
         (["+model.answer=logits"], ["returned a tensor of shape [8, 1]", "not a loss"]),
         (["+data.train.num=0"], ["data.train", "length 0"]),
         (["schedule=multistep", "schedule.milestones=[20,10]"], ["[20, 10]"]),
-        (["schedule._target_=distrain.schedule.Cosine"], ["schedule._target_", "Cosine"]),
+        (["schedule._target_=distrain.schedule.schedules.Cosine"], ["schedule._target_", "Cosine"]),
         (["resume=must"], ["resume=must", "resume=auto"]),
         (["trainer.precision=fp8"], ["trainer.precision=fp8", "bf16"]),
         (["trainer.comm_hook=int8"], ["trainer.comm_hook=int8", "bf16", "powersgd"]),

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from distrain.errors import ConfigError
 from distrain.hook import HookBase
 from distrain.optim.optimizer import representative_group
-from distrain.warmup import WarmupLR
+from distrain.schedule.base import WarmupLR
 
 
 class LRScheduler(HookBase):

@@ -23,7 +23,7 @@ from distrain.hooks import (
     PeriodicWriter,
     ReplicaGuard,
 )
-from distrain.schedule import WarmupCosineLR
+from distrain.schedule.schedules import WarmupCosineLR
 
 WARM, QUIET, END = 300, 600, 750  # iterations
 HISTORY = 100

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.optim.optimizer import representative_group
-from distrain.warmup import WarmupLR
+from distrain.schedule.base import WarmupLR
 
 
 def schedule_values(

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from distrain.curve import schedule_values
 from distrain.errors import ConfigError
 from distrain.optim.rules import number
-from distrain.warmup import HorizonLR, WarmupLR, choice, whole
+from distrain.schedule.base import HorizonLR, WarmupLR, choice, whole
+from distrain.schedule.preview import schedule_values
 
 __all__ = [
     "OneCycleLR",
