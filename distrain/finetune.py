@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distrain.distributed import broadcast_from_main, topology
+from distrain.distributed.process_group import broadcast_from_main, topology
 from distrain.errors import ConfigError, RunFailed
 from distrain.files.retry import unreadable
 from distrain.log import logger

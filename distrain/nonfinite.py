@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distrain.distributed import gather_to_all
+from distrain.distributed.fsdp import gradient_norm
+from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.log import logger
-from distrain.strategy import gradient_norm
 
 
 class _Bad(NamedTuple):

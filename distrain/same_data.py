@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain import wire
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 from distrain.data.workers import Fetch, MicroBatch, length_of
-from distrain.distributed import gather_to_all
+from distrain.distributed import serialization as wire
+from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
 from distrain.log import logger
 

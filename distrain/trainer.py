@@ -11,10 +11,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from distrain.compression import CommHook, compress_gradients
 from distrain.data.batch import to_channels_last, to_device
 from distrain.data.epochs import repeat
-from distrain.distributed import local_device
+from distrain.distributed.comm_hooks import CommHook, compress_gradients
+from distrain.distributed.ddp import Replicated, replicate, settle_buckets
+from distrain.distributed.fsdp import (
+    clip_sharded,
+    gather_state,
+    gathered_parameters,
+    load_model,
+    load_optimizer,
+    shard,
+    without_sync,
+)
+from distrain.distributed.fsdp_blocks import find_blocks
+from distrain.distributed.process_group import local_device
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase
@@ -24,18 +35,7 @@ from distrain.module_state import train_mode
 from distrain.nonfinite import SkippedUpdates
 from distrain.numerics import Precision
 from distrain.optim.optimizer import clip_gradients, start_momentum
-from distrain.replicas import Replicated, replicate, settle_buckets
-from distrain.shardable import find_blocks
 from distrain.step_options import check_step, check_strategy
-from distrain.strategy import (
-    clip_sharded,
-    gather_state,
-    gathered_parameters,
-    load_model,
-    load_optimizer,
-    shard,
-    without_sync,
-)
 from distrain.thawed import check_still_frozen, frozen_parameters
 from distrain.update import clear_gradients, update
 

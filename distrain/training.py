@@ -16,17 +16,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrain import heartbeat, log
-from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config import build
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
-from distrain.distributed import (
+from distrain.distributed.process_group import (
     Topology,
     local_device,
     process_group,
     restore_random_states,
     seed_everything,
 )
+from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
-from distrain import batchnorm
-from distrain.batchnorm import SyncBatchNorm, convert_sync_batchnorm
+from distrain.distributed import sync_batchnorm as batchnorm
+from distrain.distributed.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 C = 3
 STEPS = 3

@@ -13,8 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from distrain.distributed import broadcast_from_main, gather_to_all, gather_to_main, random_states
-from distrain.wire import decode, encode
+from distrain.distributed.process_group import (
+    broadcast_from_main,
+    gather_to_all,
+    gather_to_main,
+    random_states,
+)
+from distrain.distributed.serialization import decode, encode
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=20)

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer, get_event_storage
-from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed import process_group
+from distrain.distributed.process_group import process_group
+from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.events import reduction
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.numerics import numerics

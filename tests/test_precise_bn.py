@@ -10,8 +10,8 @@ from ranks import run_ranks
 from torch import nn
 
 from distrain import EventStorage, Trainer, get_event_storage
-from distrain.batchnorm import convert_sync_batchnorm
 from distrain.data.loader import TrainLoader
+from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, EvalHook, PreciseBN
 

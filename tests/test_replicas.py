@@ -6,7 +6,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain.replicas import replicate
+from distrain.distributed.ddp import replicate
 
 pytestmark = pytest.mark.ranks
 

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
 from distrain import HookBase, Trainer, get_event_storage, training
-from distrain.batchnorm import convert_sync_batchnorm
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import SampleStream
-from distrain.distributed import topology
+from distrain.distributed.process_group import topology
+from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ExitCode
 from distrain.schedule import schedules as schedule
 

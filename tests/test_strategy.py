@@ -8,11 +8,11 @@ from torch import nn
 
 from distrain import Trainer
 from distrain.checkpoint.store import CheckpointStore
+from distrain.distributed.fsdp import is_sharded
+from distrain.distributed.fsdp_blocks import find_blocks
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.optim.optimizer import build_optimizer
-from distrain.shardable import find_blocks
-from distrain.strategy import is_sharded
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distrain.distributed import gather_to_all
+from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
 from distrain.gpusampler import Sampler
 from distrain.hook import HookBase

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distrain.batchnorm import channel_moments, merged_moments
+from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hook import HookBase

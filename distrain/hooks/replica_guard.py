@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distrain.distributed import gather_to_all
+from distrain.distributed.ddp import has_own_buffers
+from distrain.distributed.fsdp import is_sharded
+from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError, ReplicaDrift
 from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.replicas import has_own_buffers
-from distrain.strategy import is_sharded
 from distrain.trainer import Trainer
 
 _BYTES_TO_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

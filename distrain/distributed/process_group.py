@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distrain.distributed.serialization import decode, encode
 from distrain.errors import ConfigError
 from distrain.process import open_files as openfiles
 from distrain.process.environment import env_int
-from distrain.wire import decode, encode
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrain.shardable import check_shardable, find_blocks
+from distrain.distributed.fsdp_blocks import check_shardable, find_blocks
 
 
 def shard(
