@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import distrain.loop
+import distrain.trainer.loop
 from benchmarks.common import Cost, estimate, print_table
 from benchmarks.ours import default_hooks, new_scalars
 from distrain import TrainerBase
@@ -66,8 +66,8 @@ def one_rank_of(num_ranks: int, run: Callable[[], Cost]) -> Cost:
     try:
         # the loop would make a gloo group, which waits for the others
         with (
-            patch.object(distrain.loop, "new_cpu_group", lambda: dist.group.WORLD),
-            patch.object(distrain.loop, "default_store", lambda: names),
+            patch.object(distrain.trainer.loop, "new_cpu_group", lambda: dist.group.WORLD),
+            patch.object(distrain.trainer.loop, "default_store", lambda: names),
             patch.object(straggler, "gather_to_all", lambda mine: [mine] * num_ranks),
         ):
             return run()

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from distrain.events.history import HistoryBuffer
     from distrain.events.storage import EventStorage, get_event_storage
-    from distrain.hook import HookBase
-    from distrain.loop import TrainerBase
     from distrain.optim.groups import param_groups
     from distrain.schedule.schedules import WarmupCosineLR, WarmupMultiStepLR
-    from distrain.trainer import Trainer
+    from distrain.trainer.hook import HookBase
+    from distrain.trainer.loop import TrainerBase
+    from distrain.trainer.trainer import Trainer
 
 _MODULE_OF = {
     "EventStorage": "events.storage",
     "HistoryBuffer": "events.history",
-    "HookBase": "hook",
-    "Trainer": "trainer",
-    "TrainerBase": "loop",
+    "HookBase": "trainer.hook",
+    "Trainer": "trainer.trainer",
+    "TrainerBase": "trainer.loop",
     "WarmupCosineLR": "schedule.schedules",
     "WarmupMultiStepLR": "schedule.schedules",
     "get_event_storage": "events.storage",

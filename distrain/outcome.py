@@ -9,7 +9,7 @@ from distrain.checkpoint.store import CheckpointStore, SaveFailed
 from distrain.errors import ExitCode
 from distrain.events.reduction import STOP_REQUESTED
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.trainer import Trainer
 
 
 def why_done(start_iter: int, state: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str:

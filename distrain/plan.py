@@ -9,10 +9,10 @@ from typing import Any
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config import build
 from distrain.distributed.process_group import Topology
-from distrain.hook import MOMENTS, HookBase
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
 from distrain.schedule.schedules import schedule_values
-from distrain.trainer import Trainer
+from distrain.trainer.hook import MOMENTS, HookBase
+from distrain.trainer.trainer import Trainer
 from distrain.training import build_parts
 
 

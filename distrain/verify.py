@@ -18,7 +18,7 @@ from typing import NamedTuple
 from distrain.checkpoint_table import differing, print_comparison, the_checkpoint
 from distrain.errors import ExitCode
 from distrain.files.temp_folder import TemporaryFolder
-from distrain.hook import HookBase
+from distrain.trainer.hook import HookBase
 
 _HOOK = "+hooks.verify_resume"
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 from distrain import EventStorage, Trainer, schema
 from distrain.adapters import HuggingFaceModel, LightningModel, lightning_hooks
 from distrain.errors import ConfigError, ExitCode
-from distrain.evaluation import evaluate
 from distrain.hooks import EvalHook, LRScheduler
 from distrain.plan import plan
+from distrain.trainer.evaluate import evaluate
 from distrain.training import train
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.errors import ConfigError
-from distrain.evaluation import evaluate
 from distrain.hooks import EMA, BestCheckpointer, EvalHook, PeriodicCheckpointer, PreciseBN
+from distrain.trainer.evaluate import evaluate
 
 CPU = torch.device("cpu")
 

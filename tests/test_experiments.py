@@ -35,8 +35,8 @@ from distrain.experiments.pydoc_gpt import (
     corpus,
     encode,
 )
-from distrain.losses import total_loss
 from distrain.optim.optimizer import param_groups
+from distrain.trainer.model_call import total_loss
 
 ROOT = Path(__file__).parents[1]
 METRIC = {

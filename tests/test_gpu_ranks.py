@@ -22,8 +22,8 @@ from distrain.distributed.process_group import process_group
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.events import reduction
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
-from distrain.numerics import numerics
 from distrain.optim.optimizer import build_optimizer
+from distrain.trainer.numerics import numerics
 
 pytestmark = [
     pytest.mark.gpu,

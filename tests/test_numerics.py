@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from distrain.numerics import numerics
+from distrain.trainer.numerics import numerics
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

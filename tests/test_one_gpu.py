@@ -15,7 +15,7 @@ from benchmarks.gpu import WARM_UP_STEPS, ForbidsSynchronisation, proves_it_woul
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
 from distrain.hooks import TorchMemoryStats
-from distrain.numerics import numerics
+from distrain.trainer.numerics import numerics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -188,8 +188,8 @@ def test_evaluation_shows_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch import nn
 
-    from distrain import evaluation
     from distrain.data.loader import EvalLoader
+    from distrain.trainer import evaluate as evaluation
 
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distrain.update import clear_gradients, update
+from distrain.trainer.optimizer_step import clear_gradients, update
 
 
 class Counted(torch.optim.SGD):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distrain.hook import HookBase
-from distrain.loop import TrainerBase
+from distrain.trainer.hook import HookBase
+from distrain.trainer.loop import TrainerBase
 
 Callback = Callable[[TrainerBase], None]
 

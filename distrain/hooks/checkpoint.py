@@ -9,11 +9,11 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed.process_group import gather_to_main, random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
 from distrain.hooks.metric import MetricHook
-from distrain.loop import TrainerBase
 from distrain.progress import waiting
+from distrain.trainer.hook import HookBase
+from distrain.trainer.loop import TrainerBase
 
 
 class PeriodicCheckpointer(HookBase):

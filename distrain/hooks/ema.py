@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 
 class EMA(HookBase):

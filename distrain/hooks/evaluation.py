@@ -7,13 +7,13 @@ from typing import Any
 
 from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
-from distrain.evaluation import evaluate
 from distrain.events.reduction import STOP_REQUESTED
-from distrain.hook import HookBase
 from distrain.hooks.ema import EMA
-from distrain.loop import TrainerBase
-from distrain.module_state import kept_generators, no_trace
-from distrain.trainer import Trainer
+from distrain.trainer.evaluate import evaluate
+from distrain.trainer.hook import HookBase
+from distrain.trainer.loop import TrainerBase
+from distrain.trainer.module_state import kept_generators, no_trace
+from distrain.trainer.trainer import Trainer
 
 
 class EvalHook(HookBase):
@@ -24,7 +24,7 @@ class EvalHook(HookBase):
 
     Args:
         period: in iterations; None evaluates at the end only.
-        eval_loader: this rank's share of a data set, given to `distrain.evaluation.evaluate`;
+        eval_loader: this rank's share of a data set, given to `distrain.trainer.evaluate.evaluate`;
             without it and without a function nothing is evaluated.
         function: instead of it, returns metrics by name, equal on all ranks; all ranks call it.
         prefix: of the scalars' names.

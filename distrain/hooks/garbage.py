@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
+from distrain.trainer.hook import HookBase
 
 
 class GarbageCollector(HookBase):

@@ -10,10 +10,10 @@ import torch
 from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
 from distrain.gpusampler import Sampler
-from distrain.hook import HookBase
 from distrain.hooks.throughput import samples_per_step
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
     from distrain.nvml import Gpu, Nvml

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 # scalar -> key of torch.cuda.memory_stats, and what one unit of the scalar is in its unit
 _STATS = {

@@ -7,11 +7,11 @@ from difflib import get_close_matches
 from typing import Literal
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
 from distrain.hooks.callback import CallbackHook
 from distrain.hooks.evaluation import EvalHook, is_finished
 from distrain.log import logger
 from distrain.schema import similar
+from distrain.trainer.hook import HookBase
 
 _MAX_NAMES = 20  # in a warning
 

@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hook import HookBase
 from distrain.hooks.evaluation import is_finished
-from distrain.module_state import no_trace
 from distrain.progress import counted
-from distrain.trainer import Seekable, Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.module_state import no_trace
+from distrain.trainer.trainer import Seekable, Trainer
 
 
 class PreciseBN(HookBase):

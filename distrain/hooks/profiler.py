@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 _NAMES = {
     Phase.DATA: "data",

@@ -12,9 +12,9 @@ from distrain.distributed.ddp import has_own_buffers
 from distrain.distributed.fsdp import is_sharded
 from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError, ReplicaDrift
-from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 _BYTES_TO_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS = 24  # what a float32 holds exactly, for the spread over ranks is one

@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
 from distrain.optim.optimizer import representative_group
 from distrain.schedule.base import WarmupLR
+from distrain.trainer.hook import HookBase
 
 
 class LRScheduler(HookBase):

@@ -12,9 +12,9 @@ from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
 from distrain.events.storage import Spread
 from distrain.heartbeat import Phase
-from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 _CAUSES = {"data": "waiting for data", "forward": "in forward", "hooks": "in hooks"}
 _NAMES = {Phase.DATA: "data", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from distrain.errors import ConfigError
-from distrain.hook import HookBase
 from distrain.log import logger
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 # Dense bf16/fp16 with fp32 accumulation, TFLOP/s, of NVIDIA's data sheets. The first name that is
 # in the card's name counts, so what is longer comes first.

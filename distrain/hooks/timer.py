@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from distrain.hook import HookBase
-from distrain.trainer import Trainer
+from distrain.trainer.hook import HookBase
+from distrain.trainer.trainer import Trainer
 
 
 class IterationTimer(HookBase):

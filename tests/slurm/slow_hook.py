@@ -3,7 +3,7 @@
 import os
 import time
 
-from distrain.hook import HookBase
+from distrain.trainer.hook import HookBase
 
 
 class Slow(HookBase):

@@ -28,16 +28,16 @@ from distrain.distributed.fsdp_blocks import find_blocks
 from distrain.distributed.process_group import local_device
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
-from distrain.hook import HookBase
-from distrain.loop import TrainerBase
-from distrain.losses import caller, mean_losses, takes_whole_batch, total_loss
-from distrain.module_state import train_mode
-from distrain.nonfinite import SkippedUpdates
-from distrain.numerics import Precision
 from distrain.optim.optimizer import clip_gradients, start_momentum
-from distrain.step_options import check_step, check_strategy
-from distrain.thawed import check_still_frozen, frozen_parameters
-from distrain.update import clear_gradients, update
+from distrain.trainer.hook import HookBase
+from distrain.trainer.loop import TrainerBase
+from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
+from distrain.trainer.module_state import train_mode
+from distrain.trainer.nonfinite import SkippedUpdates
+from distrain.trainer.numerics import Precision
+from distrain.trainer.optimizer_step import clear_gradients, update
+from distrain.trainer.options import check_step, check_strategy
+from distrain.trainer.thawed import check_still_frozen, frozen_parameters
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 

@@ -16,9 +16,9 @@ from distrain.data.loader import EvalLoader, batch_length, to_device
 from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.losses import call, takes_whole_batch, total_loss
-from distrain.module_state import buffers_of_rank_0, eval_mode, kept_generators
-from distrain.numerics import Precision, autocast
+from distrain.trainer.model_call import call, takes_whole_batch, total_loss
+from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
+from distrain.trainer.numerics import Precision, autocast
 
 
 def evaluate(

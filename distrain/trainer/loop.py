@@ -12,8 +12,8 @@ from distrain.errors import ConfigError
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Heard, Phase, Pulse
-from distrain.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 from distrain.log import logger
+from distrain.trainer.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 
 
 class TrainerBase:
