@@ -17,7 +17,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distrain import completion, composition, config, overrides
+from distrain import completion
+from distrain.config import compose as config
+from distrain.config import origins as composition
+from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import stop

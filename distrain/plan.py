@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.config import build
+from distrain.config.compose import build
 from distrain.distributed.process_group import Topology
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
 from distrain.schedule.schedules import schedule_values

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from distrain import heartbeat, log
 from distrain.checkpoint.store import CheckpointStore
-from distrain.config import build
+from distrain.config.compose import build
+from distrain.config.instantiate import placed
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed.process_group import (
     Topology,
@@ -30,7 +31,6 @@ from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase
-from distrain.instantiate import placed
 from distrain.optim.optimizer import build_optimizer
 from distrain.outcome import conclude, outcome_of, why_done
 from distrain.process.environment import env_int, restart_count

@@ -17,7 +17,7 @@ import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from distrain import schema
+from distrain.config import schema
 
 ROOT = Path(__file__).parents[1]
 PARTS = {

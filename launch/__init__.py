@@ -49,7 +49,7 @@ class Launcher(Protocol):
 
 def start(job: Job, launch: Mapping[str, Any]) -> ExitCode:
     """Run a job with the launcher that a configuration's `launch` node names; see `Launcher`."""
-    from distrain.config import build
+    from distrain.config.compose import build
 
     launcher: Launcher = build(launch, "launch")
     return launcher.start(job)

@@ -10,8 +10,9 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 
-from distrain import EventStorage, Trainer, schema
+from distrain import EventStorage, Trainer
 from distrain.adapters import HuggingFaceModel, LightningModel, lightning_hooks
+from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks import EvalHook, LRScheduler
 from distrain.plan import plan

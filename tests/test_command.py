@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 import distrain.run
-from distrain import config, overrides
 from distrain.__main__ import Command, from_here
+from distrain.config import compose as config
+from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.sweep import folder_name, worst
 

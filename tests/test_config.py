@@ -9,8 +9,8 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distrain import schema
-from distrain.config import build, explain, locate, resolve
+from distrain.config import schema
+from distrain.config.compose import build, explain, locate, resolve
 from distrain.errors import ConfigError
 
 SMALL = {

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import distrain
-from distrain import config, overrides
 from distrain.__main__ import Command, from_here
+from distrain.config import compose as config
+from distrain.config import overrides
 from distrain.errors import ExitCode
 from distrain.run import TrainJob
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain import schema
+from distrain.config import schema
 from distrain.runs.states import State
 
 ROOT = Path(__file__).parents[1]

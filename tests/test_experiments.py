@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from distrain.config import build, resolve
+from distrain.config.compose import build, resolve
 from distrain.events.storage import EventStorage
 from distrain.experiments.digits import Digits, DigitsNet, load_split, shifted, split_indices
 from distrain.experiments.multiloss import (

@@ -33,12 +33,12 @@ FORBIDDEN = {
     "launch": ("hooks", "events", "loop", "trainer", "training", "optim", "data"),
 }
 LIBRARIES = {
-    "hydra": ("distrain.__main__", "distrain.composition", "distrain.config", "distrain.sweep"),
+    "hydra": ("distrain.__main__", "distrain.config.origins", "distrain.config", "distrain.sweep"),
     "omegaconf": (
         "distrain.__main__",
-        "distrain.composition",
+        "distrain.config.origins",
         "distrain.config",
-        "distrain.instantiate",
+        "distrain.config.instantiate",
     ),
     "submitit": ("distrain.launch.slurm", "distrain.launch.allocation"),
 }

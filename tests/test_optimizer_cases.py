@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distrain import Trainer
-from distrain.config import resolve
+from distrain.config.compose import resolve
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook
 from distrain.optim.optimizer import build_optimizer

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from checkpoint_cases import checkpoints
 
+from distrain.config.schema import check
 from distrain.errors import ConfigError
 from distrain.runfolder import lock as folderlock
 from distrain.runfolder.folder import RunFolder, await_run, differences
 from distrain.runfolder.provenance import git_state
-from distrain.schema import check
 
 HOLD = """
 import sys

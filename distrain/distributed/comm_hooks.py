@@ -12,9 +12,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from distrain.config.schema import similar
 from distrain.errors import ConfigError
 from distrain.log import logger
-from distrain.schema import similar
 
 CommHook = Literal["none", "bf16", "fp16", "powersgd"]
 

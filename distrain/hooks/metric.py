@@ -6,11 +6,11 @@ import math
 from difflib import get_close_matches
 from typing import Literal
 
+from distrain.config.schema import similar
 from distrain.errors import ConfigError
 from distrain.hooks.callback import CallbackHook
 from distrain.hooks.evaluation import EvalHook, is_finished
 from distrain.log import logger
-from distrain.schema import similar
 from distrain.trainer.hook import HookBase
 
 _MAX_NAMES = 20  # in a warning

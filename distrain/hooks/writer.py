@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrain.checkpoint.format import CLOCK_PREFIXES
+from distrain.config.schema import refuse_url
 from distrain.hooks.evaluation import is_finished
 from distrain.redact import masked
-from distrain.schema import refuse_url
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators
 from distrain.writers.background import BackgroundWriter, Row, Writer, default_writers

@@ -26,10 +26,10 @@ from typing import Any
 
 import yaml
 
-from distrain import schema
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.checkpoint.format import MODEL_PART, iteration_of
 from distrain.checkpoint.retention import read_run_id
+from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of

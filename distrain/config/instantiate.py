@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from distrain import schema
+from distrain.config import schema
 from distrain.errors import ConfigError
 
 _OWN_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distrain import schema
+from distrain.config import schema
+from distrain.config.instantiate import build, locate
 from distrain.errors import ConfigError
-from distrain.instantiate import build, locate
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

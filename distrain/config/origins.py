@@ -21,11 +21,11 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from distrain import schema
+from distrain.config import schema
+from distrain.config.instantiate import keywords_of, locate
 from distrain.errors import ConfigError
-from distrain.instantiate import keywords_of, locate
 
-_CONF = Path(__file__).parent / "conf"
+_CONF = Path(__file__).parents[1] / "conf"
 # Hydra stops looking for it at the first line that is neither blank nor `# @...`
 _PACKAGE = re.compile(r"\A(\s*#\s*@.*\n|\s*\n)*\s*#\s*@package\b")
 _TARGET_KEY = {"optim": "target", "schedule": "_target_"}
