@@ -32,7 +32,7 @@ from distrain.runfolder.folder import RunFolder, await_run
 from distrain.sweep import sweep_name, worst
 
 if TYPE_CHECKING:
-    from distrain.run import TrainJob
+    from distrain.job.job import TrainJob
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _CONFIG_PATH = ("--config-path", "-cp")
@@ -112,7 +112,7 @@ class Command:
 
     def _start(self, cfg: DictConfig) -> ExitCode:
         """Start the run of a composed configuration."""
-        from distrain.run import TrainJob
+        from distrain.job.job import TrainJob
 
         conf = config.resolve(cfg)
         self._secrets |= secrets_of((), conf)

@@ -15,9 +15,9 @@ from distrain.adapters import HuggingFaceModel, LightningModel, lightning_hooks
 from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks import EvalHook, LRScheduler
-from distrain.plan import plan
+from distrain.job.plan import plan
+from distrain.job.training import train
 from distrain.trainer.evaluate import evaluate
-from distrain.training import train
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import distrain.run
+import distrain.job.job
 from distrain.__main__ import Command, from_here
 from distrain.config import compose as config
 from distrain.config import overrides
@@ -46,7 +46,7 @@ class Job:
 def command(tmp_path, monkeypatch, capfd):
     """Return a function that runs a command line here; it returns code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distrain.run, "TrainJob", Job)
+    monkeypatch.setattr(distrain.job.job, "TrainJob", Job)
     STARTED.clear()
 
     def command(*argv):

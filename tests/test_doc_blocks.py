@@ -21,7 +21,7 @@ from distrain.__main__ import Command, from_here
 from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ExitCode
-from distrain.run import TrainJob
+from distrain.job.job import TrainJob
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]

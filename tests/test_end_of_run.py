@@ -15,7 +15,7 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ExitCode
 from distrain.events.storage import EventStorage
 from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter
-from distrain.outcome import conclude
+from distrain.job.outcome import conclude
 
 pytestmark = pytest.mark.ranks
 

@@ -1,6 +1,6 @@
 """A run that was interrupted is the run that was not, to the last bit; and what else equals it.
 
-All trainings here are `distrain.training.train`, what every rank does, in the ranks of one fork.
+All trainings here are `distrain.job.training.train`, what every rank does, in the ranks of one fork.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
-from distrain import HookBase, Trainer, get_event_storage, training
+from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checkpoint.store import CheckpointStore
@@ -28,6 +28,7 @@ from distrain.data.loader import SampleStream
 from distrain.distributed.process_group import topology
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ExitCode
+from distrain.job import training
 from distrain.schedule import schedules as schedule
 
 pytestmark = pytest.mark.ranks
@@ -333,7 +334,7 @@ def test_three_ranks_need_the_throw_away_step(tmp_path):
 
 def test_without_the_random_states_a_resumed_run_differs(tmp_path, monkeypatch):
     """The control: dropout and what is drawn go on from another place."""
-    monkeypatch.setattr("distrain.training.restore_random_states", lambda states: None)
+    monkeypatch.setattr("distrain.job.training.restore_random_states", lambda states: None)
     broken, whole = run_ranks(interrupted_and_straight, 2, tmp_path)[0]
     assert {"model", "histories"} <= {*differing(broken, whole)}
     assert values(broken, "drawn") != values(whole, "drawn")

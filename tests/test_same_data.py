@@ -10,9 +10,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from distrain import same_data
 from distrain.errors import ConfigError
-from distrain.same_data import check_same_data, open_files
+from distrain.job import same_data
+from distrain.job.same_data import check_same_data, open_files
 
 pytestmark = pytest.mark.ranks
 

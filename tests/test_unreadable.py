@@ -12,7 +12,6 @@ from project import write_project
 from test_training import CONF, ROOT, TINY
 from torch import nn
 
-from distrain import training
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers
 from distrain.checkpoint.retention import read_run_id
@@ -21,8 +20,9 @@ from distrain.checkpoint_table import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry
 from distrain.finetune import start_from
+from distrain.job import training
+from distrain.job.job import TrainJob
 from distrain.launch.rank import append
-from distrain.run import TrainJob
 from distrain.runfolder.files import read_frozen
 from distrain.runfolder.lock import holder
 from distrain.runs.__main__ import run as runs

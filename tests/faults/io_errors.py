@@ -459,9 +459,8 @@ def main() -> int:
     import distrain.__main__
     import distrain.checkpoint.staging
     import distrain.hooks
-    import distrain.launch.local
-    import distrain.run
-    import distrain.training  # noqa: F401
+    import distrain.job.job
+    import distrain.job.training  # noqa: F401
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -31,12 +31,12 @@ from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
 from distrain.finetune import start_from
 from distrain.heartbeat import Phase
+from distrain.job.outcome import conclude, outcome_of, why_done
+from distrain.job.resume import resume_point
+from distrain.job.same_data import check_same_data, open_files
 from distrain.optim.optimizer import build_optimizer
-from distrain.outcome import conclude, outcome_of, why_done
 from distrain.process.environment import env_int, restart_count
-from distrain.resume import resume_point
 from distrain.runfolder.watch import FolderWatch
-from distrain.same_data import check_same_data, open_files
 from distrain.schedule.schedules import WarmupConstantLR
 from distrain.trainer.hook import HookBase
 from distrain.trainer.numerics import numerics

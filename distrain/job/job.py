@@ -21,8 +21,8 @@ class TrainJob:
     run_dir: str
 
     def __call__(self) -> ExitCode:
-        """Do what one rank does; see `distrain.training.train`."""
-        from distrain.training import train
+        """Do what one rank does; see `distrain.job.training.train`."""
+        from distrain.job.training import train
 
         try:
             return train(self.conf, self.run_dir)
@@ -32,7 +32,7 @@ class TrainJob:
             raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
     def plan(self) -> str:
-        """Return in words what would be trained; see `distrain.plan.plan`."""
-        from distrain.plan import plan
+        """Return in words what would be trained; see `distrain.job.plan.plan`."""
+        from distrain.job.plan import plan
 
         return plan(self.conf, self.run_dir)
