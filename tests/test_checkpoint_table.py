@@ -10,7 +10,7 @@ import torch
 from checkpoint_cases import checkpoints, path_of, small_state
 
 from distrain.checkpoint import format as fmt
-from distrain.checkpoint_table import main
+from distrain.cli.checkpoint import main
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import distrain.job.job
-from distrain.__main__ import Command, from_here
+from distrain.cli.command import Command, from_here
+from distrain.cli.sweep import folder_name, worst
 from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.sweep import folder_name, worst
 
 ROOT = Path(__file__).parents[1]
 STARTED = []
@@ -454,7 +454,7 @@ def test_the_worst_code():
 def test_torch_is_not_needed_to_say_no(tmp_path):
     script = """
 import sys
-from distrain.__main__ import Command
+from distrain.cli.command import Command
 def run(*argv):
     sys.argv[1:] = argv
     try:

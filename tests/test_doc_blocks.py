@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import distrain
-from distrain.__main__ import Command, from_here
+from distrain.cli.command import Command, from_here
 from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ExitCode
@@ -234,10 +234,10 @@ def test_a_command(line, compose, capfd):
         Path(argv[-1]).unlink(missing_ok=True)
         code = distrain.weights.main(argv)
     elif module == "distrain.checkpoint":
-        from distrain.checkpoint_table import main
+        from distrain.cli.checkpoint import main
 
         if argv[0] == "--verify-resume":  # test_verify.py runs it: minutes
-            from distrain.verify import build_parser
+            from distrain.cli.verify_resume import build_parser
 
             code = compose(*build_parser().parse_known_args(argv[1:])[1])
         else:

@@ -37,7 +37,9 @@ def test_it_trains_from_any_folder(wheel, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.argv[0] = 'distrain'; "
-    code += "import distrain; from distrain.__main__ import main; print(distrain.__file__); main()"
+    code += (
+        "import distrain; from distrain.cli.command import main; print(distrain.__file__); main()"
+    )
     arguments = ["+experiment=digits", "trainer.max_iter=5", "launch.in_process=true"]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True

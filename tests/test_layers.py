@@ -33,9 +33,14 @@ FORBIDDEN = {
     "launch": ("hooks", "events", "loop", "trainer", "training", "optim", "data"),
 }
 LIBRARIES = {
-    "hydra": ("distrain.__main__", "distrain.config.origins", "distrain.config", "distrain.sweep"),
+    "hydra": (
+        "distrain.cli.command",
+        "distrain.config.origins",
+        "distrain.config",
+        "distrain.cli.sweep",
+    ),
     "omegaconf": (
-        "distrain.__main__",
+        "distrain.cli.command",
         "distrain.config.origins",
         "distrain.config",
         "distrain.config.instantiate",

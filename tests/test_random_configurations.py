@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from project import write_project
 
-from distrain.__main__ import Command
+from distrain.cli.command import Command
 
 TINY = """
 import torch

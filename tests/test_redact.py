@@ -7,13 +7,13 @@ import pytest
 import yaml
 from test_runfolder import conf, freeze
 
+from distrain.cli.sweep import folder_name
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks.writer import PeriodicWriter
 from distrain.redact import is_secret, masked, masked_overrides, masked_text, secrets_of
 from distrain.runfolder.folder import RunFolder
 from distrain.runs.control import command
 from distrain.runs.records import read_starts
-from distrain.sweep import folder_name
 from distrain.writers.tensorboard import TensorBoardWriter
 
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_cases import forge
 from project import write_project
 
-from distrain.__main__ import Command
+from distrain.cli.command import Command
 
 ROOT = Path(__file__).parents[1]
 TINY = """

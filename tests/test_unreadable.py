@@ -16,7 +16,7 @@ from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers
 from distrain.checkpoint.retention import read_run_id
 from distrain.checkpoint.store import describe
-from distrain.checkpoint_table import main as table
+from distrain.cli.checkpoint import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry
 from distrain.finetune import start_from
@@ -222,7 +222,7 @@ def io_open(path, *args, **kwargs):
     return real_open(path, *args, **kwargs)
 os.open = os_open
 builtins.open = io_open
-from distrain.__main__ import main
+from distrain.cli.command import main
 main()
 """
 

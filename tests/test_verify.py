@@ -7,9 +7,9 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 from project import write_project
 
-from distrain import verify
-from distrain.__main__ import Command
-from distrain.checkpoint_table import main
+from distrain.cli import verify_resume as verify
+from distrain.cli.checkpoint import main
+from distrain.cli.command import Command
 
 CODE = """
 import random, torch

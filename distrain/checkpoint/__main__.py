@@ -1,6 +1,6 @@
 """`python -m distrain.checkpoint`."""
 
-from distrain.checkpoint_table import main
+from distrain.cli.checkpoint import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -202,7 +202,7 @@ class Campaign:
             if ranks == 1:
                 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                     del os.environ[name]
-            from distrain import __main__
+            from distrain.cli import command as __main__
             from distrain.files import retry
 
             retry.PAUSES_S = (0.01, 0.02)
@@ -456,8 +456,8 @@ def main() -> int:
     import torch._dynamo
     import torch.distributed.tensor.parallel.ddp
 
-    import distrain.__main__
     import distrain.checkpoint.staging
+    import distrain.cli.command
     import distrain.hooks
     import distrain.job.job
     import distrain.job.training  # noqa: F401

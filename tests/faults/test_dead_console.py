@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ranks
 PLAIN = [sys.executable, "-m", "distrain"]
 LATE = """
 import atexit, os, signal
-from distrain import __main__
+from distrain.cli import command as __main__
 from distrain.runfolder import folder as runfolder
 note_end = runfolder.RunFolder._note_end
 def late(*args):
@@ -38,7 +38,7 @@ class Uploader(HookBase):
         threading.Thread(target=time.sleep, args=(1000,), name="uploader").start()
 """
 SHORT_GRACE = """
-from distrain import __main__
+from distrain.cli import command as __main__
 from distrain.process import threads
 threads.GRACE_S = 0.5
 __main__.main()

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "unequal"
     try:
         if VERIFY in arguments:
-            from distrain import verify
+            from distrain.cli import verify_resume as verify
 
             return verify.main([each for each in arguments if each != VERIFY])
         options = build_parser().parse_args(arguments)

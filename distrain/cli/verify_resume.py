@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distrain.checkpoint_table import differing, print_comparison, the_checkpoint
+from distrain.cli.checkpoint import differing, print_comparison, the_checkpoint
 from distrain.errors import ExitCode
 from distrain.files.temp_folder import TemporaryFolder
 from distrain.trainer.hook import HookBase
@@ -127,7 +127,10 @@ def _start(plan: _Plan, run: Path, *, stop_at: int, expected: ExitCode) -> bool:
     """Start the command once; False, with what it has printed, if it ends in another way."""
     command = [
         *(sys.executable, "-m", "distrain", *plan.arguments, f"run.dir={run}", "resume=auto"),
-        *(f"trainer.max_iter={plan.iterations}", f"{_HOOK}._target_=distrain.verify.StopAt"),
+        *(
+            f"trainer.max_iter={plan.iterations}",
+            f"{_HOOK}._target_=distrain.cli.verify_resume.StopAt",
+        ),
         f"{_HOOK}.at={stop_at}",
     ]
     what = {0: "train straight", 75: f"stop after {stop_at}"}[int(expected)]

@@ -1,0 +1,272 @@
+"""The command line: compose the configuration, claim the run's folder, hand the job to a launcher.
+
+Nothing here imports torch, so that help, mistakes and submissions take a moment only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from distrain.cli import completion
+from distrain.cli.sweep import sweep_name, worst
+from distrain.config import compose as config
+from distrain.config import origins as composition
+from distrain.config import overrides
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.files.temp_folder import folder_of_processes
+from distrain.launch import stop
+from distrain.launch.stop import StopRequest
+from distrain.process import stdio
+from distrain.process.threads import limit_exit
+from distrain.redact import masked_text, secrets_of
+from distrain.runfolder.folder import RunFolder, await_run
+
+if TYPE_CHECKING:
+    from distrain.job.job import TrainJob
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_CONFIG_PATH = ("--config-path", "-cp")
+_WITH_VALUE = (
+    *_CONFIG_PATH,
+    *("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p"),
+    "--experimental-rerun",
+)
+_INFO = ("--info", "-i")
+_KINDS_OF_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+class Command:
+    """One use of the command line: Hydra calls it once for each run.
+
+    Args:
+        argv: the arguments.
+        is_last: this process ends next: `run` goes on taking signals as requests to stop, so that
+            none of them changes its exit code.
+
+    Attributes:
+        codes: how the runs ended, in their order.
+        crash: an exception that is nobody's mistake but ours.
+    """
+
+    def __init__(self, argv: Sequence[str], *, is_last: bool = False) -> None:
+        self.codes: list[ExitCode] = []
+        self.crash: Exception | None = None
+        self._argv = argv
+        self._secrets = secrets_of(argv)
+        self._is_last = is_last
+        self._stop = StopRequest(is_quiet=True)  # around and between the runs
+        self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
+        self._submissions: list[tuple[Any, Any]] = []
+        self._open = contextlib.ExitStack()  # the folders of what waits in submissions
+
+    def run(self) -> ExitCode:
+        """Do what the arguments say; return the exit code of the worst run."""
+        before = os.environ.get(_FULL_ERROR)
+        os.environ[_FULL_ERROR] = "1"  # Hydra hands exceptions on to us, and does not exit
+        try:
+            with folder_of_processes() as scratch:
+                OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
+                start = hydra.main(
+                    config_path="pkg://distrain.conf", config_name="main", version_base="1.3"
+                )
+                start(lambda cfg: self._one(cfg))()
+        except Exception as error:
+            self.codes.append(self._tell(config.explain(error), error))
+        finally:
+            if before is None:
+                os.environ.pop(_FULL_ERROR, None)
+            else:
+                os.environ[_FULL_ERROR] = before
+        with self._open:
+            self._submit()
+        if not self._is_last:
+            self._stop.__exit__(None, None, None)
+        if self.crash is not None:
+            raise self.crash
+        return worst(self.codes)
+
+    def _one(self, cfg: DictConfig) -> None:
+        """Start one run. It ends here, whatever becomes of it: a sweep goes on."""
+        if ExitCode.STOPPED in self.codes or self._stop.since is not None:
+            self.codes.append(ExitCode.STOPPED)  # who stops a sweep means all of it
+            return
+        try:
+            cfg = composition.clean(cfg, HydraConfig.get())
+            self.codes.append(self._start(cfg))
+        except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
+            self.codes.append(self._tell(error, error))
+        except Exception as error:
+            if self.crash is not None:
+                traceback.print_exception(self.crash)
+            self.crash = error
+
+    def _start(self, cfg: DictConfig) -> ExitCode:
+        """Start the run of a composed configuration."""
+        from distrain.job.job import TrainJob
+
+        conf = config.resolve(cfg)
+        self._secrets |= secrets_of((), conf)
+        launcher: Any = config.build(conf["launch"], "launch")
+        owns_run = getattr(launcher, "owns_run", True)
+        handover = None if conf["plan"] else getattr(launcher, "handover", None)
+        if handover is not None and not owns_run:
+            message = handover.receive()
+            if "code" in message:  # there is nothing to start: rank 0 reports why
+                return ExitCode(message["code"])
+            # `${now:}` gives each process another name; what interpolates it takes rank 0's
+            cfg.run.name, cfg.run.dir = message["name"], message["dir"]
+            conf = config.resolve(cfg)
+        place = {"name": conf["run"]["name"], "dir": os.path.abspath(conf["run"]["dir"])}
+        name = sweep_name(HydraConfig.get(), self._argv)
+        if name:
+            conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
+        if weights := conf["init"]["weights"]:
+            conf["init"]["weights"] = os.path.abspath(weights)
+        job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
+        if conf["plan"]:
+            print(job.plan())
+            if hasattr(launcher, "plan"):
+                print(launcher.plan(job))
+            return ExitCode.FINISHED
+        if not owns_run:
+            await_run(job.run_dir)
+            self._stop.__enter__()
+            with _storage_of(job):
+                return ExitCode(launcher.start(job))
+        if handover is None:
+            return self._start_own(launcher, job, name)
+        code = ExitCode.FAILED
+        try:
+            code = self._start_own(launcher, job, name, on_claim=lambda: handover.send(place))
+        except ConfigError:
+            code = ExitCode.BAD_CONFIG
+            raise
+        finally:  # nothing, if the place was sent
+            handover.send({"code": int(code)}, is_last=True)
+        return code
+
+    def _start_own(
+        self, launcher: Any, job: TrainJob, name: str, *, on_claim: Callable[[], None] | None = None
+    ) -> ExitCode:
+        """Start a run whose folder this process writes.
+
+        Args:
+            launcher: of the configuration.
+            job: to start.
+            name: of the run in a sweep, "" outside of one.
+            on_claim: called once the folder is claimed and there is something to do.
+        """
+        conf, weights = job.conf, job.conf["init"]["weights"]
+        folder = RunFolder(job.run_dir)
+        is_sweep = name and hasattr(launcher, "start_all")
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(folder)
+            folder.freeze(
+                conf,
+                self._argv,
+                overrides=list(HydraConfig.get().overrides.task),
+                is_restart=getattr(launcher, "is_restart", False),
+            )
+            if weights and folder.is_new and not os.path.exists(weights):
+                raise ConfigError(f"init.weights={weights}: there is no such file or folder")
+            for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
+                print(f"distrain: {notice}", file=sys.stderr)
+            if folder.done_iter is not None:
+                done = f"all {folder.done_iter} iterations are done already"
+                print(f"{folder.path}: {done}; trainer.max_iter=... trains longer")
+                return ExitCode.FINISHED
+            if is_sweep:
+                self._submissions.append((launcher, job))
+                self._open.push(opened.pop_all())
+                return ExitCode.FINISHED
+            if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
+                return ExitCode(launcher.start(job))
+            if on_claim is not None:
+                on_claim()
+            self._stop.__enter__()
+            with _storage_of(job):
+                return folder.watch(lambda: launcher.start(job))
+
+    def _submit(self) -> None:
+        """Hand the runs of a sweep to a launcher that takes them all at once."""
+        if not self._submissions:
+            return
+        launchers, jobs = zip(*self._submissions, strict=True)
+        try:
+            self.codes.append(launchers[0].start_all(jobs))
+        except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
+            self.codes.append(self._tell(error, error))
+
+    def _tell(self, what: Exception, error: Exception) -> ExitCode:
+        """Print a failure in as few lines as it needs; return its exit code."""
+        if self._wants_trace:
+            traceback.print_exception(error)
+        print(f"distrain: {masked_text(str(what), self._secrets)}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
+
+
+@contextlib.contextmanager
+def _storage_of(job: TrainJob) -> Iterator[None]:
+    """Turn an OSError of a file in the run's folder into one line: it is no bug."""
+    try:
+        yield
+    except OSError as error:
+        if not str(error.filename).startswith(job.run_dir):
+            raise
+        raise RunFailed(f"{error.filename}: {error.strerror}") from error
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    stdio.protect()
+    os.umask(os.umask(0o077) | 0o002)  # who can write to a run's folder can run code in it
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
+    sys.argv[1:] = overrides.readable(from_here(sys.argv[1:]))
+    script = completion.script(sys.argv[1:])
+    if script is not None:
+        print(script, end="")
+        return
+    try:
+        code = int(Command(sys.argv[1:], is_last=True).run())
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    stop.ignore()
+    limit_exit(code)
+    sys.exit(code)
+
+
+def from_here(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with all flags first, and `--config-path` relative to this folder.
+
+    Hydra takes the path relative to this file, where no user has a folder; it refuses overrides
+    that stand on both sides of a flag.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if flags and flags[-1] in _WITH_VALUE:
+            flags.append(_absolute(argument) if flags[-1] in _CONFIG_PATH else argument)
+        elif flags and flags[-1] in _INFO and argument in _KINDS_OF_INFO:
+            flags.append(argument)
+        elif equals and flag in _CONFIG_PATH:
+            flags.append(f"{flag}={_absolute(value)}")
+        else:
+            (flags if argument.startswith("-") else overrides).append(argument)
+    return flags + overrides
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
