@@ -8,7 +8,7 @@ from test_resume import CRASH, ITERS, SAVED, conf_of, differing, state_of, train
 from torch import nn
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.finetune import load_tensors, start_from
+from distrain.weights.load import load_tensors, start_from
 
 
 class Model(nn.Module):

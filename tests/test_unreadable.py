@@ -19,7 +19,6 @@ from distrain.checkpoint.store import describe
 from distrain.cli.checkpoint import main as table
 from distrain.errors import RunFailed
 from distrain.files import retry
-from distrain.finetune import start_from
 from distrain.job import training
 from distrain.job.job import TrainJob
 from distrain.launch.rank import append
@@ -28,6 +27,7 @@ from distrain.runfolder.lock import holder
 from distrain.runs.__main__ import run as runs
 from distrain.runs.records import read
 from distrain.runs.states import State, state_of
+from distrain.weights.load import start_from
 from distrain.writers.background import Row
 from distrain.writers.json_lines import JsonLinesWriter
 

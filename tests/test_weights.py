@@ -10,7 +10,7 @@ from torch import nn
 
 from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ConfigError
-from distrain.weights import locate_weights, main, read_weights
+from distrain.weights.read import locate_weights, main, read_weights
 
 
 def saved(folder, *iterations, average=False):

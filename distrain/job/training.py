@@ -29,7 +29,6 @@ from distrain.distributed.process_group import (
 )
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
-from distrain.finetune import start_from
 from distrain.heartbeat import Phase
 from distrain.job.outcome import conclude, outcome_of, why_done
 from distrain.job.resume import resume_point
@@ -41,6 +40,7 @@ from distrain.schedule.schedules import WarmupConstantLR
 from distrain.trainer.hook import HookBase
 from distrain.trainer.numerics import numerics
 from distrain.trainer.trainer import Trainer
+from distrain.weights.load import start_from
 
 Conf = dict[str, Any]
 

@@ -186,7 +186,3 @@ def _write(output: Path, weights: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"{output}: it cannot be written: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,7 +15,7 @@ from distrain.errors import ConfigError, RunFailed
 from distrain.files.retry import unreadable
 from distrain.log import logger
 from distrain.optim.rules import near
-from distrain.weights import locate_weights, read_weights
+from distrain.weights.read import locate_weights, read_weights
 
 _SHOWN = 5  # names in an error
 _WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names

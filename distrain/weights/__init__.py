@@ -1,0 +1,1 @@
+"""Model weights alone: read from anywhere, loaded into a model."""
