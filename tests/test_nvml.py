@@ -3,7 +3,7 @@
 import pytest
 from stand_in import with_stand_in
 
-from distrain.nvml_words import throttle_words, xid_words
+from distrain.hooks.gpu.messages import throttle_words, xid_words
 
 A = {
     "gpu0_uuid": "GPU-8f2c1111",
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.ranks
 
 
 def read_all(rank, driver):
-    from distrain.nvml import Nvml
+    from distrain.hooks.gpu.nvml import Nvml
 
     driver.says(gpus=2, **A, **B)
     nvml = Nvml()
@@ -83,7 +83,7 @@ def test_what_a_card_says_and_what_it_lacks(libraries):
 
 
 def read_old(rank, driver):
-    from distrain.nvml import Nvml
+    from distrain.hooks.gpu.nvml import Nvml
 
     nvml = None
     found = []
@@ -103,7 +103,7 @@ def test_without_a_counter_energy_is_power_times_time(libraries):
 
 
 def see(rank, driver, names):
-    from distrain.nvml import Nvml, visible
+    from distrain.hooks.gpu.nvml import Nvml, visible
 
     driver.says(gpus=3, **A, **B, **MIG)
     nvml = Nvml()
@@ -143,7 +143,7 @@ def test_cuda_visible_devices_and_mig(libraries):
 
 
 def lose(rank, driver):
-    from distrain.nvml import GpuLost, NoDriver, Nvml
+    from distrain.hooks.gpu.nvml import GpuLost, NoDriver, Nvml
 
     driver.says()
     with pytest.raises(NoDriver, match="Driver Not Loaded"):

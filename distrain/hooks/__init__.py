@@ -6,7 +6,7 @@ from distrain.hooks.early_stopping import EarlyStopping
 from distrain.hooks.ema import EMA
 from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.garbage import GarbageCollector
-from distrain.hooks.gpu import GpuStats
+from distrain.hooks.gpu.hook import GpuStats
 from distrain.hooks.histograms import Histograms
 from distrain.hooks.memory import TorchMemoryStats
 from distrain.hooks.precise_bn import PreciseBN

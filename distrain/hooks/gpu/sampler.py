@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from distrain.hooks.gpu.messages import THROTTLE_BITS, USUAL, throttle_words, xid_words
 from distrain.log import logger
-from distrain.nvml_words import THROTTLE_BITS, USUAL, throttle_words, xid_words
 
 if TYPE_CHECKING:
-    from distrain.nvml import Gpu, Nvml, Reading
+    from distrain.hooks.gpu.nvml import Gpu, Nvml, Reading
 
 _MAX = ("memory_used_mib", "temperature_c", "ecc_uncorrected", "xid_errors")
 _AGAIN_S = 600.0  # what a card keeps saying is told so often
@@ -93,7 +93,7 @@ class Sampler(threading.Thread):
 
     def sample(self) -> None:
         """Read all GPUs once."""
-        from distrain.nvml import GpuLost
+        from distrain.hooks.gpu.nvml import GpuLost
 
         if self._summary is None:
             self._readings.clear()

@@ -9,14 +9,14 @@ import torch
 
 from distrain.distributed.process_group import gather_to_all
 from distrain.errors import ConfigError
-from distrain.gpusampler import Sampler
+from distrain.hooks.gpu.sampler import Sampler
 from distrain.hooks.throughput import samples_per_step
 from distrain.log import logger
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
-    from distrain.nvml import Gpu, Nvml
+    from distrain.hooks.gpu.nvml import Gpu, Nvml
 
 
 class GpuStats(HookBase):
@@ -83,7 +83,7 @@ class GpuStats(HookBase):
             for rank, (name, local_rank, uuid) in enumerate(everyone)
             if name == host
         }
-        from distrain.nvml import NoDriver, Nvml  # imports the binding
+        from distrain.hooks.gpu.nvml import NoDriver, Nvml  # imports the binding
 
         try:
             nvml = Nvml()
@@ -163,7 +163,7 @@ def _of_ranks(nvml: Nvml, ranks: dict[int, tuple[int, str | None]]) -> dict[int,
         ranks: of this node, by local rank: the rank, and the UUID of its CUDA device. Ranks on
             the CPU take the visible GPUs in their order, as they would with CUDA.
     """
-    from distrain.nvml import visible
+    from distrain.hooks.gpu.nvml import visible
 
     gpus = nvml.gpus()
     by_uuid = {gpu.uuid.partition("-")[2]: gpu for devices in gpus for gpu in devices}
