@@ -35,8 +35,8 @@ from distrain.errors import ExitCode
 from distrain.launch import Job, failure
 from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch
 from distrain.launch.failure import Failure
-from distrain.launch.meeting import Meeting
 from distrain.launch.rank import RankTask, log_path, rank_main
+from distrain.launch.rendezvous import Meeting
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import Watchdog
 from distrain.process import open_files as openfiles

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch import Job, slurm_queue
-from distrain.launch.slurm_attempts import prepare, read_attempts
-from distrain.launch.slurm_batch import begin, end
-from distrain.launch.slurm_task import NodeTask, node_python
+from distrain.launch import Job
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import prepare, read_attempts
+from distrain.launch.slurm.batch import begin, end
+from distrain.launch.slurm.task import NodeTask, node_python
 from distrain.process.environment import env_int
 from distrain.progress import is_terminal
 
@@ -122,7 +123,7 @@ class AllocationLauncher:
             "--kill-on-bad-exit=1",
             *([f"--cpus-per-task={cpus}"] if cpus else []),
             *node_python(),
-            *("-u", "-m", "distrain.launch.slurm_task", str(task)),
+            *("-u", "-m", "distrain.launch.slurm.task", str(task)),
         ]
 
 

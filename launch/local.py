@@ -68,7 +68,7 @@ class LocalLauncher:
 
     def _start(self, job: Job, stop: StopRequest) -> ExitCode:
         if shutil.which("scontrol"):  # elsewhere nobody can be asked about the run's jobs
-            from distrain.launch.slurm_attempts import refuse_other_job
+            from distrain.launch.slurm.attempts import refuse_other_job
 
             refuse_other_job(Path(job.run_dir).absolute())
         if self.in_process:

@@ -13,9 +13,9 @@ from pathlib import Path
 from distrain import heartbeat
 from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch.failure import Failure
-from distrain.launch.meeting import Meeting
-from distrain.launch.progress import Place, Progress, ended_early, hindmost, report
 from distrain.launch.rank import append, log_path
+from distrain.launch.rendezvous import Meeting
+from distrain.launch.stall import Place, Progress, ended_early, hindmost, report
 
 _LOOK_S = 0.5  # from one look at the beats to the next
 _TELL_S = 2.0  # from one word to the other nodes to the next

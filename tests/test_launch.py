@@ -24,7 +24,7 @@ from distrain.launch import local, start
 from distrain.launch.agent import run_node
 from distrain.launch.external import ExternalLauncher, rank_env
 from distrain.launch.local import LocalLauncher
-from distrain.launch.meeting import listen
+from distrain.launch.rendezvous import listen
 from distrain.launch.stop import StopRequest
 
 FORK = multiprocessing.get_context("fork")

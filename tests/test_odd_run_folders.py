@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_runfolder import conf
 
 from distrain.errors import ConfigError
-from distrain.launch.slurm_attempts import read_attempts, refuse_other_job
+from distrain.launch.slurm.attempts import read_attempts, refuse_other_job
 from distrain.runfolder import lock as folderlock
 from distrain.runs.__main__ import run
 from distrain.runs.frozen_yaml import load_mapping

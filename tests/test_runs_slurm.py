@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch.slurm_attempts import (
+from distrain.launch.slurm.attempts import (
     Attempt,
     NodeRecord,
     ask_to_stop,
     is_asked_to_stop,
     read_attempts,
 )
-from distrain.launch.slurm_batch import begin, end
+from distrain.launch.slurm.batch import begin, end
 from distrain.runs.__main__ import run
 from distrain.runs.control import command
 from distrain.runs.records import Start
 
 CONF = """
 trainer: {max_iter: 100}
-launch: {_target_: distrain.launch.slurm.SlurmLauncher, nodes: 2, ranks: 4}
+launch: {_target_: distrain.launch.slurm.launcher.SlurmLauncher, nodes: 2, ranks: 4}
 """
 FIRST = Attempt(1, "12", 0, ["n1", "n2"], start=1000.0, end=1100.0, kept_iter=60, step_s=1.0)
 STOPPED = dataclasses.replace(FIRST, outcome="stopped", why="SIGTERM on n1")

@@ -23,8 +23,8 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Beat, Phase
 from distrain.launch.agent import run_node
 from distrain.launch.local import LocalLauncher
-from distrain.launch.meeting import listen
-from distrain.launch.progress import Place, Progress, hindmost, report
+from distrain.launch.rendezvous import listen
+from distrain.launch.stall import Place, Progress, hindmost, report
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import _is_excused
 

@@ -11,9 +11,11 @@ import pytest
 from ranks import FORK
 
 from distrain.errors import ConfigError
-from distrain.launch import meeting, slurm_attempts, slurm_task
-from distrain.launch.slurm_attempts import NodeRecord
-from distrain.launch.slurm_task import NodeTask
+from distrain.launch import rendezvous as meeting
+from distrain.launch.slurm import attempts as slurm_attempts
+from distrain.launch.slurm import task as slurm_task
+from distrain.launch.slurm.attempts import NodeRecord
+from distrain.launch.slurm.task import NodeTask
 from distrain.launch.stop import StopRequest
 from distrain.process import open_files as openfiles
 

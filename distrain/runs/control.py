@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import slurm_queue
-from distrain.launch.slurm_attempts import ask_to_stop
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import ask_to_stop
 from distrain.progress import waiting
 from distrain.redact import MASK, masked_overrides
 from distrain.runfolder import lock as folderlock

@@ -15,7 +15,7 @@ from typing import Any
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import iteration_of
 from distrain.files.regular import open_regular, read_regular, read_tail
-from distrain.launch.slurm_attempts import (
+from distrain.launch.slurm.attempts import (
     RUNNING_FILE,
     SLURM_FOLDER,
     SUBMITTED_FILE,

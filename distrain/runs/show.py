@@ -15,7 +15,7 @@ from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.cli.checkpoint import best_mark, known_best
 from distrain.files.regular import read_tail
-from distrain.launch.slurm_attempts import SLURM_FOLDER, summary
+from distrain.launch.slurm.attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, mtime

@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from distrain.errors import ExitCode
-from distrain.launch import slurm_queue
-from distrain.launch.slurm_attempts import SLURM_FOLDER, Attempt
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import SLURM_FOLDER, Attempt
 from distrain.runfolder import lock as folderlock
 from distrain.runs.records import Files
 

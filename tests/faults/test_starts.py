@@ -14,8 +14,8 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistNetworkError
 
 from distrain.errors import ConfigError
-from distrain.launch.meeting import Meeting
 from distrain.launch.rank import append
+from distrain.launch.rendezvous import Meeting
 from distrain.runfolder import lock as folderlock
 from distrain.runfolder.folder import RunFolder
 

@@ -15,10 +15,10 @@ from counting import Count
 from dev_cluster import Cluster, is_alive, parent, wait_for
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch.slurm import SlurmLauncher
-from distrain.launch.slurm_attempts import Attempt, read_attempts
-from distrain.launch.slurm_follow import follow
-from distrain.launch.slurm_script import lead_s
+from distrain.launch.slurm.attempts import Attempt, read_attempts
+from distrain.launch.slurm.follow import follow
+from distrain.launch.slurm.launcher import SlurmLauncher
+from distrain.launch.slurm.script import lead_s
 
 pytestmark = pytest.mark.slurm
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import slurm_batch, slurm_queue
 from distrain.launch.failure import Failure
-from distrain.launch.slurm_attempts import (
+from distrain.launch.slurm import batch as slurm_batch
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import (
     Attempt,
     NodeRecord,
     judge,
@@ -17,7 +18,7 @@ from distrain.launch.slurm_attempts import (
     summary,
     without_progress,
 )
-from distrain.launch.slurm_queue import Status
+from distrain.launch.slurm.queue import Status
 
 RUNNING = Status("7", "RUNNING", "None", "n[1-2]", 0, 0, 0)
 CANCELLED = Status("7", "COMPLETING", "None", "n[1-2]", 0, 0, 0)

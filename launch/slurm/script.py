@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.launch import codecopy
-from distrain.launch.slurm_attempts import read_attempts
-from distrain.launch.slurm_task import node_python
+from distrain.launch.slurm import code_snapshot as codecopy
+from distrain.launch.slurm.attempts import read_attempts
+from distrain.launch.slurm.task import node_python
 
 if TYPE_CHECKING:
-    from distrain.launch.slurm import SlurmLauncher
+    from distrain.launch.slurm.launcher import SlurmLauncher
 
 RUNS_FILE = "runs.txt"
 """In the folder of an array: the run folder of each element, a line each."""
@@ -93,7 +93,7 @@ def _around_step(
     launcher: SlurmLauncher, runs: Sequence[Path], folder: Path
 ) -> dict[str, list[str]]:
     """Return the lines before and after the step; see `slurm_batch`."""
-    words = [sys.executable, *_flags(launcher), "-m", "distrain.launch.slurm_batch"]
+    words = [sys.executable, *_flags(launcher), "-m", "distrain.launch.slurm.batch"]
     moment, allowed = shlex.join(words), f"--max-requeues {launcher.max_requeues}"
     code = []
     if launcher.snapshot:

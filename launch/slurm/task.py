@@ -15,9 +15,10 @@ from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.files.temp_folder import folder_of_processes
-from distrain.launch import Job, slurm_queue
+from distrain.launch import Job
 from distrain.launch.failure import Failure, of_exception
-from distrain.launch.slurm_attempts import (
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import (
     NodeRecord,
     attempt_folder,
     is_asked_to_stop,
@@ -148,7 +149,7 @@ class NodeTask:
 
     def _publish(self, names: list[str]) -> socket.socket:
         """Listen on a free port of this node, and tell the other nodes which it is."""
-        from distrain.launch.meeting import listen
+        from distrain.launch.rendezvous import listen
 
         listener = listen(_own_address(names[1]))
         host, port = listener.getsockname()[:2]

@@ -2,9 +2,9 @@
 
 The batch script of a job runs this around its step::
 
-    python -m distrain.launch.slurm_batch begin RUN
+    python -m distrain.launch.slurm.batch begin RUN
     srun ... one agent a node, which writes RUN/slurm/JOB-RESTART/NODE.json ...
-    python -m distrain.launch.slurm_batch end RUN --step-exit $?
+    python -m distrain.launch.slurm.batch end RUN --step-exit $?
 
 `end` adds one line to RUN/attempts.jsonl. Where the attempt was stopped with its state saved, or a
 node was lost, it also sends the job back into the queue; SLURM itself does that after a preemption
@@ -26,8 +26,8 @@ from pathlib import Path
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import iteration_of
 from distrain.errors import ExitCode
-from distrain.launch import slurm_queue
-from distrain.launch.slurm_attempts import (
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import (
     RUNNING_FILE,
     SLURM_FOLDER,
     SUBMITTED_FILE,
@@ -215,7 +215,7 @@ def _say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `begin` or `end`, as a batch script does."""
     stdio.protect()  # a full disk under the job's output must not prevent the requeue
-    parser = argparse.ArgumentParser(prog="distrain.launch.slurm_batch")
+    parser = argparse.ArgumentParser(prog="distrain.launch.slurm.batch")
     parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--max-requeues", type=int, default=3)

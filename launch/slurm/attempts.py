@@ -16,8 +16,8 @@ from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
 from distrain.files.regular import read_regular
-from distrain.launch import slurm_queue
 from distrain.launch.failure import Failure, cause
+from distrain.launch.slurm import queue as slurm_queue
 
 SLURM_FOLDER = "slurm"
 SUBMITTED_FILE = "submitted.json"

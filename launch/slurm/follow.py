@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch import slurm_queue
-from distrain.launch.slurm_attempts import SLURM_FOLDER, Attempt, read_attempts, summary
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm.attempts import SLURM_FOLDER, Attempt, read_attempts, summary
 from distrain.progress import waiting
 
 POLL_S = 2.0

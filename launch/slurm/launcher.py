@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import Job, codecopy, slurm_queue, slurm_script
-from distrain.launch.slurm_attempts import SLURM_FOLDER, prepare
-from distrain.launch.slurm_task import NodeTask
+from distrain.launch import Job
+from distrain.launch.slurm import code_snapshot as codecopy
+from distrain.launch.slurm import queue as slurm_queue
+from distrain.launch.slurm import script as slurm_script
+from distrain.launch.slurm.attempts import SLURM_FOLDER, prepare
+from distrain.launch.slurm.task import NodeTask
 
 _MAY_BE_0 = ("max_requeues", "max_restarts", "gpus_per_node", "watchdog_s")
 
@@ -130,7 +133,7 @@ class SlurmLauncher:
         if not self.follow:
             print(f"state: squeue -j {job_ids[0]}   stop, with its state saved: scancel ...")
             return ExitCode.FINISHED
-        from distrain.launch.slurm_follow import follow, follow_all
+        from distrain.launch.slurm.follow import follow, follow_all
 
         if len(jobs) == 1:
             return follow(job_ids[0], runs[0])
