@@ -23,8 +23,9 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 3 -m gpu
 
 # What depends on the clock, on a machine that seems five times slower, then five times quicker.
-CLOCK_TESTS := $(addprefix tests/test_,$(addsuffix .py,reduction replica_guard loop trainer straggler \
-    throughput end_of_run writers console resume))
+CLOCK_TESTS := $(addprefix tests/,$(addsuffix .py,events/test_reduction trainer/test_loop \
+    trainer/test_trainer hooks/test_replica_guard hooks/test_straggler hooks/test_throughput \
+    job/test_end_of_run job/test_resume writers/test_background writers/test_console))
 test-clock: $(VENV)/installed-dev
 	for pace in 5 0.2; do \
 	    TEST_CLOCK=$$pace $(BIN)/python -m pytest -n 2 -m "not slow" $(CLOCK_TESTS) || exit 1; done

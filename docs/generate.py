@@ -21,13 +21,14 @@ from distrain.config import schema
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
-    "Training": ("distrain", "hook", "loop", "trainer", "losses", "training", "evaluation", "run"),
+    "Training": ("distrain", "trainer", "job"),
     "Hooks": ("hooks",),
-    "Scalars": ("events", "history", "histogram", "reduction", "writers"),
-    "Optimizer and schedule": ("optim", "groups", "rules", "schedule", "warmup", "curve"),
-    "Data": ("data", "loading", "permutation", "batches"),
-    "Checkpoints": ("checkpoint", "restore", "snapshot", "staging", "durable"),
-    "Configuration": ("config", "composition", "overrides", "instantiate", "schema"),
+    "Scalars": ("events", "writers"),
+    "Optimizer and schedule": ("optim", "schedule"),
+    "Data": ("data",),
+    "Ranks": ("distributed",),
+    "Checkpoints and weights": ("checkpoint", "weights"),
+    "Configuration": ("config",),
     "Launching": ("launch",),
     "Runs": ("runs", "runfolder"),
     "Models of other trainers": ("adapters",),
@@ -77,7 +78,7 @@ def _file(part: str) -> str:
 def modules() -> list[str]:
     """Return the import paths of all modules of the package that say something."""
     package = ROOT / "distrain"
-    paths = [*package.rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    paths = [*package.rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
     names = set()
     for path in paths:
         if any(p.is_symlink() for p in path.parents if p != ROOT):
@@ -97,8 +98,7 @@ def api() -> dict[str, list[str]]:
     claimed = {name: part for part, names in PARTS.items() for name in names}
     for module in modules():
         top = "distrain" if module == "distrain" else module.split(".")[1]
-        family = top.partition("_")[0]
-        pages[claimed.get(top) or claimed.get(family) or REST].append(module)
+        pages[claimed.get(top, REST)].append(module)
     return {part: names for part, names in pages.items() if names}
 
 

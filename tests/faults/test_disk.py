@@ -12,7 +12,8 @@ WRITERS = """
 import logging, os, resource, subprocess, sys, time
 from pathlib import Path
 from distrain.writers.background import BackgroundWriter, Row, default_writers
-import distrain.writers.console, distrain.writers.json_lines, distrain.writers.tensorboard  # while there are handles
+# while there are handles
+import distrain.writers.console, distrain.writers.json_lines, distrain.writers.tensorboard
 
 folder, fault, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -32,7 +32,7 @@ def test_every_named_test_exists_and_every_number_has_its_row():
 
 
 def test_a_test_that_is_gone_is_seen():
-    assert missing("`tests/test_loop.py::test_no_such`, `tests/no_file.py::test_x`") == [
-        "tests/test_loop.py::test_no_such",
+    assert missing("`tests/trainer/test_loop.py::test_no_such`, `tests/no_file.py::test_x`") == [
+        "tests/trainer/test_loop.py::test_no_such",
         "tests/no_file.py::test_x",
     ]

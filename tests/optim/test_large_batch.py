@@ -14,7 +14,7 @@ from distrain.errors import ConfigError
 from distrain.optim.large_batch import LAMB, LARS
 from distrain.optim.optimizer import build_optimizer
 
-CONF = Path(__file__).parents[1] / "conf" / "optim"
+CONF = Path(__file__).parents[2] / "conf" / "optim"
 
 
 def row(*values):

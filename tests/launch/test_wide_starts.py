@@ -103,7 +103,7 @@ def test_a_start_that_does_not_fit_is_refused_before_any_rank_starts(tmp_path):
     done = subprocess.run(
         [*argv, "trainer.max_iter=1"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
         capture_output=True,
         text=True,

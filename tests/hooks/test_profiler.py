@@ -18,7 +18,7 @@ from distrain.heartbeat import Heard
 from distrain.hooks import CallbackHook, StragglerWatch, TorchProfiler
 from distrain.hooks.profiler import _Ranges
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OURS = ("data", "forward", "backward", "optimizer", "hooks")
 
 

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import yaml
-from test_runfolder import conf, freeze
+from test_folder import conf, freeze
 
 from distrain.cli.sweep import folder_name
 from distrain.errors import ConfigError, ExitCode

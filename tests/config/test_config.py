@@ -147,7 +147,7 @@ def test_a_long_value_is_cut():
 
 
 def test_every_key_of_the_service_is_in_its_own_conf():
-    conf = Path(__file__).parents[1] / "conf"
+    conf = Path(__file__).parents[2] / "conf"
     base = OmegaConf.load(conf / "config.yaml")
     groups = {"trainer": conf / "trainer" / "default.yaml", "optim": conf / "optim" / "sgd.yaml"}
     for node, cls in (

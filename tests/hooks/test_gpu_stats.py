@@ -22,7 +22,7 @@ from distrain.data.loader import TrainLoader
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, GpuStats
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TWO = {
     "gpu0_uuid": "GPU-aaaa",
     "gpu0_name": "Card",

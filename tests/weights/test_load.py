@@ -3,8 +3,8 @@
 import pytest
 import torch
 from ranks import run_ranks
+from resume_cases import CRASH, ITERS, SAVED, conf_of, differing, state_of, train
 from safetensors.torch import save_file
-from test_resume import CRASH, ITERS, SAVED, conf_of, differing, state_of, train
 from torch import nn
 
 from distrain.errors import ConfigError, ExitCode

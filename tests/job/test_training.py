@@ -13,7 +13,7 @@ from project import write_project
 
 from distrain.cli.command import Command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = """
 import math, torch
 from torch import nn

@@ -18,7 +18,7 @@ from distrain.runs.records import last_rows, read
 
 pytestmark = pytest.mark.ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = '''
 import os, time
 import torch

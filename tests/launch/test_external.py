@@ -15,7 +15,7 @@ from distrain.launch.handover import Handover
 from distrain.launch.local import refuse_among_ranks
 from distrain.process.environment import env_int, restart_count
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOW = 'run.name="now-${now:%f}"'
 
 

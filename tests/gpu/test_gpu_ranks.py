@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsdp_cases import against_ddp, check_against_ddp
 from test_one_gpu import Net, batches, fresh
-from test_strategy import against_ddp, check_against_ddp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only

@@ -17,7 +17,7 @@ from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, RankFailed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STARTED = []
 
 

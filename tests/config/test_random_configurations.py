@@ -54,7 +54,7 @@ values = st.one_of(
 
 def keys() -> list[str]:
     """Return the keys that the service reads, and those of its groups."""
-    root = Path(__file__).parents[1] / "conf"
+    root = Path(__file__).parents[2] / "conf"
     found = []
     for name, prefix in (
         ("config.yaml", ""),

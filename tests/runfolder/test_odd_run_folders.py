@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_runfolder import conf
+from test_folder import conf
 
 from distrain.errors import ConfigError
 from distrain.launch.slurm.attempts import read_attempts, refuse_other_job
