@@ -21,7 +21,7 @@ from distrain.hooks import (
     StragglerWatch,
 )
 from distrain.schedule.schedules import WarmupCosineLR
-from distrain.writers.background import default_writers
+from distrain.writers.defaults import default_writers
 
 Scalars = Mapping[str, float | Tensor]
 

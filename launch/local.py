@@ -49,15 +49,15 @@ class LocalLauncher:
 
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:
-            raise ConfigError(f"ranks={self.ranks}: at least 1 is needed")
+            raise ConfigError(f"ranks={self.ranks}: expected at least 1")
         if self.in_process and self.ranks not in (None, 1):
             raise ConfigError(f"ranks={self.ranks}: with in_process=true there is one rank")
         if self.max_restarts < 0:
-            raise ConfigError(f"max_restarts={self.max_restarts}: at least 0 is needed")
+            raise ConfigError(f"max_restarts={self.max_restarts}: expected at least 0")
         if self.grace_s <= 0:
-            raise ConfigError(f"grace_s={self.grace_s}: a number above 0 is needed")
+            raise ConfigError(f"grace_s={self.grace_s}: expected a number above 0")
         if self.watchdog_s is not None and self.watchdog_s < 0:
-            raise ConfigError(f"watchdog_s={self.watchdog_s}: at least 0 is needed, or null")
+            raise ConfigError(f"watchdog_s={self.watchdog_s}: expected at least 0, or null")
         if self.start_method not in (None, "fork", "spawn"):
             raise ConfigError(f"start_method={self.start_method}: fork, spawn or null is needed")
 

@@ -130,7 +130,7 @@ def test_a_file_gets_no_sign_and_starts_no_thread_and_no_rich() -> None:
 ROWS = """
 from distrain.writers import console
 from distrain.writers.console import ConsoleWriter
-from distrain.writers.background import Row
+from distrain.writers.base import Row
 console.LINE_S = 0.0  # every row is shown
 writer = ConsoleWriter()
 writer.write(Row(4, 20, {"loss": (1.5, 4)}))

@@ -155,7 +155,7 @@ class LightningModel(nn.Module):
         if entry.get("interval", "epoch") == "epoch":
             if self._epoch_iters is None:
                 raise ConfigError(
-                    "epoch_iters: a value is needed, as configure_optimizers counts epochs: the "
+                    "epoch_iters: expected a value, as configure_optimizers counts epochs: the "
                     "size of the data set over data.batch_size; or give interval: step"
                 )
             frequency *= self._epoch_iters
@@ -253,6 +253,6 @@ def _operation(name: str, reduce_fx: Any) -> Operation:
     word = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "")
     if word not in OPERATIONS:
         raise ConfigError(
-            f"self.log({name!r}): reduce_fx={reduce_fx!r}; there is: {', '.join(OPERATIONS)}"
+            f"self.log({name!r}): reduce_fx={reduce_fx!r}; available: {', '.join(OPERATIONS)}"
         )
     return cast("Operation", word)

@@ -141,7 +141,7 @@ class TrainerView:
         """
         if self._epoch_iters is None:
             raise ConfigError(
-                "epoch_iters: a value is needed, as the module reads current_epoch: the size of "
+                "epoch_iters: expected a value, as the module reads current_epoch: the size of "
                 "the data set over data.batch_size"
             )
         return self.global_step // self._epoch_iters

@@ -12,6 +12,8 @@ from distrain.files.retry import read_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
     from typing import Any
 
 BEST_FILE = "best.json"
@@ -179,3 +181,24 @@ def _is_whole(path: str) -> bool:
     except fmt.CheckpointDamaged:
         return False
     return True
+
+
+def known_best(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return the best checkpoint by the name of the metric; none where one cannot be read."""
+    try:
+        return read_best(str(folder))
+    except OSError:
+        return {}
+
+
+def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
+    """Return " (best)" for the best checkpoint; of several metrics, with their names.
+
+    Args:
+        best: see `read_best`.
+        iteration: of the checkpoint.
+    """
+    names = [name for name, one in best.items() if one["iteration"] == iteration]
+    if not names:
+        return ""
+    return " (best)" if len(best) == 1 else f" (best {', '.join(names)})"

@@ -19,7 +19,7 @@ from distrain.checkpoint.catalog import Found, clear_leftovers, describe, find_a
 from distrain.checkpoint.format import CheckpointDamaged
 from distrain.checkpoint.retention import read_best
 from distrain.checkpoint.writer_client import Outcome, Request, Requests
-from distrain.config.schema import refuse_url
+from distrain.checks import refuse_url
 from distrain.errors import ConfigError, RunFailed
 from distrain.files import atomic as durable
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distrain.cli.checkpoint import differing, print_comparison, the_checkpoint
+from distrain.cli.checkpoint_table import differing, print_comparison, the_checkpoint
 from distrain.errors import ExitCode
 from distrain.files.temp_folder import TemporaryFolder
 from distrain.trainer.hook import HookBase

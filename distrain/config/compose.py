@@ -77,7 +77,7 @@ def explain(error: Exception) -> ConfigError:
         add = f"+{key}=... adds it"
         return ConfigError(f"{key}: no such key; " + (f"{near} ({add})" if near else add))
     if key and text.startswith("Missing mandatory value"):
-        return ConfigError(f"{key}: a value is needed, {key}=...")
+        return ConfigError(f"{key}: expected a value, {key}=...")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
     line = "; ".join(lines)
@@ -100,19 +100,19 @@ def _folders(text: str) -> str:
 
 
 def _all_of(word: str, options: list[str]) -> str:
-    """Return all choices, and before them the one that is spelled like `word`."""
+    """Return the nearest choice, if one is spelled like `word`, then all of them."""
     near = difflib.get_close_matches(word, options, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return hint + "there is: " + (", ".join(sorted(options)) or "none")
+    return hint + "available: " + (", ".join(sorted(options)) or "none")
 
 
 def _near_key(cause: object, key: str) -> str:
-    """Return what keys there are beside an unknown one, "" if none."""
+    """Return a hint with the keys next to an unknown one, "" if none."""
     parent, _, last = key.rpartition(".")
     node = getattr(cause, "parent_node", None)
-    names = [str(name) for name in node] if isinstance(node, Mapping) else []
+    names = sorted(str(name) for name in node) if isinstance(node, Mapping) else []
     near = difflib.get_close_matches(last, names, n=3)
-    found = [f"{parent}.{name}" if parent else name for name in near or sorted(names)]
+    found = [f"{parent}.{name}" if parent else name for name in near or names]
     if near:
         return "did you mean " + " or ".join(found) + "?"
-    return "there is: " + ", ".join(found) if found else ""
+    return "available: " + ", ".join(found) if found else ""

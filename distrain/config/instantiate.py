@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from distrain.config import schema
+from distrain.checks import did_you_mean, parsed_number, wrong
 from distrain.errors import ConfigError
 
 _OWN_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
@@ -37,8 +37,8 @@ class _Mode:
         """Mode of a node, from its own `_convert_` and `_recursive_` where it has them."""
         convert = str(node.get("_convert_", self.convert)).lower()
         if convert not in _CONVERT:
-            expected = "one of " + ", ".join(_CONVERT) + " is needed"
-            raise schema.wrong(_join(key, "_convert_"), node["_convert_"], expected)
+            expected = "one of " + ", ".join(_CONVERT)
+            raise wrong(_join(key, "_convert_"), node["_convert_"], expected)
         return replace(
             self, convert=convert, recursive=_flag(node, "_recursive_", key, self.recursive)
         )
@@ -142,7 +142,7 @@ def _join(key: str, name: str) -> str:
 def _flag(node: Mapping[str, Any], name: str, key: str, default: bool) -> bool:
     value = node.get(name, default)
     if not isinstance(value, bool):
-        raise schema.wrong(_join(key, name), value, "true or false is needed")
+        raise wrong(_join(key, name), value, "true or false")
     return value
 
 
@@ -150,7 +150,7 @@ def _positional(node: Mapping[str, Any], key: str, mode: _Mode) -> list[Any]:
     """Positional arguments of a node."""
     args = node.get("_args_", [])
     if not isinstance(args, list | tuple):
-        raise schema.wrong(_join(key, "_args_"), args, "a list is needed")
+        raise wrong(_join(key, "_args_"), args, "a list")
     where = _join(key, "_args_")
     return [_argument(arg, f"{where}.{i}", mode) for i, arg in enumerate(args)]
 
@@ -268,11 +268,11 @@ def _check_arguments(
         if name in taken:
             raise ConfigError(f"{_join(key, name)}: given by _args_ already; leave one out")
         if name not in takes and not _takes_any(signature):
-            hint = schema.similar(name, list(takes))
+            hint = did_you_mean(name, takes)
             raise ConfigError(f"{_join(key, name)}: {name_of(target)} has no such keyword; {hint}")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in (*keywords, *taken):
-            raise ConfigError(f"{_join(key, name)}: a value is needed, for {name_of(target)}")
+            raise ConfigError(f"{_join(key, name)}: expected a value, for {name_of(target)}")
 
 
 def _with_numbers(target: Callable[..., Any], keywords: dict[str, Any], key: str) -> dict[str, Any]:
@@ -296,13 +296,13 @@ def _with_numbers(target: Callable[..., Any], keywords: dict[str, Any], key: str
         is_optional = type(None) in kinds or name not in hints
         if not kinds - {type(None)} <= {int, float} or (value is None and is_optional):
             continue
-        number = checked[name] = schema.number(value)
+        number = checked[name] = parsed_number(value)
         if not isinstance(number, int | float) or isinstance(number, bool):
-            whole = "a whole number" if float not in kinds else "a number"
-            expected = f"{whole} is needed" + (", or null" if is_optional else "")
-            raise schema.wrong(_join(key, name), value, expected)
+            kind = "an integer" if float not in kinds else "a number"
+            expected = kind + (", or null" if is_optional else "")
+            raise wrong(_join(key, name), value, expected)
         if float not in kinds and isinstance(number, float) and not number.is_integer():
-            raise schema.wrong(_join(key, name), value, "a whole number is needed")
+            raise wrong(_join(key, name), value, "an integer")
     return checked
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import math
-import re
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from distrain.checks import did_you_mean, parsed_number, refuse_url, wrong
 from distrain.errors import ConfigError
-
-_URL = re.compile(r"^([A-Za-z][\w+.-]+):/|\w://")
 
 
 @dataclass(frozen=True)
@@ -170,47 +166,10 @@ def check(conf: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def similar(word: str, words: list[str]) -> str:
-    """Return what to tell of `words` to someone who wrote `word`: the nearest ones, else all."""
-    near = difflib.get_close_matches(word, words, n=3)
-    if near:
-        return "did you mean " + " or ".join(near) + "?"
-    return "there is: " + ", ".join(sorted(words)) if words else "there is none"
-
-
-def wrong(key: str, value: object, expected: str) -> ConfigError:
-    """Return the error that says `key=value: expected`."""
-    return ConfigError(f"{key}={_short(value)}: {expected}")
-
-
-def refuse_url(key: str, path: object) -> None:
-    """Raise ConfigError for `s3://...` and other URLs, which would become folders of that name.
-
-    Args:
-        key: what the user calls the path, for the error.
-        path: a path-like object too, which has one slash left of two: `s3:/...`.
-    """
-    found = _URL.search(str(path))
-    if found is not None:
-        fix = "leave file:// out" if found[1].lower() == "file" else "mount the store, or copy"
-        expected = f"expected a path of a mounted file system; URLs are not supported: {fix}"
-        raise wrong(key, path, expected)
-
-
-def number(value: Any) -> Any:
-    """Number that a text stands for, as `${oc.env:LR}` gives one; any other value as it is."""
-    if not isinstance(value, str):
-        return value
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
-
-
 def _node(value: Any, cls: type, key: str) -> Any:
     """Check the mapping at `key` against the dataclass `cls`."""
     if not isinstance(value, dict):
-        raise wrong(key, value, "a group of keys is needed here, not one value")
+        raise wrong(key, value, "a mapping of keys, not one value")
     hints = typing.get_type_hints(cls, include_extras=True)
     prefix = key + "." if key else ""
     checked = {}
@@ -220,7 +179,7 @@ def _node(value: Any, cls: type, key: str) -> Any:
         elif cls in OPEN:
             checked[name] = item
         else:
-            raise ConfigError(f"{prefix}{name}: no such key; {similar(str(name), list(hints))}")
+            raise ConfigError(f"{prefix}{name}: no such key; {did_you_mean(str(name), hints)}")
     for entry in dataclasses.fields(cls):
         if entry.name in checked:
             continue
@@ -231,7 +190,7 @@ def _node(value: Any, cls: type, key: str) -> Any:
             is_node = dataclasses.is_dataclass(default) and not isinstance(default, type)
             checked[entry.name] = dataclasses.asdict(default) if is_node else default
         else:
-            raise ConfigError(f"{prefix}{entry.name}: a value is needed")
+            raise ConfigError(f"{prefix}{entry.name}: expected a value")
     return checked
 
 
@@ -249,7 +208,7 @@ def _value(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise wrong(key, value, "one of " + ", ".join(map(str, choices)) + " is needed")
+            raise wrong(key, value, "one of " + ", ".join(map(str, choices)))
         return value
     if dataclasses.is_dataclass(hint):
         return _node(value, typing.cast(type, hint), key)
@@ -257,12 +216,12 @@ def _value(value: Any, hint: Any, key: str) -> Any:
         return _target(value, key)
     if origin is dict:
         if not isinstance(value, dict):
-            raise wrong(key, value, "a group of keys is needed here, not one value")
+            raise wrong(key, value, "a mapping of keys, not one value")
         of = typing.get_args(hint)[1]
         return {k: v if of is Any else _value(v, of, f"{key}.{k}") for k, v in value.items()}
     if origin is list:
         if not isinstance(value, list):
-            raise wrong(key, value, "a list is needed")
+            raise wrong(key, value, "a list")
         return value
     return _plain(value, hint, key)
 
@@ -279,10 +238,10 @@ def _one_of(value: Any, hints: tuple[Any, ...], key: str) -> Any:
 def _target(value: Any, key: str) -> dict[str, Any]:
     """Check a node that names what to build."""
     if not isinstance(value, dict):
-        raise wrong(key, value, f"needs keys, at least {key}._target_=package.module.Name")
+        raise wrong(key, value, f"a mapping, at least {key}._target_=package.module.Name")
     path = value.get("_target_")
     if not isinstance(path, str) or not path:
-        raise ConfigError(f"{key}._target_: a value is needed, as in package.module.Name")
+        raise ConfigError(f"{key}._target_: expected a value, as in package.module.Name")
     return value
 
 
@@ -290,47 +249,38 @@ def _plain(value: Any, hint: type, key: str) -> Any:
     """Check a bool, int, float or str."""
     if hint is str:
         if value is None:
-            raise ConfigError(f"{key}: a value is needed, {key}=...")
+            raise ConfigError(f"{key}: expected a value, {key}=...")
         if isinstance(value, bool | int | float | str):
             return str(value)
-        raise wrong(key, value, "a text is needed")
+        raise wrong(key, value, "text")
     if hint is bool:
         if isinstance(value, bool):
             return value
-        raise wrong(key, value, "true or false is needed")
-    found = number(value)
+        raise wrong(key, value, "true or false")
+    found = parsed_number(value)
     is_number = isinstance(found, int | float) and not isinstance(found, bool)
     if not is_number or not abs(found) < math.inf:
-        raise wrong(key, value, "a number is needed")
+        raise wrong(key, value, "a number")
     if (isinstance(found, int) or hint is int) and abs(found) >= 2**63:
-        raise wrong(key, value, "a number of less than 64 bits is needed")
+        raise wrong(key, value, "a number of less than 64 bits")
     if hint is int and found != int(found):
-        raise wrong(key, value, "a whole number is needed")
+        raise wrong(key, value, "an integer")
     return hint(found)
 
 
 def _in_range(value: Any, limit: object, key: str) -> None:
     """Check a value against one of the limits above."""
     if isinstance(limit, Printable) and (not value.isprintable() or value != value.strip()):
-        raise wrong(
-            key, repr(value), "a text without control characters and outer blanks is needed"
-        )
+        raise wrong(key, repr(value), "text without control characters and outer blanks")
     if isinstance(limit, Printable) and not value:
-        raise ConfigError(f"{key}: a value is needed, {key}=...")
+        raise ConfigError(f"{key}: expected a value, {key}=...")
     if isinstance(limit, LocalPath):
         refuse_url(key, value)
     if isinstance(limit, RunName) and (
         value.startswith(("-", "/")) or not {".", ".."}.isdisjoint(value.split("/"))
     ):
-        raise wrong(key, value, "expected a name without a leading - or /, and without . or ..")
+        raise wrong(key, value, "a name without a leading - or /, and without . or ..")
     if isinstance(limit, AtLeast) and value < limit.limit:
-        raise wrong(key, value, f"at least {limit.limit} is needed")
+        raise wrong(key, value, f"at least {limit.limit}")
     if isinstance(limit, Positive) and value <= 0:
-        raise wrong(key, value, "a number above 0 is needed")
-
-
-def _short(value: object) -> str:
-    """Return the value as a user types it, cut where it is long."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise wrong(key, value, "a number above 0")

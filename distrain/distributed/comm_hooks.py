@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain.config.schema import similar
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
 from distrain.log import logger
 
@@ -73,7 +73,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known = [*inspect.signature(powerSGD_hook.PowerSGDState).parameters][1:]
     for key in options:
         if key not in known:
-            raise ConfigError(f"trainer.comm_options.{key}: no such key; {similar(key, known)}")
+            raise ConfigError(
+                f"trainer.comm_options.{key}: no such key; {did_you_mean(key, known)}"
+            )
     _power_state(options)
 
 

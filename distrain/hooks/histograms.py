@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
-from distrain.optim.rules import near
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
@@ -63,9 +63,8 @@ class Histograms(HookBase):
         for pattern in self._patterns:
             hits = {name for name in names if fnmatchcase(name, pattern)}
             if not hits:
-                raise ConfigError(
-                    f"match={pattern!r} matches no parameter; {near(pattern.strip('*.'), names)}"
-                )
+                hint = did_you_mean(pattern.strip("*."), names)
+                raise ConfigError(f"match={pattern!r} matches no parameter; {hint}")
             self._names |= hits
 
     def after_backward(self) -> None:

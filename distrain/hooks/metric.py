@@ -6,7 +6,7 @@ import math
 from difflib import get_close_matches
 from typing import Literal
 
-from distrain.config.schema import similar
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
 from distrain.hooks.callback import CallbackHook
 from distrain.hooks.evaluation import EvalHook, is_finished
@@ -62,7 +62,7 @@ class MetricHook(HookBase):
             names += found
         if not of_evaluation:
             return
-        text = f"{self._key()}: no evaluation gives it; {similar(self.metric, names)}"
+        text = f"{self._key()}: no evaluation gives it; {did_you_mean(self.metric, names)}"
         if any(_is_users(hook) for hook in self.trainer.hooks.values()):
             logger.warning("%s", text)
         else:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrain.checkpoint.format import CLOCK_PREFIXES
-from distrain.config.schema import refuse_url
+from distrain.checks import refuse_url
 from distrain.hooks.evaluation import is_finished
 from distrain.redact import masked
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators
-from distrain.writers.background import BackgroundWriter, Row, Writer, default_writers
+from distrain.writers.background import BackgroundWriter
+from distrain.writers.base import Row, Writer
+from distrain.writers.defaults import default_writers
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from distrain.checks import number
 from distrain.errors import ConfigError
 from distrain.optim.layer_decay import with_layer_decay
-from distrain.optim.rules import Place, Rule, Rules, number
+from distrain.optim.rules import Place, Rule, Rules
 
 # _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distrain.checks import number
 from distrain.errors import ConfigError
-from distrain.optim.rules import number
 
 __all__ = ["LAMB", "LARS"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from distrain.checks import number
 from distrain.errors import ConfigError
-from distrain.optim.rules import Rule, Rules, number, parse
+from distrain.optim.rules import Rule, Rules, parse
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 

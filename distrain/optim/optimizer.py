@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from distrain.checks import did_you_mean, number
 from distrain.errors import ConfigError
 from distrain.optim.groups import GroupRow, explain_groups, format_groups, param_groups
-from distrain.optim.rules import MATCH_KEYS, Rules, near, number, parse, plain, resolve
+from distrain.optim.rules import MATCH_KEYS, Rules, parse, plain, resolve
 
 __all__ = [
     "GroupRow",
@@ -197,12 +198,12 @@ def _optimizer_class(target: str) -> type[Optimizer]:
     if isinstance(target, str) and target in names:
         raise ConfigError(f"target={target!r} is no import path; give torch.optim.{target}")
     if not isinstance(target, str) or "." not in target:
-        hint = near(str(target), names)
+        hint = did_you_mean(str(target), names)
         raise ConfigError(f"target={target!r}; give the import path of an optimizer class ({hint})")
     module, _, name = target.rpartition(".")
     if module == "torch.optim" and name not in names:
         raise ConfigError(
-            f"target={target!r}: torch.optim has no such optimizer; {near(name, names)}"
+            f"target={target!r}: torch.optim has no such optimizer; {did_you_mean(name, names)}"
         )
     found = resolve("target", target)
     if not _is_optimizer(found):
@@ -240,7 +241,7 @@ def _check_keywords(
         if key not in allowed and key not in also:
             known = sorted({*allowed, *also})
             raise ConfigError(
-                f"{where}: {target} takes no {key!r} ({near(key, known)}); "
+                f"{where}: {target} takes no {key!r} ({did_you_mean(key, known)}); "
                 f"allowed: {', '.join(known)}"
             )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import math
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,43 +13,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distrain.checks import did_you_mean, number
 from distrain.errors import ConfigError
 
 Rules = Mapping[str, Mapping[str, Any] | None] | Sequence[Mapping[str, Any]]
 MATCH_KEYS = ("match", "module", "layers")
-
-
-def number(key: str, value: Any, *, above: float | None = None, least: float = 0.0) -> float:
-    """Return `value` as a float, checked to be a finite number in its range.
-
-    Args:
-        key: what the user calls the value, for the error.
-        value: int or float; True, False and text are refused, "1e-4" in quotes too.
-        above: the value must be larger than this; `least` does not count then.
-        least: the value must be at least this.
-
-    Raises:
-        ConfigError: it is none, with the key, the value and what is allowed.
-    """
-    limit = f">= {least:g}" if above is None else f"> {above:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(
-            f"{key}={value!r} is {type(value).__name__}; give a finite number {limit}, unquoted"
-        )
-    if not math.isfinite(value) or value < least or (above is not None and value <= above):
-        raise ConfigError(f"{key}={value!r} is out of range; give a finite number {limit}")
-    return float(value)
-
-
-def near(word: str, known: Iterable[str], *, first: int = 3) -> str:
-    """Return the known words nearest to a mistyped one, or the first ones, as text for an error."""
-    words = {each.lower(): each for each in known}
-    found = [words[w] for w in difflib.get_close_matches(word.lower(), words, n=first, cutoff=0.4)]
-    return (
-        "near: " + ", ".join(found)
-        if found
-        else "there are: " + ", ".join([*words.values()][:first])
-    )
 
 
 def plain(value: Any) -> Any:
@@ -163,7 +129,7 @@ class Rule:
             names = [places[0].name for places in parameters]
             raise ConfigError(
                 f"rules.{self.name}: layers={self.layers!r} numbers no parameter; "
-                f"{near(self.layers, names)}"
+                f"{did_you_mean(self.layers, names)}"
             )
         rank = {index: depth for depth, index in enumerate(order, start=1)}
         first = next(position for position, index in enumerate(found) if index is not None)
@@ -184,11 +150,13 @@ class Rule:
                 for parts in [place.name.split(".")]
                 for end in range(1, len(parts) + 1)
             )
-            names = near(self.patterns[0].strip("*."), prefixes)
+            names = did_you_mean(self.patterns[0].strip("*."), prefixes)
             texts.append(f"match={', '.join(map(repr, self.patterns))} ({names})")
         if self.module:
             classes = (type(module).__name__ for place in places for module in place.modules)
-            texts.append(f"module={self.module!r} ({near(self.module.split('.')[-1], classes)})")
+            texts.append(
+                f"module={self.module!r} ({did_you_mean(self.module.split('.')[-1], classes)})"
+            )
         return ConfigError(f"rules.{self.name} matches no parameter: {' and '.join(texts)}")
 
 

@@ -29,11 +29,13 @@ import yaml
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.checkpoint.format import MODEL_PART, iteration_of
 from distrain.checkpoint.retention import read_run_id
+from distrain.checks import refuse_url, shown
 from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.runfolder import lock as folderlock
+from distrain.runfolder.differences import covers, differences, is_data_path
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts, write_bytes
 from distrain.runfolder.provenance import git_state, start_record
 
@@ -58,7 +60,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        schema.refuse_url("run.dir", run_dir)
+        refuse_url("run.dir", run_dir)
         self.path = Path(run_dir).absolute()
         self.is_new = False
         self.done_iter: int | None = None
@@ -202,11 +204,14 @@ class RunFolder:
             ConfigError: one of them may not.
         """
         changed = differences(_with_defaults(masked(frozen)), masked(conf))
-        moved = {key for key, values in changed.items() if _is_data_path(key, *values)}
+        moved = {key for key, values in changed.items() if is_data_path(key, *values)}
         allowed = (*FREE_KEYS, *HORIZON_KEYS, *moved)
-        refused = {k: v for k, v in changed.items() if not _covers(allowed, k)}
+        refused = {k: v for k, v in changed.items() if not covers(allowed, k)}
         if refused:
-            lines = [f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in refused.items()]
+            lines = [
+                f"{key}: {shown(old, most=40)} -> {shown(new, most=40)}"
+                for key, (old, new) in refused.items()
+            ]
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
             raise ConfigError(
                 f"{self.path} holds a run of another configuration ({', '.join(lines[:5])}{more}); "
@@ -286,38 +291,6 @@ def _with_defaults(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
     with contextlib.suppress(ConfigError):  # it has keys that exist no more: these are told
         return schema.check(dict(frozen))
     return frozen
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys that differ with both values, None for a key that is not there."""
-    a, b = _flat(old), _flat(yaml.safe_load(yaml.safe_dump(dict(new))))
-    keys = [*a, *(key for key in b if key not in a)]
-    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted key; an empty mapping is a leaf."""
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _is_data_path(key: str, old: Any, new: Any) -> bool:
-    """Return whether a key of the data holds the path of a file or folder, before and now."""
-    # data on a node's own disk has another path in each job ($SLURM_TMPDIR)
-    return key.startswith("data.") and all(isinstance(v, str) and os.sep in v for v in (old, new))
-
-
-def _covers(keys: Sequence[str], key: str) -> bool:
-    return any(key == each or key.startswith(each + ".") for each in keys)
-
-
-def _text(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _done_iter(path: Path, max_iter: int) -> int | None:

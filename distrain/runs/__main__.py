@@ -51,7 +51,7 @@ def _table(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     sort = "metric" if options.sort == options.metric else options.sort
     if sort not in COLUMNS:
-        parser.error(f"--sort {sort}: no such column; there is: {', '.join(COLUMNS)}")
+        parser.error(f"--sort {sort}: no such column; available: {', '.join(COLUMNS)}")
     return show_table(
         options.folder,
         metric=options.metric,
@@ -67,7 +67,7 @@ def _states(parser: _Parser, given: Sequence[str]) -> list[State]:
     names = [name for each in given for name in each.split(",")]
     unknown = [name for name in names if name not in list(State)]
     if unknown:
-        parser.error(f"--state {unknown[0]}: no such state; there is: {', '.join(State)}")
+        parser.error(f"--state {unknown[0]}: no such state; available: {', '.join(State)}")
     return [State(name) for name in names]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from distrain.checks import shown
 from distrain.files.regular import read_regular
 from distrain.redact import masked
-from distrain.runfolder.folder import differences
+from distrain.runfolder.differences import differences
 from distrain.runfolder.provenance import LEFT_OUT
 from distrain.runs.escape import escaped
 from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, read
@@ -41,7 +41,7 @@ def _configuration(left: Files, right: Files) -> list[list[str]]:
     """Return the keys that differ, each with both values; names and folders always do."""
     changed = differences(masked(left.conf), masked(right.conf))
     return [
-        [key, _text(old), _text(new)]
+        [key, shown(old, most=_MAX_WIDTH), shown(new, most=_MAX_WIDTH)]
         for key, (old, new) in changed.items()
         if not key.startswith("run.")
     ]
@@ -93,11 +93,6 @@ def _diff(path: Path, start: Start | None) -> str | None:
 
 def _size(diff: str | None) -> str:
     return "unknown" if diff is None else f"{len(diff.splitlines())} lines" if diff else "none"
-
-
-def _text(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."
 
 
 def _aligned(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> str:

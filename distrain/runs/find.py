@@ -64,7 +64,7 @@ def the_run(name: str, folder: Path) -> Path:
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif names:
-        hint = f"there is: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        hint = f"available: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
     else:
         hint = f"no runs are in {folder}; --folder names another one"
     raise ConfigError(f"{name}: no such run; {hint}")

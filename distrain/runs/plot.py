@@ -66,7 +66,7 @@ def _choose(rows: dict[str, list[dict[str, Any]]], patterns: Sequence[str]) -> l
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             there = ", ".join(sorted(names)) or "nothing yet"
-            raise ConfigError(f"--scalar {pattern}: in none of the runs; there is: {there}")
+            raise ConfigError(f"--scalar {pattern}: in none of the runs; available: {there}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 

@@ -13,7 +13,7 @@ import yaml
 
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
-from distrain.cli.checkpoint import best_mark, known_best
+from distrain.checkpoint.retention import best_mark, known_best
 from distrain.files.regular import read_tail
 from distrain.launch.slurm.attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text

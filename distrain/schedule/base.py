@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from distrain.errors import ConfigError
-from distrain.optim.rules import number
+from distrain.checks import number, one_of, whole
 
 WARMUP_METHODS = ("constant", "linear")
 
@@ -52,7 +50,7 @@ class WarmupLR(LRScheduler, ABC):
     ) -> None:
         self.warmup_factor = number("warmup_factor", warmup_factor)
         self.warmup_iters = whole("warmup_iters", warmup_iters, least=0)
-        self.warmup_method = choice("warmup_method", warmup_method, WARMUP_METHODS)
+        self.warmup_method = one_of("warmup_method", warmup_method, WARMUP_METHODS)
         was_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         super().__init__(optimizer, last_epoch)
         if not was_wrapped:  # the wrapper only feeds the warnings that `step` leaves out
@@ -141,25 +139,3 @@ class HorizonLR(WarmupLR):
     def progress(self, t: int) -> float:
         """Return t / max_iters, but never more than 1."""
         return min(t / self.max_iters, 1.0)
-
-
-def whole(key: str, value: Any, *, least: int) -> int:
-    """Return a number of iterations, checked to be an int of at least `least`.
-
-    Raises:
-        ConfigError: it is none, with the key, the value and what is allowed.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key}={value!r}; give a whole number of iterations >= {least}")
-    return value
-
-
-def choice(key: str, value: Any, choices: Sequence[str]) -> str:
-    """Return a word, checked to be one of the choices.
-
-    Raises:
-        ConfigError: it is none, with the key, the value and the choices.
-    """
-    if value not in choices:
-        raise ConfigError(f"{key}={value!r}; choose one of {', '.join(choices)}")
-    return str(value)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from distrain.checks import number, one_of, whole
 from distrain.errors import ConfigError
-from distrain.optim.rules import number
-from distrain.schedule.base import HorizonLR, WarmupLR, choice, whole
+from distrain.schedule.base import HorizonLR, WarmupLR
 from distrain.schedule.preview import schedule_values
 
 __all__ = [
@@ -224,7 +224,7 @@ class WarmupStableDecayLR(HorizonLR):
         self.decay_iters = whole("decay_iters", decay_iters, least=1)
         if self.decay_iters > whole("max_iters", max_iters, least=1):
             raise ConfigError(f"decay_iters={decay_iters} exceeds max_iters={max_iters}")
-        self.decay_method = choice("decay_method", decay_method, DECAY_METHODS)
+        self.decay_method = one_of("decay_method", decay_method, DECAY_METHODS)
         self.final_factor = number("final_factor", final_factor)
         super().__init__(
             optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
@@ -275,7 +275,7 @@ class OneCycleLR(WarmupLR):
         self.rise = number("rise", rise)
         if self.rise >= 1.0:
             raise ConfigError(f"rise={rise!r}; give a share of the cycle, >= 0 and < 1")
-        self.method = choice("method", method, ANNEAL_METHODS)
+        self.method = one_of("method", method, ANNEAL_METHODS)
         self.start_factor = number("start_factor", start_factor)
         self.final_factor = number("final_factor", final_factor)
         super().__init__(optimizer, warmup_iters=0, last_epoch=last_epoch)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from distrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from distrain.trainer.trainer import TrainerBase
+    from distrain.trainer.loop import TrainerBase
 
 Moment = Literal[
     "before_train",

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from distrain.checks import did_you_mean
 from distrain.distributed.process_group import broadcast_from_main, topology
 from distrain.errors import ConfigError, RunFailed
 from distrain.files.retry import unreadable
 from distrain.log import logger
-from distrain.optim.rules import near
 from distrain.weights.read import locate_weights, read_weights
 
 _SHOWN = 5  # names in an error
@@ -91,7 +91,7 @@ def load_tensors(
     tensors = _unwrapped(tensors, own)
     for pattern in skip:
         if not any(fnmatchcase(name, str(pattern)) for name in (*own, *tensors)):
-            names = near(str(pattern).strip("*."), own)
+            names = did_you_mean(str(pattern).strip("*."), own)
             raise ConfigError(f"init.skip={pattern!r} matches no tensor; {names}")
     skipped = {n for n in (*own, *tensors) if any(fnmatchcase(n, str(p)) for p in skip)}
     common = own.keys() & tensors.keys() - skipped
@@ -123,7 +123,7 @@ def _mismatch(missing: Sequence[str], unexpected: Sequence[str], *, any_fits: bo
     """Return the one line that says which names have no partner, and which are near."""
     parts = []
     if missing:
-        told = [f"{name} ({near(name, unexpected, first=1)})" for name in missing]
+        told = [f"{name} ({did_you_mean(name, unexpected, most=1)})" for name in missing]
         parts.append(f"the model has, but they have not: {_shown(told if unexpected else missing)}")
     if unexpected:
         parts.append(f"they have, but the model has not: {_shown(unexpected)}")
@@ -144,7 +144,7 @@ def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> Mapping
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not found:
-        raise ConfigError(f"init.prefix={prefix!r} begins no name; {near(prefix, tensors)}")
+        raise ConfigError(f"init.prefix={prefix!r} begins no name; {did_you_mean(prefix, tensors)}")
     return found
 
 
@@ -152,7 +152,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules:
         raise ConfigError(
-            f"init.into={path}: the model has no such module; {near(path, filter(None, modules))}"
+            f"init.into={path}: the model has no such module; "
+            f"{did_you_mean(path, filter(None, modules))}"
         )
     return modules[path]
 

@@ -88,7 +88,7 @@ def _of_checkpoint(path: Path, ema: str | None) -> dict[str, Tensor]:
         averages = {n: s["average"] for n, s in hooks.items() if s and s.get("average")}
         if ema not in averages:
             there = ", ".join(averages) or "none"
-            raise ConfigError(f"{path}: it holds no average called ema={ema}; there is: {there}")
+            raise ConfigError(f"{path}: it holds no average called ema={ema}; available: {there}")
         weights |= averages[ema]
     return _tensors(weights)
 

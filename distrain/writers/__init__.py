@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from distrain._lazy import attach
 
 if TYPE_CHECKING:
-    from distrain.writers.background import Row, Writer
+    from distrain.writers.base import Row, Writer
 
 _MODULE_OF = {
-    "Row": "background",
-    "Writer": "background",
+    "Row": "base",
+    "Writer": "base",
 }
 __getattr__, __dir__ = attach(__name__, _MODULE_OF)
 

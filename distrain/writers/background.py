@@ -1,91 +1,18 @@
-"""What a writer is, the row that it writes, and the thread that writes it."""
+"""The thread that hands rows to the writers."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from distrain.events.histogram import Histogram
+from distrain.writers.base import Row, Writer
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_ROWS = 10_000
 HANG_S = 60.0  # writers that write no row for so long, at the end, are waited for no longer
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one write period brings to the writers.
-
-    Attributes:
-        iteration: index of the last iteration in it: the number of finished iterations - 1.
-        max_iter: number of iterations of the whole run.
-        scalars: name -> (value, the iteration that it belongs to), the newest of each name.
-        images: (name, (C, H, W) or (H, W) array of uint8 or of floats in [0, 1], iteration).
-        histograms: (name, counts in bins, iteration).
-        is_followed: another row comes at once, so a disk may wait for it.
-    """
-
-    iteration: int
-    max_iter: int
-    scalars: Mapping[str, tuple[float, int]]
-    images: Sequence[tuple[str, NDArray[Any], int]] = field(default=())
-    histograms: Sequence[tuple[str, Histogram, int]] = field(default=())
-    is_followed: bool = False
-
-
-class Writer(Protocol):
-    """What writes rows somewhere; it lives on rank 0 only and may take its time.
-
-    Training hands its rows to a `BackgroundWriter`, so `write` and `close` run in a thread of their
-    own, one call at a time.
-    """
-
-    def write(self, row: Row) -> None:
-        """Write one row."""
-
-    def close(self) -> None:
-        """Finish; called once, after the last row, also when training failed."""
-
-
-class NewScalars:
-    """Picks the scalars of a row that no earlier row held.
-
-    A scalar put once in a thousand iterations is in every row, with its old iteration. Writers may
-    share one: who asks for a row again gets the same answer.
-
-    Args:
-        start_iteration: the first iteration of this run; older values were written before it
-            was interrupted.
-    """
-
-    def __init__(self, start_iteration: int = 0) -> None:
-        self._oldest = start_iteration
-        self._next: dict[str, int] = {}
-        self._row: Row | None = None
-        self._new: dict[str, tuple[float, int]] = {}
-
-    def __call__(self, row: Row) -> Mapping[str, tuple[float, int]]:
-        """Return name -> (value, iteration) of what is new, in the row's order."""
-        if row is self._row:
-            return self._new
-        known, oldest = self._next, self._oldest
-        new = {}
-        for name, scalar in row.scalars.items():
-            if scalar[1] >= known.get(name, oldest):
-                new[name] = scalar
-                known[name] = scalar[1] + 1
-        self._row, self._new = row, new
-        return new
 
 
 class BackgroundWriter:
@@ -165,27 +92,3 @@ class BackgroundWriter:
             if number in self._failing:
                 self._failing.discard(number)
                 logger.info("%s works again", name)
-
-
-def default_writers(
-    run_dir: str | os.PathLike[str], *, start_iteration: int = 0, stream: TextIO | None = None
-) -> list[Writer]:
-    """Return the writers of an ordinary run: TensorBoard, JSON lines and console.
-
-    Args:
-        run_dir: gets tensorboard/ and metrics.jsonl.
-        start_iteration: first iteration to be run; what an interrupted attempt wrote of it and of
-            later ones is dropped.
-        stream: of the console; the standard output by default.
-    """
-    # imported here: these cost 0.1 s, and only rank 0 has writers
-    from distrain.writers.console import ConsoleWriter
-    from distrain.writers.json_lines import JsonLinesWriter
-    from distrain.writers.tensorboard import TensorBoardWriter
-
-    new = NewScalars(start_iteration)
-    return [
-        TensorBoardWriter(Path(run_dir, "tensorboard"), purge_step=start_iteration, new=new),
-        JsonLinesWriter(Path(run_dir, "metrics.jsonl"), start_iteration=start_iteration, new=new),
-        ConsoleWriter(stream=stream, start_iteration=start_iteration, new=new),
-    ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.progress import REFRESH_S, display, import_rich, is_terminal
-from distrain.writers.background import NewScalars, Row
+from distrain.writers.base import NewScalars, Row
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

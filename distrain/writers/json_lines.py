@@ -11,7 +11,7 @@ from typing import Any
 
 from distrain.files.append_file import AppendFile
 from distrain.files.regular import open_regular
-from distrain.writers.background import NewScalars, Row
+from distrain.writers.base import NewScalars, Row
 
 logger = logging.getLogger(__name__)
 

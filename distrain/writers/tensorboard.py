@@ -44,7 +44,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 
 from distrain.files.append_file import AppendFile
-from distrain.writers.background import NewScalars, Row
+from distrain.writers.base import NewScalars, Row
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
 

@@ -209,12 +209,14 @@ class SlurmLauncher:
         text = "; ".join(lines) or "sbatch failed"
         if "partition" in text.lower() and "specified" in text:
             there = ", ".join(slurm_queue.partitions())
-            return ConfigError(f"launch.partition={self.partition}: no such one; there is: {there}")
+            return ConfigError(
+                f"launch.partition={self.partition}: no such one; available: {there}"
+            )
         if "node configuration is not available" in text or "CPU count" in text:
             asked = f"nodes={self.nodes}, gpus_per_node={self.gpus_per_node}, mem={self.mem}, "
             asked += f"cpus_per_task={self.cpus_per_task or self.ranks_per_node}"
             there = slurm_queue.node_kinds(self.partition)
-            return ConfigError(f"launch: no such nodes ({asked}); there are: {there}")
+            return ConfigError(f"launch: no such nodes ({asked}); available: {there}")
         return ConfigError(f"launch=slurm: SLURM refuses the job: {text}")
 
 

@@ -160,7 +160,7 @@ def test_a_schedule_of_epochs_resumes_where_it_was():
         (lambda: LightningModel(Line(), epoch_iters=0), "epoch_iters=0; it is at least 1"),
         (
             lambda: LightningModel(Line(scheduler={})).configure_optimizers(),
-            "epoch_iters: a value is needed",
+            "epoch_iters: expected a value",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_step_without_loss_and_a_strange_operation_are_said():
     with EventStorage(), pytest.raises(ConfigError, match="training_step of Line returned no loss"):
         model(points(1))
     line.training_step = lambda batch, i: line.log("x", 1.0, reduce_fx="median")
-    with EventStorage(), pytest.raises(ConfigError, match="reduce_fx='median'; there is: mean"):
+    with EventStorage(), pytest.raises(ConfigError, match="reduce_fx='median'; available: mean"):
         model(points(1))
 
 
@@ -266,9 +266,7 @@ def test_steps_and_epochs_advance_and_go_on_when_resumed():
 def test_what_of_the_trainer_is_not_there_is_said():
     line = Progress(epochs=False)
     model = LightningModel(line)
-    with pytest.raises(
-        ConfigError, match="epoch_iters: a value is needed, as the module reads cur"
-    ):
+    with pytest.raises(ConfigError, match="epoch_iters: expected a value, as the module reads cur"):
         line.trainer.current_epoch  # noqa: B018
     with pytest.raises(ConfigError, match=r"self.trainer.datamodule does not exist here; availab"):
         line.trainer.datamodule  # noqa: B018

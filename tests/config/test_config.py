@@ -96,36 +96,36 @@ def test_a_hook_may_be_taken_out():
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"optim__lr": "abc"}, "optim.lr=abc: a number is needed"),
-        ({"optim__lr": "nan"}, "optim.lr=nan: a number is needed"),
-        ({"seed": "1.5"}, "seed=1.5: a whole number is needed"),
-        ({"optim__lr": float("nan")}, "optim.lr=nan: a number is needed"),
+        ({"optim__lr": "abc"}, "optim.lr=abc: expected a number"),
+        ({"optim__lr": "nan"}, "optim.lr=nan: expected a number"),
+        ({"seed": "1.5"}, "seed=1.5: expected an integer"),
+        ({"optim__lr": float("nan")}, "optim.lr=nan: expected a number"),
         ({"optim__lr": 10**400}, "optim.lr=1000"),
-        ({"seed": 2**63}, "seed=9223372036854775808: a number of less than 64 bits is needed"),
-        ({"optim__lr": True}, "optim.lr=true: a number is needed"),
-        ({"optim__lr": None}, "optim.lr=null: a number is needed"),
-        ({"optim__lr": -1}, "optim.lr=-1.0: at least 0 is needed"),
-        ({"optim__lr": "???"}, "optim.lr: a value is needed, optim.lr=..."),
+        ({"seed": 2**63}, "seed=9223372036854775808: expected a number of less than 64 bits"),
+        ({"optim__lr": True}, "optim.lr=true: expected a number"),
+        ({"optim__lr": None}, "optim.lr=null: expected a number"),
+        ({"optim__lr": -1}, "optim.lr=-1.0: expected at least 0"),
+        ({"optim__lr": "???"}, "optim.lr: expected a value, optim.lr=..."),
         ({"optim__lr": "${nowhere}"}, "optim.lr: Interpolation key 'nowhere' not found"),
-        ({"trainer__max_iter": -1}, "trainer.max_iter=-1: at least 1 is needed"),
-        ({"trainer__max_iter": 1.5}, "trainer.max_iter=1.5: a whole number is needed"),
+        ({"trainer__max_iter": -1}, "trainer.max_iter=-1: expected at least 1"),
+        ({"trainer__max_iter": 1.5}, "trainer.max_iter=1.5: expected an integer"),
         ({"trainer__max_itr": 5}, "trainer.max_itr: no such key; did you mean max_iter?"),
-        ({"trainer__clip_norm": 0}, "trainer.clip_norm=0.0: a number above 0 is needed"),
-        ({"trainer__precision": "fp8"}, "trainer.precision=fp8: one of fp32, bf16, fp16 is needed"),
-        ({"trainer": 3}, "trainer=3: a group of keys is needed here, not one value"),
-        ({"data__batch_size": 0}, "data.batch_size=0: at least 1 is needed"),
+        ({"trainer__clip_norm": 0}, "trainer.clip_norm=0.0: expected a number above 0"),
+        ({"trainer__precision": "fp8"}, "trainer.precision=fp8: expected one of fp32, bf16, fp16"),
+        ({"trainer": 3}, "trainer=3: expected a mapping of keys, not one value"),
+        ({"data__batch_size": 0}, "data.batch_size=0: expected at least 1"),
         (
             {"data__train": "my.Data"},
-            "data.train=my.Data: needs keys, at least data.train.",
+            "data.train=my.Data: expected a mapping, at least data.train.",
         ),
-        ({"data__eval": {"a": 1}}, "data.eval._target_: a value is needed"),
-        ({"hooks": {"a": {"_target_": ""}}}, "hooks.a._target_: a value is needed"),
-        ({"plan": 1}, "plan=1: true or false is needed"),
-        ({"resume": "maybe"}, "resume=maybe: one of auto, never, must is needed"),
+        ({"data__eval": {"a": 1}}, "data.eval._target_: expected a value"),
+        ({"hooks": {"a": {"_target_": ""}}}, "hooks.a._target_: expected a value"),
+        ({"plan": 1}, "plan=1: expected true or false"),
+        ({"resume": "maybe"}, "resume=maybe: expected one of auto, never, must"),
         ({"resum": "auto"}, "resum: no such key; did you mean resume?"),
-        ({"run__name": None}, "run.name: a value is needed"),
-        ({"run__name": ""}, "run.name: a value is needed"),
-        ({"run__name": "a\nb"}, "run.name='a\\nb': a text without control characters"),
+        ({"run__name": None}, "run.name: expected a value"),
+        ({"run__name": ""}, "run.name: expected a value"),
+        ({"run__name": "a\nb"}, "run.name='a\\nb': expected text without control characters"),
         ({"run__dir": "s3://b/x"}, "run.dir=s3://b/x: expected a path of a mounted file system"),
         ({"run__dir": "file:///x"}, "run.dir=file:///x: expected a path of a mounted file system"),
         *(
@@ -134,7 +134,7 @@ def test_a_hook_may_be_taken_out():
         ),
         ({"run__name": "gs://b"}, "run.name=gs://b: expected a path of a mounted file system"),
         ({"init": {"weights": "hdfs://b"}}, "init.weights=hdfs://b: expected a path of a mounted"),
-        ({"run__dir": " a"}, "run.dir=' a': a text without control characters"),
+        ({"run__dir": " a"}, "run.dir=' a': expected text without control characters"),
         ({"model": None}, "nothing to train: give an experiment, +experiment="),
     ],
 )
@@ -369,13 +369,16 @@ def test_a_positional_argument_takes_the_place_of_the_context():
     [
         (here("Base", _args_=[1, 2]), "model._args_: Base takes at most 1 positional arguments"),
         (here("Base", _args_=[1], width=2), "model.width: given by _args_ already"),
-        (here("Base", _args_=3), "model._args_=3: a list is needed"),
-        (here("Base", width=1, _convert_="some"), "model._convert_=some: one of none, partial"),
-        (here("Base", width=1, _recursive_=3), "model._recursive_=3: true or false is needed"),
-        (here("Base", width=1, _partial_="x"), "model._partial_=x: true or false is needed"),
+        (here("Base", _args_=3), "model._args_=3: expected a list"),
+        (
+            here("Base", width=1, _convert_="some"),
+            "model._convert_=some: expected one of none, partial",
+        ),
+        (here("Base", width=1, _recursive_=3), "model._recursive_=3: expected true or false"),
+        (here("Base", width=1, _partial_="x"), "model._partial_=x: expected true or false"),
         (here("Forwards", width=1, dept=1), "model: Base.__init__() got an unexpected keyword"),
         (here("OwnNew"), "model: Base.__init__() missing 1 required positional argument"),
-        (here("Base", _args_=[here("Base")]), "model._args_.0.width: a value is needed, for Base"),
+        (here("Base", _args_=[here("Base")]), "model._args_.0.width: expected a value, for Base"),
     ],
 )
 def test_mistakes_in_arguments(node, text):
@@ -386,7 +389,7 @@ def test_mistakes_in_arguments(node, text):
     ("keys", "text"),
     [
         (node(widht=3), "model.widht: Net has no such keyword; did you mean width?"),
-        (node(), "model.width: a value is needed, for Net"),
+        (node(), "model.width: expected a value, for Net"),
         (node(width=-1), "model.width=-1: at least 0"),
         (node(width=1, depth=13), "model: an unlucky depth"),
         (node(width=1, depth=node(widht=1)), "model.depth.widht: Net has no such keyword"),
@@ -410,11 +413,11 @@ def test_mistakes_in_nodes(keys, text):
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"decay": None}, "hooks.x.decay=null: a number is needed"),
-        ({"decay": "high"}, "hooks.x.decay=high: a number is needed"),
-        ({"period": [1]}, "hooks.x.period=[1]: a whole number is needed"),
-        ({"period": 2.5}, "hooks.x.period=2.5: a whole number is needed"),
-        ({"period": float("nan")}, "hooks.x.period=nan: a whole number is needed"),
+        ({"decay": None}, "hooks.x.decay=null: expected a number"),
+        ({"decay": "high"}, "hooks.x.decay=high: expected a number"),
+        ({"period": [1]}, "hooks.x.period=[1]: expected an integer"),
+        ({"period": 2.5}, "hooks.x.period=2.5: expected an integer"),
+        ({"period": float("nan")}, "hooks.x.period=nan: expected an integer"),
     ],
 )
 def test_what_is_no_number_where_one_of_ours_takes_one(keys, text):
@@ -423,7 +426,7 @@ def test_what_is_no_number_where_one_of_ours_takes_one(keys, text):
 
 def test_numbers_that_may_be_left_out():
     text = message(build, {"_target_": "distrain.hooks.EvalHook", "period": "often"}, "hooks.x")
-    assert text == "hooks.x.period=often: a whole number is needed, or null"
+    assert text == "hooks.x.period=often: expected an integer, or null"
     build({"_target_": "distrain.hooks.EvalHook", "period": None})
     build({"_target_": "distrain.hooks.EMA", "decay": 0})
 

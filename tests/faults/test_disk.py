@@ -11,7 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 WRITERS = """
 import logging, os, resource, subprocess, sys, time
 from pathlib import Path
-from distrain.writers.background import BackgroundWriter, Row, default_writers
+from distrain.writers.background import BackgroundWriter
+from distrain.writers.base import Row
+from distrain.writers.defaults import default_writers
 # while there are handles
 import distrain.writers.console, distrain.writers.json_lines, distrain.writers.tensorboard
 

@@ -28,7 +28,7 @@ from distrain.runs.__main__ import run as runs
 from distrain.runs.records import read
 from distrain.runs.states import State, state_of
 from distrain.weights.load import start_from
-from distrain.writers.background import Row
+from distrain.writers.base import Row
 from distrain.writers.json_lines import JsonLinesWriter
 
 UNREADABLE = ["EIO", "EACCES", "EPERM", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT"]

@@ -461,7 +461,7 @@ def test_an_exception_in_this_process_is_not_touched(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"ranks": 0}, "launch.ranks=0: at least 1 is needed"),
+        ({"ranks": 0}, "launch.ranks=0: expected at least 1"),
         ({"in_process": True, "ranks": 2}, "launch.ranks=2: with in_process=true"),
         ({"max_restarts": -1}, "launch.max_restarts=-1: at least 0"),
         ({"grace_s": 0}, "launch.grace_s=0: a number above 0"),

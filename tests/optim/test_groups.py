@@ -195,7 +195,7 @@ def test_group_names_are_unique_even_where_a_rule_is_called_norm():
 @pytest.mark.parametrize("key", list(BASE))
 @pytest.mark.parametrize("value", [True, "0.1", float("nan"), float("inf"), -1])
 def test_settings_must_be_numbers_in_range(key, value):
-    with pytest.raises(ConfigError, match=f"^{key}={value!r} is"):
+    with pytest.raises(ConfigError, match=f"^{key}=.*: expected a finite number"):
         param_groups(Vit(), **{**BASE, key: value})
 
 

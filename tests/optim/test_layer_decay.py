@@ -98,8 +98,8 @@ def test_layers_are_found_by_their_numbers(names, pattern):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"layer_decay": 0}, "layer_decay=0 is out of range"),
-        ({"layer_decay": 0.5, "layers": "block.{}.*"}, "layers='block.{}.\\*' numbers no.*near"),
+        ({"layer_decay": 0}, "layer_decay=0: expected a finite number"),
+        ({"layer_decay": 0.5, "layers": "block.{}.*"}, "'block.{}.\\*' numbers no.*did you mean"),
         ({"layers": "blocks.{}.*"}, "layers='blocks.{}.\\*' numbers them for layer_decay"),
     ],
 )  # fmt: skip

@@ -17,7 +17,8 @@ from checkpoint_cases import checkpoints
 from distrain.config.schema import check
 from distrain.errors import ConfigError
 from distrain.runfolder import lock as folderlock
-from distrain.runfolder.folder import RunFolder, await_run, differences
+from distrain.runfolder.differences import differences
+from distrain.runfolder.folder import RunFolder, await_run
 from distrain.runfolder.provenance import git_state
 
 HOLD = """
@@ -211,7 +212,7 @@ def test_keys_that_are_newer_than_a_run_have_their_defaults_in_it(tmp_path):
     with RunFolder(tmp_path / "a") as folder:
         folder.freeze(check(copy.deepcopy(whole)), ("x=1",))
     whole["trainer"]["deterministic"] = True
-    with pytest.raises(ConfigError, match=r"trainer\.deterministic: False -> True"):
+    with pytest.raises(ConfigError, match=r"trainer\.deterministic: false -> true"):
         with RunFolder(tmp_path / "a") as folder:
             folder.freeze(check(whole), ("x=1",))
 

@@ -127,11 +127,11 @@ def test_what_slurm_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> Non
     job = Count(str(tmp_path / "run"))
     with pytest.raises(ConfigError) as no_partition:
         submit(job, replace(LAUNCHER, partition="gold"))
-    assert str(no_partition.value) == ("launch.partition=gold: no such one; there is: high, low")
+    assert str(no_partition.value) == ("launch.partition=gold: no such one; available: high, low")
     with pytest.raises(ConfigError) as no_gpus:
         submit(job, replace(LAUNCHER, gpus_per_node=3))
     assert str(no_gpus.value) == (
-        "launch: no such nodes (nodes=2, gpus_per_node=3, mem=None, cpus_per_task=2); there are: "
+        "launch: no such nodes (nodes=2, gpus_per_node=3, mem=None, cpus_per_task=2); available: "
         "4 nodes of 8 CPUs, 16000 MB, gres gpu:2"
     )
     with pytest.raises(ConfigError) as no_nodes:
@@ -167,8 +167,8 @@ def test_the_lead_time_follows_from_the_stops_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"nodes": 0}, "launch.nodes=0: more than 0 is needed"),
-        ({"max_requeues": -1}, "launch.max_requeues=-1: at least 0 is needed"),
+        ({"nodes": 0}, "launch.nodes=0: expected more than 0"),
+        ({"max_requeues": -1}, "launch.max_requeues=-1: expected at least 0"),
         ({"min_nodes": 3}, "launch.min_nodes=3: at most launch.nodes=2 is possible"),
         ({"signal_s": 1800}, "launch.signal_s=1800: must be less than the time limit"),
     ],

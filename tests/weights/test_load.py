@@ -87,7 +87,7 @@ def renamed(given, old, new):
         (
             renamed(tensors(), "head.", "fc.head."),
             {},
-            ["they have not: head.weight (near: fc.head.weight), head.bias (near: fc.head.bias)",
+            ["they have not: head.weight (did you mean fc.head.weight?), head.bias (did you mean",
              "the model has not: fc.head.weight, fc.head.bias", "init.strict=false"],
         ),
         (
@@ -97,7 +97,11 @@ def renamed(given, old, new):
              "init.skip=['head*']"],
         ),
         ({"x": torch.ones(1)}, {"strict": False}, ["body.0.weight", "and 4 more", "init.prefix"]),
-        (tensors(), {"skip": ["haed.*"]}, ["init.skip='haed.*' matches no tensor; near: head."]),
+        (
+            tensors(),
+            {"skip": ["haed.*"]},
+            ["init.skip='haed.*' matches no tensor; did you mean head."],
+        ),
         ({}, {}, ["they have not: body.0.weight"]),
     ],
 )  # fmt: skip
@@ -126,9 +130,11 @@ def test_a_part_of_the_file_into_a_part_of_the_model(tmp_path):
     where = {"weights": str(tmp_path / "a.safetensors"), "prefix": "net.", "into": "backbone"}
     start_from(model, **where)
     assert torch.equal(model.backbone.head.bias, tensors()["head.bias"])
-    with pytest.raises(ConfigError, match="init.prefix='net_' begins no name; there are: net."):
+    with pytest.raises(ConfigError, match="init.prefix='net_' begins no name; available: net."):
         start_from(model, **{**where, "prefix": "net_"})
-    with pytest.raises(ConfigError, match="init.into=backbon: the model has .*near: backbone"):
+    with pytest.raises(
+        ConfigError, match="init.into=backbon: the model has .*did you mean backbone"
+    ):
         start_from(model, **{**where, "into": "backbon"})
     with pytest.raises(ConfigError, match="init.weights=.*nowhere: there is no such file"):
         start_from(model, weights=str(tmp_path / "nowhere"))

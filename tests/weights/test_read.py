@@ -58,10 +58,10 @@ def test_the_average_takes_the_place_of_weights_and_buffers_stay(tmp_path):
     path = locate_weights(saved(tmp_path / "a", 3, average=True))
     weights = read_weights(path, ema="ema")
     assert (weights["w"][0, 0].item(), weights["count"].item()) == (0.5, 3)
-    with pytest.raises(ConfigError, match="no average called ema=emma; there is: ema"):
+    with pytest.raises(ConfigError, match="no average called ema=emma; available: ema"):
         read_weights(path, ema="emma")
     other = locate_weights(saved(tmp_path / "b", 3))
-    with pytest.raises(ConfigError, match="ema=ema; there is: none"):
+    with pytest.raises(ConfigError, match="ema=ema; available: none"):
         read_weights(other, ema="ema")
 
 

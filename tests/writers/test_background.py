@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distrain.files import append_file as appendfile
 from distrain.writers import background as writers
-from distrain.writers.background import BackgroundWriter, NewScalars, Row, default_writers
+from distrain.writers.background import BackgroundWriter
+from distrain.writers.base import NewScalars, Row
+from distrain.writers.defaults import default_writers
 from distrain.writers.json_lines import JsonLinesWriter
 
 
@@ -211,7 +213,9 @@ def test_default_writers(
 FULL_DISK = """
 import logging, resource, sys, time
 from distrain.writers.json_lines import JsonLinesWriter
-from distrain.writers.background import BackgroundWriter, Row, default_writers
+from distrain.writers.background import BackgroundWriter
+from distrain.writers.base import Row
+from distrain.writers.defaults import default_writers
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 writer = BackgroundWriter(default_writers(sys.argv[1]))
@@ -247,7 +251,9 @@ def test_full_disk_is_survived_and_nothing_is_lost(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, time
 from distrain.writers.json_lines import JsonLinesWriter
-from distrain.writers.background import BackgroundWriter, Row, default_writers
+from distrain.writers.background import BackgroundWriter
+from distrain.writers.base import Row
+from distrain.writers.defaults import default_writers
 writer = BackgroundWriter(default_writers(sys.argv[1]))
 for iteration in range(1_000_000):
     writer.write(Row(iteration, 60, {f"loss{k}": (k / 3, iteration) for k in range(30)}))

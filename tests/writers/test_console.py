@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distrain.writers.background import Row
+from distrain.writers.base import Row
 from distrain.writers.console import ConsoleWriter, describe
 
 SCALARS = {

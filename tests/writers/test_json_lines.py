@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.writers.background import Row
+from distrain.writers.base import Row
 from distrain.writers.json_lines import JsonLinesWriter
 
 

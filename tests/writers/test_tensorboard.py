@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 
 from distrain.events.histogram import Histogram
-from distrain.writers.background import Row
+from distrain.writers.base import Row
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import crc32c, record
 from distrain.writers.tensorboard import TensorBoardWriter
