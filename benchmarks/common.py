@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from distrain import get_event_storage
-from distrain.distributed.process_group import local_device
+from distrain.distributed.ranks import local_device
 
 SETTLE_S = 0.003  # who works for less than a tenth of it has settled
 

@@ -31,7 +31,7 @@ from benchmarks.models import GPT, resnet50
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed.process_group import Topology, local_device, process_group
+from distrain.distributed.ranks import Topology, local_device, process_group
 from distrain.optim.optimizer import build_optimizer
 
 # dense bf16 operations a second, from NVIDIA's data sheets; the first name that fits counts

@@ -16,7 +16,7 @@ from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed.process_group import topology
+from distrain.distributed.ranks import topology
 from distrain.errors import ExitCode
 from distrain.job import training
 

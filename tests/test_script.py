@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import distrain
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import TrainLoader
-from distrain.distributed.process_group import process_group
+from distrain.distributed.ranks import process_group
 from distrain.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 
 class Model(torch.nn.Linear):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrain.distributed.process_group import topology
+from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 
 _LIBRARY = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "torch.")

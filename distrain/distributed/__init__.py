@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from distrain._lazy import attach
 
 if TYPE_CHECKING:
-    from distrain.distributed.process_group import Topology, process_group, topology
+    from distrain.distributed.ranks import Topology, process_group, topology
 
 _MODULE_OF = {
-    "Topology": "process_group",
-    "process_group": "process_group",
-    "topology": "process_group",
+    "Topology": "ranks",
+    "process_group": "ranks",
+    "topology": "ranks",
 }
 __getattr__, __dir__ = attach(__name__, _MODULE_OF)
 

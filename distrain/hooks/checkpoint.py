@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed.process_group import gather_to_main, random_states
+from distrain.distributed.ranks import gather_to_main, random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hooks.evaluation import is_finished

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.distributed.ddp import has_own_buffers
 from distrain.distributed.fsdp import is_sharded
-from distrain.distributed.process_group import gather_to_all
+from distrain.distributed.ranks import gather_to_all
 from distrain.errors import ConfigError, ReplicaDrift
 from distrain.log import logger
 from distrain.trainer.hook import HookBase

@@ -8,7 +8,7 @@ from typing import Any
 
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config.compose import build
-from distrain.distributed.process_group import Topology
+from distrain.distributed.ranks import Topology
 from distrain.job.training import build_parts
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
 from distrain.schedule.schedules import schedule_values

@@ -20,7 +20,7 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.config.compose import build
 from distrain.config.instantiate import placed
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
-from distrain.distributed.process_group import (
+from distrain.distributed.ranks import (
     Topology,
     local_device,
     process_group,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distrain import heartbeat
-from distrain.distributed.process_group import default_store, new_cpu_group, topology
+from distrain.distributed.ranks import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 from distrain.events.storage import EventStorage

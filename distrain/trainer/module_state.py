@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrain.distributed.process_group import random_states, restore_random_states, topology
+from distrain.distributed.ranks import random_states, restore_random_states, topology
 from distrain.events.storage import EventStorage
 
 

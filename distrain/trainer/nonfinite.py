@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.distributed.fsdp import gradient_norm
-from distrain.distributed.process_group import gather_to_all
+from distrain.distributed.ranks import gather_to_all
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.log import logger
 

@@ -25,7 +25,7 @@ from distrain.distributed.fsdp import (
     without_sync,
 )
 from distrain.distributed.fsdp_blocks import find_blocks
-from distrain.distributed.process_group import local_device
+from distrain.distributed.ranks import local_device
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.optim.optimizer import clip_gradients, start_momentum

@@ -116,7 +116,7 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
     ("argv", "text"),
     [
         ((), "nothing to train: give an experiment, +experiment=digits|multiloss|pydoc_gpt"),
-        (("+experiment=digitz",), "experiment=digitz: no such choice; did you mean digits? there"),
+        (("+experiment=digitz",), "experiment=digitz: no such choice; did you mean digits? avail"),
         (
             (*DIGITS, "optim=adamww"),
             "optim=adamww: no such choice; did you mean adamw? available: ",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distrain.distributed.process_group import default_store, new_cpu_group
+from distrain.distributed.ranks import default_store, new_cpu_group
 from distrain.errors import NonFiniteLoss
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 from distrain.events.storage import EventStorage

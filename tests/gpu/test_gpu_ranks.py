@@ -18,7 +18,7 @@ from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed.process_group import process_group
+from distrain.distributed.ranks import process_group
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.events import reduction
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distrain.distributed.process_group import process_group
+from distrain.distributed.ranks import process_group
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
 from distrain.launch import local, start
 from distrain.launch.agent import run_node

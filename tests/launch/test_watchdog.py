@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ranks import FORK, die_with
 
 from distrain import HookBase, Trainer
-from distrain.distributed.process_group import process_group
+from distrain.distributed.ranks import process_group
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Beat, Phase
 from distrain.launch.agent import run_node

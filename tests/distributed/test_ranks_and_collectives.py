@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from distrain.distributed.process_group import (
+from distrain.distributed.ranks import (
     broadcast_from_main,
     gather_to_all,
     gather_to_main,
