@@ -463,8 +463,8 @@ def test_an_exception_in_this_process_is_not_touched(tmp_path):
     [
         ({"ranks": 0}, "launch.ranks=0: expected at least 1"),
         ({"in_process": True, "ranks": 2}, "launch.ranks=2: with in_process=true"),
-        ({"max_restarts": -1}, "launch.max_restarts=-1: at least 0"),
-        ({"grace_s": 0}, "launch.grace_s=0: a number above 0"),
+        ({"max_restarts": -1}, "launch.max_restarts=-1: expected at least 0"),
+        ({"grace_s": 0}, "launch.grace_s=0: expected a number above 0"),
         ({"start_method": "thread"}, "launch.start_method=thread: fork, spawn or null"),
         ({"rank": 2}, "launch.rank: LocalLauncher has no such keyword; did you mean ranks"),
     ],
