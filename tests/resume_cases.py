@@ -14,11 +14,11 @@ from torch.nn import functional as F
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint import staging  # noqa: F401
-from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed.ranks import topology
 from distrain.errors import ExitCode
 from distrain.job import training
+from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 
 HERE = __name__
 BATCH, ITERS, SAVED, CRASH = 12, 12, 5, 8  # a period of 5: iteration 5 is mid-epoch (29 samples)
@@ -180,7 +180,7 @@ def state_of(run_dir, iteration=ITERS):
     """Return a checkpoint without what is measured on the clock."""
     state = CheckpointStore(run_dir / "checkpoints").load(iteration)
     for name in [*state["histories"]]:
-        if name.startswith(CLOCK_PREFIXES):
+        if name.startswith(NONDETERMINISTIC_PREFIXES):
             del state["histories"][name]
     return state
 

@@ -25,6 +25,7 @@ import stat
 from functools import partial
 
 from distrain.files.retry import is_definite, retried
+from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ MANIFEST_FILE = "manifest.json"
 TRAINED_SUFFIX = ".trained"
 MODEL_PART = "model"
 HISTORIES_PART = "histories"
-# measured on this machine, never twice the same
-CLOCK_PREFIXES = ("perf/", "gpu/", "memory/", "straggler/")
 MAX_MANIFEST_BYTES = 1 << 24
 
 _FOLDER = re.compile(r"iter_(\d{10,18})")
@@ -222,7 +221,7 @@ def part_digests(tree: dict[str, Any], sha256_of: Callable[[str, str], str]) -> 
     A digest is the sha256 of the part's tree as compact JSON with sorted keys, where every tensor
     is given by its dtype, shape and the sha256 of its bytes. The order in which a dict was filled
     and the order of a tensor's dimensions in memory do not count; nor do, in the part "histories",
-    the names that begin with one of `CLOCK_PREFIXES`.
+    the names that begin with one of `NONDETERMINISTIC_PREFIXES`.
 
     Args:
         tree: the parts by name, as `snapshot.encode` makes them.
@@ -232,24 +231,24 @@ def part_digests(tree: dict[str, Any], sha256_of: Callable[[str, str], str]) -> 
     for part, node in tree.items():
         file = MODEL_FILE if part == MODEL_PART else TRAINING_FILE
         if part == HISTORIES_PART:
-            node = _without_clock(node)
+            node = _without_nondeterministic(node)
         plain = _canonical(node, partial(sha256_of, file))
         text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
         digests[part] = hashlib.sha256(text.encode()).hexdigest()
     return digests
 
 
-def _without_clock(node: Any) -> Any:
-    """Return the histories without those that are measured on the clock."""
+def _without_nondeterministic(node: Any) -> Any:
+    """Return the histories without timing and hardware metrics."""
     if not isinstance(node, dict):
         return node
     if "$dict" in node:
-        return {"$dict": [[k, v] for k, v in node["$dict"] if not _is_clock(k)]}
-    return {k: v for k, v in node.items() if not _is_clock(k)}
+        return {"$dict": [[k, v] for k, v in node["$dict"] if not _is_nondeterministic(k)]}
+    return {k: v for k, v in node.items() if not _is_nondeterministic(k)}
 
 
-def _is_clock(name: object) -> bool:
-    return isinstance(name, str) and name.startswith(CLOCK_PREFIXES)
+def _is_nondeterministic(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(NONDETERMINISTIC_PREFIXES)
 
 
 def _canonical(node: Any, sha256_of: Callable[[str], str]) -> Any:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.checks import refuse_url
 from distrain.hooks.evaluation import is_finished
 from distrain.redact import masked
+from distrain.scalar_names import ETA_S, LR, NONDETERMINISTIC_PREFIXES, STEP_S
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators
 from distrain.writers.background import BackgroundWriter
@@ -124,9 +124,9 @@ class PeriodicWriter(HookBase):
     ) -> None:
         assert self._writer is not None
         storage = self.trainer.storage
-        if "perf/step_s" in scalars:
-            step_s, at = scalars["perf/step_s"]
-            scalars["perf/eta_s"] = (step_s * (self.trainer.max_iter - done), at)
+        if STEP_S in scalars:
+            step_s, at = scalars[STEP_S]
+            scalars[ETA_S] = (step_s * (self.trainer.max_iter - done), at)
         row = Row(
             done - 1,
             self.trainer.max_iter,
@@ -161,7 +161,7 @@ class PeriodicWriter(HookBase):
         metrics = {
             name: value
             for name, (value, _) in scalars.items()
-            if not name.startswith(("lr", *CLOCK_PREFIXES))
+            if not name.startswith((LR, *NONDETERMINISTIC_PREFIXES))
         }
         for writer in self._given or ():
             if isinstance(writer, TensorBoardWriter):

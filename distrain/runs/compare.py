@@ -11,7 +11,8 @@ from distrain.redact import masked
 from distrain.runfolder.differences import differences
 from distrain.runfolder.provenance import LEFT_OUT
 from distrain.runs.escape import escaped
-from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, read
+from distrain.runs.records import Files, Start, all_rows, last_values, read
+from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_WIDTH = 60
 _MAX_DIFF_BYTES = 32 << 20
@@ -73,7 +74,9 @@ def _code(left: Files, right: Files) -> tuple[list[list[str]], str]:
 def _values(left: Path, right: Path, *, is_full: bool) -> list[list[str]]:
     """Return the last values of the scalars that both runs have."""
     a, b = (last_values(list(all_rows(path))) for path in (left, right))
-    shared = [name for name in a if name in b and (is_full or not name.startswith(HIDDEN))]
+    shared = [
+        name for name in a if name in b and (is_full or not name.startswith(DIAGNOSTIC_PREFIXES))
+    ]
     return [
         [name, f"{a[name]:.6g}", f"{b[name]:.6g}", f"{b[name] - a[name]:+.3g}"] for name in shared
     ]

@@ -26,9 +26,6 @@ from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
 METRICS_FILE = "metrics.jsonl"
 TAIL_BYTES = 1 << 16
-HIDDEN = ("guard/", "straggler/", "perf/")
-"""Beginnings of the names of scalars about the machines, which are shown on request."""
-
 _MAX_JSON_BYTES = 16 << 20
 _LARGEST = 2**53  # integers above it are no counts
 _LATEST = 1e11  # seconds since 1970

@@ -18,9 +18,10 @@ from distrain.files.regular import read_tail
 from distrain.launch.slurm.attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.runs.escape import escaped, escaped_lines
-from distrain.runs.records import HIDDEN, Files, Start, all_rows, last_values, mtime
+from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
 from distrain.runs.table import cells, titles
+from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_LOGS = 4
 _WRONG = (KeyError, TypeError, ValueError, AttributeError)
@@ -52,7 +53,7 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
     yield title, "\n".join(f"{name:<10} {cell}" for name, cell in facts)
     values = last_values(list(all_rows(files.path)))
     if not is_full:
-        values = {name: v for name, v in values.items() if not name.startswith(HIDDEN)}
+        values = {name: v for name, v in values.items() if not name.startswith(DIAGNOSTIC_PREFIXES)}
     width = max(map(len, values), default=0)
     yield "last values", "\n".join(f"{name:<{width}}  {v:.6g}" for name, v in values.items())
     yield "starts", "\n".join(map(_start, files.starts))

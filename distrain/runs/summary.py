@@ -11,6 +11,7 @@ from typing import Any
 from distrain.runs.find import find_runs, name_of
 from distrain.runs.records import METRICS_FILE, Files, last_values, mtime, node, number, read
 from distrain.runs.states import Queue, State, ask_slurm, open_job, state_of
+from distrain.scalar_names import STEP_S
 
 _LONGEST_S = 1e10  # 300 years; what takes longer is no measurement
 
@@ -94,7 +95,7 @@ def summarize_one(path: Path) -> Summary:
 
 def _step_s(files: Files) -> float | None:
     """Return the mean time of an iteration in the last rows; None if nobody measured it."""
-    times = [row["perf/step_s"] for row in files.rows if 0 < row.get("perf/step_s", 0) < _LONGEST_S]
+    times = [row[STEP_S] for row in files.rows if 0 < row.get(STEP_S, 0) < _LONGEST_S]
     return sum(times) / len(times) if times else None
 
 

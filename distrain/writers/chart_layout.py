@@ -6,9 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from distrain.checkpoint.format import CLOCK_PREFIXES
+from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 
-_NO_METRIC = "|".join([*CLOCK_PREFIXES, "lr/", "final/"])
+_NO_METRIC = "|".join([*NONDETERMINISTIC_PREFIXES, "lr/", "final/"])
 
 
 def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
@@ -28,7 +28,7 @@ def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         top = name.partition("/")[0]
         if top == "perf" and base.endswith("_s") and not base.endswith("_per_s"):
             layout["performance"]["seconds"] = [r"perf/(?!eta_s$)(?!.*_per_s$).*_s$"]
-        elif f"{top}/" in CLOCK_PREFIXES:
+        elif f"{top}/" in NONDETERMINISTIC_PREFIXES:
             layout["performance"][f"{top} {base}"] = [rf"{top}/(.*/)?{re.escape(base)}$"]
         elif top == "lr":
             layout["learning rate"]["lr"] = ["lr(/.*)?$"]

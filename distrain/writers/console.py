@@ -10,8 +10,8 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
-from distrain.checkpoint.format import CLOCK_PREFIXES
 from distrain.progress import REFRESH_S, display, import_rich, is_terminal
+from distrain.scalar_names import ETA_S, GUARD, LR, NONDETERMINISTIC_PREFIXES, STEP_S
 from distrain.writers.base import NewScalars, Row
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def describe(values: Mapping[str, float]) -> str:
     Args:
         values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
             have their places at the end; others under `lr/`, `guard/` and
-            `CLOCK_PREFIXES` are left out.
+            `NONDETERMINISTIC_PREFIXES` are left out.
 
     Example:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
@@ -122,9 +122,9 @@ def describe(values: Mapping[str, float]) -> str:
     parts = [f"{name} {values[name]:.4g}" for name in names[:MAX_VALUES]]
     if "lr" in values:
         parts.append(f"lr {values['lr']:#.3g}")
-    if "perf/step_s" in values:
-        parts.append(f"{values['perf/step_s']:.3g} s/it")
-    eta_s = values.get("perf/eta_s", float("inf"))
+    if STEP_S in values:
+        parts.append(f"{values[STEP_S]:.3g} s/it")
+    eta_s = values.get(ETA_S, float("inf"))
     if 0 <= eta_s < timedelta.max.total_seconds():
         parts.append(f"eta {timedelta(seconds=int(eta_s))}")
     return "  ".join(parts)
@@ -133,7 +133,7 @@ def describe(values: Mapping[str, float]) -> str:
 @lru_cache(10_000)
 def _place(name: str) -> int:
     """Return where in a line a scalar is listed: totals, other losses, metrics, not at all."""
-    if name == "lr" or name.startswith(("lr/", "guard/", *CLOCK_PREFIXES)):
+    if name == LR or name.startswith((f"{LR}/", GUARD, *NONDETERMINISTIC_PREFIXES)):
         return _HIDDEN
     if "loss" not in name.lower():
         return 2

@@ -42,6 +42,7 @@ from distrain.launch.slurm.attempts import (
     write_json,
 )
 from distrain.process import stdio
+from distrain.scalar_names import STEP_S
 
 _METRICS_FILE = "metrics.jsonl"
 
@@ -195,8 +196,8 @@ def _progress(run_dir: Path, first_iter: int) -> tuple[int, float]:
                 except ValueError:
                     continue  # the torn last line of a run that was killed
                 last = max(last, row["iteration"] + 1)
-                if row["iteration"] >= first_iter and "perf/step_s" in row:
-                    times.append(float(row["perf/step_s"]))
+                if row["iteration"] >= first_iter and STEP_S in row:
+                    times.append(float(row[STEP_S]))
     except FileNotFoundError:
         return 0, 0.0
     return last, sum(times) / len(times) if times else 0.0

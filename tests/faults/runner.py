@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from distrain.checkpoint.catalog import describe, find_all  # noqa: E402
-from distrain.checkpoint.format import CLOCK_PREFIXES  # noqa: E402
+from distrain.scalar_names import NONDETERMINISTIC_PREFIXES  # noqa: E402
 
 ROLES = ("parent", "rank", "worker", "writer", "tracker")  # the last is Python's, of shared memory
 TOKEN = "DISTRAIN_FAULT_TRIAL"  # in the environment of every process of a trial, and of no other
@@ -239,7 +239,10 @@ class Runner:
         except FileNotFoundError:
             return []
         rows = [json.loads(line) for line in lines]
-        return [{k: v for k, v in row.items() if not k.startswith(CLOCK_PREFIXES)} for row in rows]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(NONDETERMINISTIC_PREFIXES)}
+            for row in rows
+        ]
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return the (step, value) pairs that TensorBoard shows for each scalar."""
@@ -251,7 +254,7 @@ class Runner:
         return {
             tag: [(event.step, event.value) for event in events.Scalars(tag)]
             for tag in events.Tags()["scalars"]
-            if not tag.startswith(CLOCK_PREFIXES)
+            if not tag.startswith(NONDETERMINISTIC_PREFIXES)
         }
 
     def digests(self) -> dict[str, str]:
