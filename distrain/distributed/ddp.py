@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain.distributed.ranks import random_states, restore_random_states
+from distrain.distributed.rng import random_states, restore_random_states
 from distrain.errors import ConfigError
 from distrain.log import logger
 

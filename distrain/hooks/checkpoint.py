@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.distributed.ranks import gather_to_main, random_states
+from distrain.distributed.collectives import gather_to_main
+from distrain.distributed.rng import random_states
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hooks.evaluation import is_finished

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.ddp import has_own_buffers
 from distrain.distributed.fsdp import is_sharded
-from distrain.distributed.ranks import gather_to_all
 from distrain.errors import ConfigError, ReplicaDrift
 from distrain.log import logger
 from distrain.trainer.hook import HookBase

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from distrain.distributed.ranks import gather_to_all
+from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.events.storage import Spread
 from distrain.heartbeat import Phase

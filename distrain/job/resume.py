@@ -12,7 +12,8 @@ from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers, find_all
 from distrain.checkpoint.decode import load_checkpoint
 from distrain.checkpoint.retention import read_run_id
-from distrain.distributed.ranks import broadcast_from_main, topology
+from distrain.distributed.collectives import broadcast_from_main
+from distrain.distributed.ranks import topology
 from distrain.errors import RunFailed, RunRefused
 from distrain.files.retry import retried, unreadable
 from distrain.log import logger

@@ -34,7 +34,7 @@ from torch import Tensor
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 from distrain.data.workers import Fetch, MicroBatch, length_of
 from distrain.distributed import serialization as wire
-from distrain.distributed.ranks import gather_to_all
+from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.log import logger
 

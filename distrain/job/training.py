@@ -20,13 +20,8 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.config.compose import build
 from distrain.config.instantiate import placed
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
-from distrain.distributed.ranks import (
-    Topology,
-    local_device,
-    process_group,
-    restore_random_states,
-    seed_everything,
-)
+from distrain.distributed.ranks import Topology, local_device, process_group
+from distrain.distributed.rng import restore_random_states, seed_everything
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase

@@ -13,7 +13,7 @@ from distrain import heartbeat
 from distrain import progress as progressbar
 from distrain.data.batch import to_channels_last
 from distrain.data.loader import EvalLoader, batch_length, to_device
-from distrain.distributed.ranks import gather_to_all
+from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.trainer.model_call import call, takes_whole_batch, total_loss

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrain.distributed.ranks import random_states, restore_random_states, topology
+from distrain.distributed.ranks import topology
+from distrain.distributed.rng import random_states, restore_random_states
 from distrain.events.storage import EventStorage
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.fsdp import gradient_norm
-from distrain.distributed.ranks import gather_to_all
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.log import logger
 

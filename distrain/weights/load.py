@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distrain.checks import did_you_mean
-from distrain.distributed.ranks import broadcast_from_main, topology
+from distrain.distributed.collectives import broadcast_from_main
+from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError, RunFailed
 from distrain.files.retry import unreadable
 from distrain.log import logger

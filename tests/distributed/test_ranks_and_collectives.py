@@ -13,12 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from distrain.distributed.ranks import (
-    broadcast_from_main,
-    gather_to_all,
-    gather_to_main,
-    random_states,
-)
+from distrain.distributed.collectives import broadcast_from_main, gather_to_all, gather_to_main
+from distrain.distributed.rng import random_states
 from distrain.distributed.serialization import decode, encode
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

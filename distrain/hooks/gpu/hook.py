@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distrain.distributed.ranks import gather_to_all
+from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.hooks.gpu.sampler import Sampler
 from distrain.hooks.throughput import samples_per_step
