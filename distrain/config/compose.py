@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distrain.config import schema
-from distrain.config.instantiate import build, locate
+from distrain.config.import_path import locate
+from distrain.config.instantiate import build
 from distrain.errors import ConfigError
 
 if TYPE_CHECKING:

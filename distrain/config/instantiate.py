@@ -1,66 +1,60 @@
 """Build objects from nodes: `_target_` and its keywords, with the semantics of Hydra's instantiate.
 
-`_target_` may name any callable that can be imported: configuration is trusted like code.
+Configuration is trusted like code: `_target_` may name any importable callable.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
-import pkgutil
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
-from distrain.checks import did_you_mean, parsed_number, wrong
+from typing_extensions import Unpack
+
+from distrain.checks import did_you_mean, one_of, parsed_number, wrong
+from distrain.config.import_path import locate, name_of
 from distrain.errors import ConfigError
 
-_OWN_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
-_CONVERT = ("none", "partial", "object", "all")
+_SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 @dataclass(frozen=True)
 class _Mode:
-    """Settings that the nodes inside a node inherit, unless they have their own."""
+    """Settings that inner nodes inherit, unless they have their own."""
 
     convert: str = "all"
     recursive: bool = True
 
     def of(self, node: Mapping[str, Any], key: str) -> _Mode:
-        """Mode of a node, from its own `_convert_` and `_recursive_` where it has them."""
+        """Return the mode of a node with its own `_convert_` and `_recursive_` applied."""
         convert = str(node.get("_convert_", self.convert)).lower()
-        if convert not in _CONVERT:
-            expected = "one of " + ", ".join(_CONVERT)
-            raise wrong(_join(key, "_convert_"), node["_convert_"], expected)
-        return replace(
-            self, convert=convert, recursive=_flag(node, "_recursive_", key, self.recursive)
-        )
+        one_of(_join(key, "_convert_"), convert, ("none", "partial", "object", "all"))
+        return _Mode(convert, _flag(node, "_recursive_", key, self.recursive))
 
 
 def build(node: Mapping[str, Any], key: str = "", /, **context: Any) -> Any:
     """Return the object that `node["_target_"]` makes of the node's other keys.
 
-    The node's special keys are those of `hydra.utils.instantiate`: `_args_` are positional
-    arguments; `_partial_: true` returns a callable that still waits for arguments; nodes inside
-    the node are built first, unless `_recursive_: false` passes them as they are; `_convert_: none`
-    passes lists and mappings as OmegaConf's. The default differs: plain lists and dicts (`all`).
+    The special keys are those of `hydra.utils.instantiate`: `_args_` are positional arguments;
+    `_partial_: true` returns a `functools.partial`; inner nodes are built first, unless
+    `_recursive_: false` passes them as they are; `_convert_: none` passes lists and mappings as
+    OmegaConf's. The default differs: plain lists and dicts (`all`).
 
     Args:
         node: `_target_` is the import path of any callable; the other keys are its keywords.
-        key: the node's dotted key in the configuration, for error messages.
+        key: dotted key of the node in the configuration, for error messages.
         context: keywords that are passed too if the callable's signature names them and the
             node does not.
 
     Raises:
-        ConfigError: when the path does not import, an argument is unknown or missing, or the
-            callable raises ValueError.
+        ConfigError: the path does not import, an argument is unknown or missing, or the callable
+            raises ValueError.
     """
     return _build(node, key, _Mode(), context)
 
@@ -72,7 +66,7 @@ def _build(node: Mapping[str, Any], key: str, mode: _Mode, context: Mapping[str,
     keywords = {
         name: _argument(value, _join(key, name), mode)
         for name, value in node.items()
-        if name not in _OWN_KEYS
+        if name not in _SPECIAL_KEYS
     }
     is_partial = _flag(node, "_partial_", key, False)
     signature = _signature(target)
@@ -88,50 +82,32 @@ def _build(node: Mapping[str, Any], key: str, mode: _Mode, context: Mapping[str,
         return target(*args, **keywords)
     except Exception as error:
         if isinstance(error, ValueError) or _is_wrong_call(error, target, signature, keywords):
-            raise ConfigError(placed(str(error), key or name_of(target), keywords)) from error
+            raise ConfigError(with_key(str(error), key or name_of(target), keywords)) from error
         error.add_note(f"while building {key or 'a node'}: {name_of(target)}")
         raise
 
 
-def locate(path: str, key: str = "") -> Any:
-    """Return the object at an import path such as `torch.optim.SGD`.
-
-    Args:
-        path: module and attributes, joined by dots.
-        key: the dotted key that holds the path, for error messages.
-
-    Raises:
-        ConfigError: when no module or attribute of that name exists, or importing fails.
-    """
-    where = f"{key}={path}" if key else path
-    found, rest = _import_longest(path, where)
-    for name in rest:
-        if not hasattr(found, name):
-            raise ConfigError(f"{where}: {_nothing_in(found, name)}")
-        found = getattr(found, name)
-    return found
-
-
 def keywords_of(target: Callable[..., Any]) -> list[str] | None:
-    """Return the names of a callable's arguments, or None where it takes any."""
+    """Return the names of a callable's arguments, or None if it takes any."""
     signature = _signature(target)
     return None if signature is None or _takes_any(signature) else [*signature.parameters]
 
 
-def name_of(target: object) -> str:
-    """Return a callable's name as its user knows it."""
-    return str(getattr(target, "__qualname__", target))
+def with_key(text: str, key: str, keywords: Iterable[str]) -> str:
+    """Return an error's text with the dotted key: `ranks=0: ...` becomes `launch.ranks=0: ...`."""
+    if re.split("[=.:]", text, maxsplit=1)[0] in keywords:
+        return f"{key}.{text}"
+    return text if text.startswith(f"{key}.") else f"{key}: {text}"
 
 
 def _target(node: Mapping[str, Any], key: str) -> Callable[..., Any]:
-    """Callable that a node names."""
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str):
-        raise ConfigError(f"{key or node}: needs a _target_, as in package.module.Name")
+        raise ConfigError(f"{key or node}: expected a _target_, as in package.module.Name")
     target_key = _join(key, "_target_")
     target = locate(path, target_key)
     if not callable(target):
-        raise ConfigError(f"{target_key}={path}: a {type(target).__name__} cannot be called")
+        raise wrong(target_key, path, f"a callable; it is a {type(target).__name__}")
     return typing.cast("Callable[..., Any]", target)
 
 
@@ -147,21 +123,18 @@ def _flag(node: Mapping[str, Any], name: str, key: str, default: bool) -> bool:
 
 
 def _positional(node: Mapping[str, Any], key: str, mode: _Mode) -> list[Any]:
-    """Positional arguments of a node."""
-    args = node.get("_args_", [])
+    args, args_key = node.get("_args_", []), _join(key, "_args_")
     if not isinstance(args, list | tuple):
-        raise wrong(_join(key, "_args_"), args, "a list")
-    where = _join(key, "_args_")
-    return [_argument(arg, f"{where}.{i}", mode) for i, arg in enumerate(args)]
+        raise wrong(args_key, args, "a list")
+    return [_argument(arg, f"{args_key}.{i}", mode) for i, arg in enumerate(args)]
 
 
 def _argument(value: Any, key: str, mode: _Mode) -> Any:
-    """Value of an argument: nodes inside are built, containers are converted."""
     return _built(value, key, mode) if mode.recursive else _converted(value, mode)
 
 
 def _built(value: Any, key: str, mode: _Mode) -> Any:
-    """Value with every node inside it built."""
+    """Return the value with every inner node built."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             return _build(value, key, mode, {})
@@ -173,19 +146,12 @@ def _built(value: Any, key: str, mode: _Mode) -> Any:
 
 
 def _converted(value: Any, mode: _Mode) -> Any:
-    """Container as the mode wants it: OmegaConf's for `none`, else plain."""
+    """Return a container as OmegaConf's for `_convert_: none`, else as it is."""
     if mode.convert != "none" or not isinstance(value, dict | list):
         return value
     from omegaconf import OmegaConf
 
     return OmegaConf.create(value, flags={"allow_objects": True})
-
-
-def placed(text: str, key: str, keywords: Iterable[str]) -> str:
-    """Return an error's text with the dotted key: `ranks=0: ...` becomes `launch.ranks=0: ...`."""
-    if re.split("[=.:]", text, maxsplit=1)[0] in keywords:
-        return f"{key}.{text}"
-    return text if text.startswith(f"{key}.") else f"{key}: {text}"
 
 
 def _is_wrong_call(
@@ -205,10 +171,10 @@ def _is_wrong_call(
 
 
 def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
-    """Signature of a callable, or None for the few built-in ones that have none.
+    """Return the signature of a callable; None for the few built-in ones that have none.
 
     A decorator's `__wrapped__` is followed for the names of arguments, but it is the decorator that
-    is called: its own `**kwargs` may take what the function inside does not, or add what it needs.
+    is called: its own `**kwargs` may accept more than the wrapped function, or add to it.
     """
     try:
         signature = inspect.signature(target)
@@ -217,6 +183,12 @@ def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
         return None
     if signature != outer and not _takes_any(outer):
         return outer
+    *others, last = [None, *signature.parameters.values()]
+    if last is not None and "Unpack[" in str(last.annotation):
+        # `**keywords: Unpack[T]` takes the keys of the TypedDict T and no others (PEP 692)
+        names = _hints(target).keys() - signature.parameters.keys() - {"return"}
+        more = [inspect.Parameter(n, last.KEYWORD_ONLY, default=None) for n in sorted(names)]
+        return signature.replace(parameters=[*filter(None, others), *more])
     if _takes_any(signature) or not any(map(_has_variable_keywords, _functions(target))):
         return signature
     optional = [
@@ -227,12 +199,25 @@ def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
     return signature.replace(parameters=[*optional, rest])
 
 
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a callable's arguments, the keys of an unpacked TypedDict included."""
+    made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(made)
+    except NameError:  # of a type that only the type checker imports
+        return {}
+    for hint in [*hints.values()]:
+        if typing.get_origin(hint) is Unpack:
+            hints |= typing.get_type_hints(typing.get_args(hint)[0])
+    return hints
+
+
 def _takes_any(signature: inspect.Signature) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def _functions(target: Any) -> Iterator[Any]:
-    """Functions that run when a callable is called: decorators, and those that they wrap."""
+    """Yield the functions that run when a callable is called: decorators and the wrapped ones."""
     if isinstance(target, type):
         entries: list[Any] = [target.__init__, target.__new__, type(target).__call__]  # type: ignore[misc]
     else:
@@ -256,12 +241,12 @@ def _check_arguments(
     keywords: dict[str, Any],
     key: str,
 ) -> None:
-    """Raise ConfigError for an argument that the callable does not take, or needs and lacks."""
+    """Raise ConfigError for an unknown, a doubled or a missing argument."""
     parameters = [*signature.parameters.values()]
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(args) > len(by_position) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        most = f"{name_of(target)} takes at most {len(by_position)} positional arguments"
-        raise ConfigError(f"{_join(key, '_args_')}: {most}, not {len(args)}")
+        expected = f"at most {len(by_position)} positional arguments for {name_of(target)}"
+        raise ConfigError(f"{_join(key, '_args_')}: expected {expected}, got {len(args)}")
     taken = [p.name for p in by_position[: len(args)] if p.kind is not p.POSITIONAL_ONLY]
     takes = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for name in keywords:
@@ -276,72 +261,28 @@ def _check_arguments(
 
 
 def _with_numbers(target: Callable[..., Any], keywords: dict[str, Any], key: str) -> dict[str, Any]:
-    """Keywords of something of ours, with text that is a number as that number.
+    """Return the keywords of a callable of distrain, with text that is a number as that number.
 
-    Raises ConfigError where it takes a number and gets another text, a list or null. Callables of
-    others may be annotated in ways that they do not mean.
+    Callables of other packages may have annotations that are not meant strictly.
+
+    Raises:
+        ConfigError: it takes a number and gets another text, a list or null.
     """
     if not str(getattr(target, "__module__", "")).startswith("distrain."):
         return keywords
-    made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    try:
-        hints = typing.get_type_hints(made)
-    except NameError:  # of a type that only the type checker imports
-        return keywords
+    hints = _hints(target)
     checked = dict(keywords)
     for name, value in keywords.items():
         hint = hints.get(name)
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(hint)) if is_union else {hint}
-        is_optional = type(None) in kinds or name not in hints
+        is_optional = type(None) in kinds
         if not kinds - {type(None)} <= {int, float} or (value is None and is_optional):
             continue
         number = checked[name] = parsed_number(value)
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            kind = "an integer" if float not in kinds else "a number"
-            expected = kind + (", or null" if is_optional else "")
-            raise wrong(_join(key, name), value, expected)
-        if float not in kinds and isinstance(number, float) and not number.is_integer():
-            raise wrong(_join(key, name), value, "an integer")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if float not in kinds and (not is_number or not float(number).is_integer()):
+            raise wrong(_join(key, name), value, "an integer" + ", or null" * is_optional)
+        if not is_number:
+            raise wrong(_join(key, name), value, "a number" + ", or null" * is_optional)
     return checked
-
-
-def _import_longest(path: str, where: str) -> tuple[Any, list[str]]:
-    """Import as many leading parts of the path as are modules; return the last and what is left."""
-    parts = path.split(".")
-    if not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{where}: this is not an import path like package.module.Name")
-    found = _import(parts[0], where)
-    if found is None:
-        hint = "is it installed, or in the folder you start from?"
-        raise ConfigError(f"{where}: there is no module {parts[0]}; {hint}")
-    for index, name in enumerate(parts[1:], start=1):
-        is_attribute = not isinstance(getattr(found, name, found), ModuleType)
-        inner = None if is_attribute else _import(".".join(parts[: index + 1]), where)
-        if inner is None:
-            return found, parts[index:]
-        found = inner
-    return found, []
-
-
-def _import(name: str, where: str) -> ModuleType | None:
-    """Import a module; return None if there is none of that name."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name or name.startswith(f"{error.name}."):
-            return None
-        raise ConfigError(f"{where}: importing {name} failed: {error}") from error
-    except Exception as error:
-        kind = type(error).__name__
-        raise ConfigError(f"{where}: importing {name} failed: {kind}: {error}") from error
-
-
-def _nothing_in(found: object, name: str) -> str:
-    """Return the sentence that `found` has no `name`, with the names it has."""
-    names = [n for n in dir(found) if not n.startswith("_")]
-    if isinstance(found, ModuleType) and hasattr(found, "__path__"):
-        names += [module.name for module in pkgutil.iter_modules(found.__path__)]
-    owner = getattr(found, "__name__", None) or name_of(type(found))
-    near = difflib.get_close_matches(name, sorted(set(names)), n=3)
-    return f"{owner} has no {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")

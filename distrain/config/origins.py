@@ -22,7 +22,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from distrain.config import schema
-from distrain.config.instantiate import keywords_of, locate
+from distrain.config.import_path import locate
+from distrain.config.instantiate import keywords_of
 from distrain.errors import ConfigError
 
 _CONF = Path(__file__).parents[1] / "conf"

@@ -11,7 +11,7 @@ from distrain.config.compose import build
 from distrain.distributed.ranks import Topology
 from distrain.job.training import build_parts
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
-from distrain.schedule.schedules import schedule_values
+from distrain.schedule.preview import schedule_values
 from distrain.trainer.hook import MOMENTS, HookBase
 from distrain.trainer.trainer import Trainer
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from distrain import heartbeat, log
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config.compose import build
-from distrain.config.instantiate import placed
+from distrain.config.instantiate import with_key
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed.ranks import Topology, local_device, process_group
 from distrain.distributed.rng import restore_random_states, seed_everything
@@ -207,7 +207,7 @@ def _optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
         try:
             optimizer = build_optimizer(model, **conf["optim"])
         except ConfigError as error:
-            raise ConfigError(placed(str(error), "optim", conf["optim"])) from error
+            raise ConfigError(with_key(str(error), "optim", conf["optim"])) from error
     elif callable(configure := getattr(model, "configure_optimizers", None)):
         optimizer, own = configure()
     else:

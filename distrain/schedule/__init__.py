@@ -16,18 +16,6 @@ if TYPE_CHECKING:
         WarmupStableDecayLR,
     )
 
-_MODULE_OF = {
-    "OneCycleLR": "schedules",
-    "WarmupConstantLR": "schedules",
-    "WarmupCosineLR": "schedules",
-    "WarmupExponentialLR": "schedules",
-    "WarmupLinearLR": "schedules",
-    "WarmupMultiStepLR": "schedules",
-    "WarmupPolynomialLR": "schedules",
-    "WarmupStableDecayLR": "schedules",
-}
-__getattr__, __dir__ = attach(__name__, _MODULE_OF)
-
 __all__ = [
     "OneCycleLR",
     "WarmupConstantLR",
@@ -38,3 +26,4 @@ __all__ = [
     "WarmupPolynomialLR",
     "WarmupStableDecayLR",
 ]
+__getattr__, __dir__ = attach(__name__, dict.fromkeys(__all__, "schedules"))

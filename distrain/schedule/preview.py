@@ -1,4 +1,4 @@
-"""What a schedule will do, before it does it: the learning rate at given iterations."""
+"""Preview of a schedule: the learning rate at given iterations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, zeros
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distrain.optim.optimizer import representative_group
 from distrain.schedule.base import WarmupLR
+
+_MAX_STEPS = 100_000  # of a schedule that has no closed form
 
 
 def schedule_values(
@@ -19,41 +20,40 @@ def schedule_values(
     optimizer: Optimizer,
     iterations: Sequence[int],
     *,
-    group: int | None = None,
-    max_steps: int = 100_000,
+    group: int = 0,
+    max_steps: int = _MAX_STEPS,
 ) -> list[float]:
-    """Return the learning rate that each of the iterations will use; the optimizer stays as it is.
+    """Return the learning rate at each iteration; the optimizer stays as it is.
 
-    Ours are evaluated in closed form. Others step through on a stand-in without parameters.
+    distrain's schedules are evaluated in closed form; others are stepped on a stand-in.
 
     Args:
         build: makes the schedule for an optimizer, such as `config.build` with its node.
-        optimizer: the run's optimizer, of which only the groups' settings are read.
+        optimizer: the run's optimizer; only the settings of its groups are read.
         iterations: counted from 0, in any order.
-        group: index of the group; None for the representative one.
-        max_steps: how far a foreign schedule is stepped.
+        group: index of the group.
+        max_steps: steps at most of a schedule that is stepped.
 
     Returns:
-        one rate for each iteration; NaN where a foreign schedule needs more steps, or a metric.
+        one rate per iteration; NaN where the schedule needs more steps, or a metric.
     """
-    index = representative_group(optimizer) if group is None else group
     schedule = build(_stand_in(optimizer))
     if isinstance(schedule, WarmupLR):
-        return [schedule.lr_at(t)[index] for t in iterations]
+        return [schedule.lr_at(t)[group] for t in iterations]
     reach = 0 if isinstance(schedule, ReduceLROnPlateau) else max_steps
     last = max((t for t in iterations if t <= reach), default=0)
     groups = schedule.optimizer.param_groups
-    rates = [float(groups[index]["lr"])]
+    rates = [float(groups[group]["lr"])]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of")  # there is no update to make
+        warnings.filterwarnings("ignore", message="Detected call of")  # no update is made
         for _ in range(last):
             schedule.step()
-            rates.append(float(groups[index]["lr"]))
+            rates.append(float(groups[group]["lr"]))
     return [rates[t] if t <= reach else math.nan for t in iterations]
 
 
 def _stand_in(optimizer: Optimizer) -> Optimizer:
-    """Return an optimizer with the same groups and settings, and one number for parameters each."""
+    """Return an optimizer with the same groups and settings, and one number as their parameters."""
     groups = []
     for group in optimizer.param_groups:
         settings = {

@@ -1,9 +1,9 @@
 """Learning-rate schedules: pure functions of the iteration, as torch schedulers.
 
-All follow `lr(t) = base_lr * warmup(t) * decay(t)`, where t is the number of updates made. Nothing
-else is state, so a resumed run, or one whose horizon was changed, goes on as if it had always been
-so. The examples give `decay(t)` for t = 0, 1, 2, ...; `WarmupLR` describes the warm-up. Any
-scheduler of torch that steps once an iteration can stand in their place.
+All follow `lr(t) = base_lr * warmup(t) * decay(t)`, where t is the number of updates made and the
+only state, so a resumed run, or one with another horizon, continues as if it had always been so.
+The examples give `decay(t)` for t = 0, 1, 2, ...; see `WarmupLR` for the warm-up. Any scheduler of
+torch that steps once per iteration works in their place.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from torch.optim import Optimizer
+from typing_extensions import Unpack, override
 
-from distrain.checks import number, one_of, whole
-from distrain.errors import ConfigError
-from distrain.schedule.base import HorizonLR, WarmupLR
-from distrain.schedule.preview import schedule_values
+from distrain.checks import number, one_of, whole, wrong
+from distrain.schedule.base import HorizonLR, Warmup, WarmupLR
 
 __all__ = [
     "OneCycleLR",
@@ -28,35 +28,27 @@ __all__ = [
     "WarmupMultiStepLR",
     "WarmupPolynomialLR",
     "WarmupStableDecayLR",
-    "names",
-    "schedule_values",
 ]
-
-DECAY_METHODS = ("cosine", "linear", "sqrt")
-ANNEAL_METHODS = ("cosine", "linear")
 
 
 class WarmupConstantLR(WarmupLR):
     """The base rate after the warm-up: `decay(t) = 1`."""
 
+    @override
     def decay(self, t: int) -> float:
-        """Return 1."""
         return 1.0
 
 
 class WarmupMultiStepLR(WarmupLR):
-    """Steps down at milestones: `decay(t) = gamma ** bisect_right(milestones, t)`.
+    """Drops at milestones: `decay(t) = gamma ** bisect_right(milestones, t)`.
 
     The schedule of ResNet (He et al. 2016) and of most detectors. Example: milestones [2, 4], gamma
     0.1: 1, 1, 0.1, 0.1, 0.01, ...
 
     Args:
-        milestones: the t from which on a further gamma counts, ascending.
-        gamma: factor of each step, >= 0.
-        optimizer, warmup_*, last_epoch: see `WarmupLR`.
-
-    Raises:
-        ConfigError: the milestones do not ascend; the text gives them.
+        milestones: the t of the drops, ascending.
+        gamma: factor of each drop, >= 0.
+        optimizer, *warmup, **keywords: see `WarmupLR`.
     """
 
     def __init__(
@@ -64,45 +56,44 @@ class WarmupMultiStepLR(WarmupLR):
         optimizer: Optimizer,
         milestones: Sequence[int],
         gamma: float = 0.1,
-        warmup_factor: float = 0.001,
-        warmup_iters: int = 1000,
-        warmup_method: str = "linear",
-        last_epoch: int = -1,
+        *warmup: Any,
+        **keywords: Unpack[Warmup],
     ) -> None:
         if isinstance(milestones, str) or not isinstance(milestones, Sequence):
-            raise ConfigError(f"milestones={milestones!r}; give a list of iterations")
+            raise wrong("milestones", milestones, "a list of iterations")
         self.milestones = [whole("milestones", each, least=0) for each in milestones]
         if self.milestones != sorted(self.milestones):
-            raise ConfigError(f"milestones={self.milestones} must ascend; sort the list")
+            raise wrong("milestones", self.milestones, "ascending iterations; sort the list")
         self.gamma = number("gamma", gamma)
-        super().__init__(optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch)
+        super().__init__(optimizer, *warmup, **keywords)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return gamma to the power of the number of milestones reached."""
         return float(self.gamma ** bisect_right(self.milestones, t))
 
 
 class WarmupCosineLR(HorizonLR):
     """Half a cosine down to 0 at `max_iters`: `decay(t) = 0.5 * (1 + cos(pi * t / max_iters))`.
 
-    Loshchilov & Hutter 2017, "SGDR", equation 5, without restarts. The cosine runs on beneath the
-    warm-up, and rises again past `max_iters`. Example: max_iters 4: 1, 0.853553, 0.5, 0.146447, 0.
+    Loshchilov & Hutter 2017, "SGDR", equation 5, without restarts. The cosine starts at t = 0, also
+    under a warm-up, and rises again past `max_iters`. Example: max_iters 4: 1, 0.853553, 0.5,
+    0.146447, 0.
     """
 
+    @override
     def decay(self, t: int) -> float:
-        """Return the cosine's share."""
         return 0.5 * (1.0 + math.cos(math.pi * t / self.max_iters))
 
 
 class WarmupLinearLR(HorizonLR):
-    """A straight line: `decay(t) = 1 - (1 - final_factor) * p`, p = t / max_iters, 1 at most.
+    """A straight line: `decay(t) = 1 - (1 - final_factor) * min(t / max_iters, 1)`.
 
     The usual one for fine-tuning (Devlin et al. 2019, BERT, appendix A.2: to 0). Example: max_iters
     4, final_factor 0.2: 1, 0.8, 0.6, 0.4, 0.2, 0.2, ...
 
     Args:
-        final_factor: share of the base rate at the end, >= 0.
-        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+        final_factor: fraction of the base rate at the end, >= 0.
+        optimizer, max_iters, **keywords: see `HorizonLR`.
     """
 
     def __init__(
@@ -111,30 +102,25 @@ class WarmupLinearLR(HorizonLR):
         max_iters: int,
         *,
         final_factor: float = 0.0,
-        warmup_factor: float = 0.001,
-        warmup_iters: int = 1000,
-        warmup_method: str = "linear",
-        last_epoch: int = -1,
+        **keywords: Unpack[Warmup],
     ) -> None:
         self.final_factor = number("final_factor", final_factor)
-        super().__init__(
-            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
-        )
+        super().__init__(optimizer, max_iters, **keywords)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return the line's height."""
         return 1.0 - (1.0 - self.final_factor) * self.progress(t)
 
 
 class WarmupPolynomialLR(HorizonLR):
-    """A power of what is left: `decay(t) = (1 - p) ** power`, p = t / max_iters, 1 at most.
+    """A power of the remaining fraction: `decay(t) = (1 - min(t / max_iters, 1)) ** power`.
 
     "poly" of DeepLab (Chen et al. 2017, section 4.1), there with power 0.9. Example: max_iters 4,
     power 2: 1, 0.5625, 0.25, 0.0625, 0, 0, ...
 
     Args:
         power: exponent, > 0.
-        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+        optimizer, max_iters, **keywords: see `HorizonLR`.
     """
 
     def __init__(
@@ -143,30 +129,25 @@ class WarmupPolynomialLR(HorizonLR):
         max_iters: int,
         *,
         power: float = 0.9,
-        warmup_factor: float = 0.001,
-        warmup_iters: int = 1000,
-        warmup_method: str = "linear",
-        last_epoch: int = -1,
+        **keywords: Unpack[Warmup],
     ) -> None:
         self.power = number("power", power, above=0.0)
-        super().__init__(
-            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
-        )
+        super().__init__(optimizer, max_iters, **keywords)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return the power of the share that is left."""
         return math.pow(1.0 - self.progress(t), self.power)
 
 
 class WarmupExponentialLR(HorizonLR):
     """The same factor in each iteration: `decay(t) = final_factor ** (t / max_iters)`.
 
-    torch's `ExponentialLR` with gamma = final_factor ** (1 / max_iters); it goes on past the end.
+    torch's `ExponentialLR` with gamma = final_factor ** (1 / max_iters), also past the end.
     Example: max_iters 4, final_factor 0.01: 1, 0.316228, 0.1, 0.0316228, 0.01, 0.00316228, ...
 
     Args:
-        final_factor: share of the base rate at `max_iters`, > 0.
-        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+        final_factor: fraction of the base rate at `max_iters`, > 0.
+        optimizer, max_iters, **keywords: see `HorizonLR`.
     """
 
     def __init__(
@@ -175,26 +156,21 @@ class WarmupExponentialLR(HorizonLR):
         max_iters: int,
         *,
         final_factor: float = 0.01,
-        warmup_factor: float = 0.001,
-        warmup_iters: int = 1000,
-        warmup_method: str = "linear",
-        last_epoch: int = -1,
+        **keywords: Unpack[Warmup],
     ) -> None:
         self.final_factor = number("final_factor", final_factor, above=0.0)
-        super().__init__(
-            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
-        )
+        super().__init__(optimizer, max_iters, **keywords)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return the power of the final factor."""
         return math.pow(self.final_factor, t / self.max_iters)
 
 
 class WarmupStableDecayLR(HorizonLR):
     """Warm-up, a long constant part, and a decay at the end (WSD).
 
-    `decay(t) = 1` until `max_iters - decay_iters`; from there x = (t - that) / decay_iters, 1 at
-    most, and `decay(t) = final_factor + (1 - final_factor) * shape(x)`, where shape is `1 - x`
+    `decay(t) = 1` until `max_iters - decay_iters`; from there x = (t - that) / decay_iters, at most
+    1, and `decay(t) = final_factor + (1 - final_factor) * shape(x)`, where shape is `1 - x`
     (linear), `0.5 * (1 + cos(pi * x))` (cosine) or `1 - sqrt(x)` (sqrt). Hu et al. 2024, MiniCPM,
     section 4; the three shapes are compared in Hägele et al. 2024, "Scaling Laws and
     Compute-Optimal Training Beyond Fixed Training Durations", where 1 - sqrt does best. A longer
@@ -204,8 +180,8 @@ class WarmupStableDecayLR(HorizonLR):
     Args:
         decay_iters: length of the decay, 1 ... max_iters.
         decay_method: "linear", "cosine" or "sqrt".
-        final_factor: share of the base rate at the end, >= 0.
-        optimizer, max_iters, warmup_*, last_epoch: see `HorizonLR`.
+        final_factor: fraction of the base rate at the end, >= 0.
+        optimizer, max_iters, **keywords: see `HorizonLR`.
     """
 
     def __init__(
@@ -216,22 +192,17 @@ class WarmupStableDecayLR(HorizonLR):
         decay_iters: int,
         decay_method: str = "linear",
         final_factor: float = 0.0,
-        warmup_factor: float = 0.001,
-        warmup_iters: int = 1000,
-        warmup_method: str = "linear",
-        last_epoch: int = -1,
+        **keywords: Unpack[Warmup],
     ) -> None:
         self.decay_iters = whole("decay_iters", decay_iters, least=1)
         if self.decay_iters > whole("max_iters", max_iters, least=1):
-            raise ConfigError(f"decay_iters={decay_iters} exceeds max_iters={max_iters}")
-        self.decay_method = one_of("decay_method", decay_method, DECAY_METHODS)
+            raise wrong("decay_iters", decay_iters, f"at most max_iters={max_iters}")
+        self.decay_method = one_of("decay_method", decay_method, ("cosine", "linear", "sqrt"))
         self.final_factor = number("final_factor", final_factor)
-        super().__init__(
-            optimizer, max_iters, warmup_factor, warmup_iters, warmup_method, last_epoch
-        )
+        super().__init__(optimizer, max_iters, **keywords)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return 1, or the height in the final decay."""
         x = min(max(t - (self.max_iters - self.decay_iters), 0) / self.decay_iters, 1.0)
         if self.decay_method == "linear":
             shape = 1.0 - x
@@ -253,10 +224,10 @@ class OneCycleLR(WarmupLR):
 
     Args:
         max_iters: length of the cycle.
-        rise: share of the cycle that goes up, >= 0 and < 1.
+        rise: fraction of the cycle with a rising rate, >= 0 and < 1.
         method: "cosine" or "linear".
-        start_factor: share of the base rate at t = 0, >= 0.
-        final_factor: share of the base rate at the end, >= 0.
+        start_factor: fraction of the base rate at t = 0, >= 0.
+        final_factor: fraction of the base rate at the end, >= 0.
         optimizer, last_epoch: see `WarmupLR`.
     """
 
@@ -274,14 +245,14 @@ class OneCycleLR(WarmupLR):
         self.max_iters = whole("max_iters", max_iters, least=1)
         self.rise = number("rise", rise)
         if self.rise >= 1.0:
-            raise ConfigError(f"rise={rise!r}; give a share of the cycle, >= 0 and < 1")
-        self.method = one_of("method", method, ANNEAL_METHODS)
+            raise wrong("rise", rise, "a fraction of the cycle, >= 0 and < 1")
+        self.method = one_of("method", method, ("cosine", "linear"))
         self.start_factor = number("start_factor", start_factor)
         self.final_factor = number("final_factor", final_factor)
         super().__init__(optimizer, warmup_iters=0, last_epoch=last_epoch)
 
+    @override
     def decay(self, t: int) -> float:
-        """Return the height of the cycle."""
         top, last = self.rise * self.max_iters - 1, self.max_iters - 1
         if t < top:
             return self._between(self.start_factor, 1.0, t / top)
@@ -293,8 +264,3 @@ class OneCycleLR(WarmupLR):
         if self.method == "linear":
             return start + (end - start) * x
         return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * x))
-
-
-def names() -> list[str]:
-    """Return the names of the schedules here, for an error that says what exists."""
-    return [name for name in __all__ if name.endswith("LR")]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -367,7 +368,10 @@ def test_a_positional_argument_takes_the_place_of_the_context():
 @pytest.mark.parametrize(
     ("node", "text"),
     [
-        (here("Base", _args_=[1, 2]), "model._args_: Base takes at most 1 positional arguments"),
+        (
+            here("Base", _args_=[1, 2]),
+            "model._args_: expected at most 1 positional arguments for Base",
+        ),
         (here("Base", _args_=[1], width=2), "model.width: given by _args_ already"),
         (here("Base", _args_=3), "model._args_=3: expected a list"),
         (
@@ -394,15 +398,15 @@ def test_mistakes_in_arguments(node, text):
         (node(width=1, depth=13), "model: an unlucky depth"),
         (node(width=1, depth=node(widht=1)), "model.depth.widht: Net has no such keyword"),
         (node(width=1, depth=[node(width=-1)]), "model.depth.0.width=-1: at least 0"),
-        ({"width": 3}, "model: needs a _target_, as in package.module.Name"),
-        ({"_target_": "nowhere.Net"}, "model._target_=nowhere.Net: there is no module nowhere"),
+        ({"width": 3}, "model: expected a _target_, as in package.module.Name"),
+        ({"_target_": "nowhere.Net"}, "model._target_=nowhere.Net: no module nowhere"),
         (
             {"_target_": "json.decode.X"},
             "model._target_=json.decode.X: json has no decode; did",
         ),
         ({"_target_": f"{NET}t"}, f"model._target_={NET}t: test_config has no Nett; did you mean"),
-        ({"_target_": "math.pi"}, "model._target_=math.pi: a float cannot be called"),
-        ({"_target_": "not a path"}, "model._target_=not a path: this is not an import path"),
+        ({"_target_": "math.pi"}, "model._target_=math.pi: expected a callable; it is a float"),
+        ({"_target_": "not a path"}, "model._target_=not a path: expected an import path"),
         ({"_target_": "datetime.timedelta", "dys": 1}, "model: 'dys' is an invalid keyword"),
     ],
 )
@@ -422,6 +426,19 @@ def test_mistakes_in_nodes(keys, text):
 )
 def test_what_is_no_number_where_one_of_ours_takes_one(keys, text):
     assert message(build, {"_target_": "distrain.hooks.EMA", **keys}, "hooks.x") == text
+
+
+def test_the_keys_of_an_unpacked_typed_dict_are_keywords():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = {"_target_": "distrain.schedule.WarmupLinearLR", "max_iters": 4}
+    built = build({**schedule, "warmup_iters": "3"}, "schedule", optimizer=optimizer)
+    assert built.warmup_iters == 3
+    for mistake, text in (
+        ({"warmup_iter": 3}, "schedule.warmup_iter: WarmupLinearLR has no such keyword; did you"),
+        ({"warmup_iters": "x"}, "schedule.warmup_iters=x: expected an integer"),
+    ):
+        call = functools.partial(build, optimizer=optimizer)
+        assert message(call, {**schedule, **mistake}, "schedule").startswith(text)
 
 
 def test_numbers_that_may_be_left_out():

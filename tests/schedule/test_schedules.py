@@ -21,7 +21,6 @@ from distrain.schedule.schedules import (
     WarmupMultiStepLR,
     WarmupPolynomialLR,
     WarmupStableDecayLR,
-    names,
 )
 
 NO_WARMUP = {"warmup_iters": 0}
@@ -221,7 +220,6 @@ def test_groups_keep_their_own_base_rates():
     schedule.step()
     assert [group["lr"] for group in schedule.optimizer.param_groups] == [0.75, 7.5]
     assert schedule.lr_at(3) == [0.25, 2.5]
-    assert schedule.factor(3) == 0.25
     assert schedule.last_epoch == 1
     schedule.step(2)
     assert schedule.get_last_lr() == [0.5, 5.0]
@@ -230,8 +228,8 @@ def test_groups_keep_their_own_base_rates():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda o: WarmupMultiStepLR(o, [5, 3, 9]), r"milestones=\[5, 3, 9\] must ascend"),
-        (lambda o: WarmupMultiStepLR(o, "357"), "milestones='357'"),
+        (lambda o: WarmupMultiStepLR(o, [5, 3, 9]), r"milestones=\[5, 3, 9\]: expected ascending"),
+        (lambda o: WarmupMultiStepLR(o, "357"), "milestones=357: expected a list"),
         (lambda o: WarmupMultiStepLR(o, [0.5]), "milestones=0.5: expected an integer"),
         (lambda o: WarmupMultiStepLR(o, [5], gamma="0.1"), "gamma='0.1': expected a finite number"),
         (lambda o: WarmupCosineLR(o, 0), "max_iters=0: expected an integer >= 1"),
@@ -242,7 +240,7 @@ def test_groups_keep_their_own_base_rates():
         (lambda o: WarmupCosineLR(o, 9, warmup_factor=-1), "warmup_factor=-1"),
         (lambda o: WarmupExponentialLR(o, 9, final_factor=0), "final_factor=0: expected a finite"),
         (lambda o: WarmupPolynomialLR(o, 9, power=0), "power=0: expected a finite number"),
-        (lambda o: WarmupStableDecayLR(o, 9, decay_iters=10), "decay_iters=10 exceeds max_iters=9"),
+        (lambda o: WarmupStableDecayLR(o, 9, decay_iters=10), "decay_iters=10: expected at most"),
         (lambda o: WarmupStableDecayLR(o, 9, decay_iters=3, decay_method="x"),
          "decay_method=x: expected one of cosine, linear, sqrt"),
         (lambda o: OneCycleLR(o, 9, rise=1.0), "rise=1.0"),
@@ -255,7 +253,6 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(build, message):
 
 
 def test_names_are_the_schedules_that_can_be_built():
-    assert set(names()) == set(SCHEDULES)
     assert set(ours.__all__) == {*SCHEDULES}
 
 
