@@ -408,6 +408,7 @@ def test_what_is_listed_is_in_the_pages():
     assert {match[1] for page in PAGES for match in FENCE.finditer(page.read_text())} <= {
         "",
         "sh",  # of the first hour
+        "text",  # a diagram
         "console",
         "yaml",
         "python",
