@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrain.errors import ConfigError, NonFiniteLoss, RankFailed, RunFailed, RunRefused
+from distrain.files import atomic
 
 _LOST_PEER = re.compile(
     r"gloo[/\\]|connection (was )?(closed|reset|refused)|broken pipe|socket timeout|timed out|"
@@ -123,10 +123,7 @@ def write(failure: Failure, path: str) -> None:
         "message": {"message": failure.text, "extraInfo": extra},
         "distrain": dataclasses.asdict(failure),
     }
-    scratch = f"{path}.{os.getpid()}"
-    with open(scratch, "w") as file:
-        json.dump(record, file)
-    os.replace(scratch, path)
+    atomic.write(path, json.dumps(record).encode(), sync=False)
 
 
 def read(path: str) -> Failure | None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from distrain.checkpoint import format as fmt
-from distrain.files import atomic as durable
+from distrain.checkpoint.scratch import in_use, is_scratch, remove
 from distrain.files.retry import retried
 
 ORPHAN_PATIENCE_S = 60.0
@@ -140,10 +140,10 @@ def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S
     deadline = time.monotonic() + patience_s
     for path in _scratch_paths(folder):
         try:
-            while retried(partial(durable.in_use, path)) and time.monotonic() < deadline:
+            while retried(partial(in_use, path)) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            if not durable.in_use(path):
-                durable.remove(path)
+            if not in_use(path):
+                remove(path)
         except OSError as error:  # a live writer may be at work on it
             _log.warning("%s is left as it is: %s", path, error.strerror)
 
@@ -153,4 +153,4 @@ def _scratch_paths(folder: str | Path) -> list[str]:
         names = sorted(retried(lambda: os.listdir(folder)))
     except OSError:  # without a list nothing is removed; what must be read is found unreadable then
         return []
-    return [os.path.join(folder, name) for name in names if durable.is_scratch(name)]
+    return [os.path.join(folder, name) for name in names if is_scratch(name)]

@@ -6,7 +6,7 @@ import json
 import os
 
 from distrain.checkpoint import format as fmt
-from distrain.files import atomic as durable
+from distrain.checkpoint.scratch import remove, scratch_name, write_small
 from distrain.files.regular import read_regular
 from distrain.files.retry import read_file
 
@@ -25,7 +25,7 @@ def run_id_of(folder: str) -> str:
     run_id = read_run_id(folder)
     if run_id is None:  # what the run wrote before is no longer known as its own
         run_id = os.urandom(16).hex()
-        durable.write_small(folder, RUN_ID_FILE, run_id + "\n")
+        write_small(folder, RUN_ID_FILE, run_id + "\n")
     return run_id
 
 
@@ -80,9 +80,9 @@ def step_aside(path: str) -> None:
 def _delete(path: str) -> None:
     """Delete a checkpoint; killed on the way it leaves no half of it under its name."""
     folder, name = os.path.split(path)
-    scratch = os.path.join(folder, durable.scratch_name(name, delete=True))
+    scratch = os.path.join(folder, scratch_name(name, delete=True))
     os.rename(path, scratch)
-    durable.remove(scratch)
+    remove(scratch)
 
 
 def read_best(folder: str) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
             return
     except OSError:
         pass  # it is written, whatever is in its place
-    durable.write_small(folder, BEST_FILE, text)
+    write_small(folder, BEST_FILE, text)
 
 
 def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: list[str]) -> None:

@@ -18,10 +18,10 @@ from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import Found, clear_leftovers, describe, find_all, newest_valid
 from distrain.checkpoint.format import CheckpointDamaged
 from distrain.checkpoint.retention import read_best
+from distrain.checkpoint.scratch import remove, scratch_name
 from distrain.checkpoint.writer_client import Outcome, Request, Requests
 from distrain.checks import refuse_url
 from distrain.errors import ConfigError, RunFailed
-from distrain.files import atomic as durable
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,7 @@ class CheckpointStore:
         waited = time.perf_counter()
         snapshot = encode(state)
         name = fmt.folder_name(iteration) + (fmt.TRAINED_SUFFIX if is_end_left else "")
-        scratch = durable.scratch_name(name)
+        scratch = scratch_name(name)
         job = {
             "folder": str(self.folder),
             "parent": self._parent,
@@ -291,7 +291,7 @@ class CheckpointStore:
                 self.last_saved = iteration
             _log.debug("checkpoint %d was written in %.2f s", iteration, outcome.write_s)
         elif kind != "reserve":
-            durable.remove(str(self.folder / scratch))  # a writer that was killed leaves it,
+            remove(str(self.folder / scratch))  # a writer that was killed leaves it,
             clear_leftovers(self.folder, patience_s=0.0)  # or what it was deleting
             self._save_failed(iteration, outcome.error)
         # memory that could not be reserved is reported by the save that needs it

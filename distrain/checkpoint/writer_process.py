@@ -25,7 +25,8 @@ import time
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import retention
-from distrain.files import atomic as durable
+from distrain.checkpoint.scratch import create, lock, remove
+from distrain.files.atomic import sync_folder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,21 +85,21 @@ def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
         scratch = os.path.join(folder, job["scratch"])
         os.mkdir(scratch, 0o755)
         try:
-            with open(durable.create(os.path.join(scratch, fmt.MANIFEST_FILE)), "wb") as manifest:
-                durable.lock(manifest.fileno())  # until the checkpoint has its name: see `in_use`
+            with open(create(os.path.join(scratch, fmt.MANIFEST_FILE)), "wb") as manifest:
+                lock(manifest.fileno())  # until the checkpoint has its name: see `in_use`
                 fields = _write_files(scratch, job, memory)
                 manifest.write(fmt.render_manifest({**fields, "run_id": run_id}))
                 manifest.flush()
                 os.fsync(manifest.fileno())
-                durable.sync_folder(scratch)
+                sync_folder(scratch)
                 if marks is None:
                     retention.set_aside(path, run_id, notes)
                 else:
                     retention.step_aside(path)
                 os.rename(scratch, path)
-                durable.sync_folder(folder)
+                sync_folder(folder)
         except BaseException:
-            durable.remove(scratch)
+            remove(scratch)
             raise
     if job["name"].endswith(fmt.TRAINED_SUFFIX):
         return
@@ -118,7 +119,7 @@ def _write_files(scratch: str, job: dict[str, Any], memory: mmap.mmap) -> dict[s
             sha256.update({(name, tensor): value for tensor, value in hashes.items()})
     lines = [f"{json.dumps(part)}: {json.dumps(node)}" for part, node in job["tree"].items()]
     text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-    with open(durable.create(os.path.join(scratch, fmt.STATE_FILE)), "wb") as file:
+    with open(create(os.path.join(scratch, fmt.STATE_FILE)), "wb") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -151,7 +152,7 @@ def _write_tensors(
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     of_file, hashes = hashlib.sha256(text), {}
-    with open(durable.create(path), "wb") as file:
+    with open(create(path), "wb") as file:
         file.write(text)
         for name, _, _, offset, size in tensors:
             of_tensor = hashlib.sha256()
@@ -181,7 +182,7 @@ def _make_folder(folder: str, parent: int | None) -> None:
         raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", around)
     if not os.path.isdir(folder):
         os.makedirs(folder, 0o755, exist_ok=True)
-        durable.sync_folder(around)
+        sync_folder(around)
 
 
 def _marks(path: str) -> dict[str, float] | None:

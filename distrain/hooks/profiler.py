@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from distrain.errors import ConfigError
+from distrain.files.atomic import replacing
 from distrain.heartbeat import Phase
 from distrain.log import logger
 from distrain.trainer.hook import HookBase
@@ -151,15 +151,12 @@ class TorchProfiler(HookBase):
             return
         rank = self.trainer.where.rank
         path = self._folder / f"rank_{rank}.{self._next + self._warmup}.pt.trace.json"
-        partial = path.with_name(f".{path.name}")
         with self.trainer.pulse.phase(Phase.SAVING):
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                ended.export_chrome_trace(str(partial))
-                os.replace(partial, path)
+                with replacing(path, sync=False) as scratch:
+                    ended.export_chrome_trace(scratch)
             except (OSError, RuntimeError) as error:
-                with contextlib.suppress(OSError):
-                    partial.unlink(missing_ok=True)
                 logger.warning("no trace of rank %d is saved: %s", rank, error)
                 return
         logger.info("trace of rank %d: %s; open it in ui.perfetto.dev", rank, path)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distrain.errors import ConfigError, RunFailed, RunRefused
-from distrain.files.atomic import sync_folder
 from distrain.files.retry import read_file, unreadable
 
 # errors that are for the user to mend: space, quota, permissions, a path that is none
@@ -88,18 +86,3 @@ def read_starts(path: Path) -> list[Any] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return starts if isinstance(starts, list) else None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole and synced, or leave the one that is there; OSError if it fails."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.touch(0o600)  # diffs and arguments may hold what others are not to read
-        scratch.write_bytes(data)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        sync_folder(str(path.parent))
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise

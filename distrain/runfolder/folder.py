@@ -32,11 +32,12 @@ from distrain.checkpoint.retention import read_run_id
 from distrain.checks import refuse_url, shown
 from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode, RunFailed
+from distrain.files import atomic
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
-from distrain.runfolder import lock as folderlock
+from distrain.runfolder import lock
 from distrain.runfolder.differences import covers, differences, is_data_path
-from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts, write_bytes
+from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record
 
 FREE_KEYS = (
@@ -47,6 +48,8 @@ FREE_KEYS = (
 
 HORIZON_KEYS = ("trainer.max_iter", "schedule.max_iters")
 """Keys that may change too: a run may be made longer."""
+
+_MODE = 0o600  # diffs and arguments may hold what other users must not read
 
 
 class RunFolder:
@@ -75,7 +78,7 @@ class RunFolder:
         try:
             self._made = _make(self.path)
             had_lock = (self.path / "lock").exists()
-            self._lock = folderlock.hold(self.path)
+            self._lock = lock.hold(self.path)
             self._others = set(os.listdir(self.path)) - (set() if had_lock else {"lock"})
         except OSError as error:
             self._remove_made()
@@ -168,7 +171,7 @@ class RunFolder:
             if starts:
                 starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
                 text = json.dumps({"starts": starts}, indent=1) + "\n"
-                retried(lambda: write_bytes(file, text.encode()))
+                retried(lambda: atomic.write(file, text.encode(), mode=_MODE))
         except (OSError, RunFailed) as error:  # must not hide how the run ended
             print(f"distrain: {file}: the end of the run is not noted: {error}", file=sys.stderr)
 
@@ -232,7 +235,7 @@ class RunFolder:
         path = self.path / name
         try:
             self._before.setdefault(path, read_bytes(path))
-            retried(lambda: write_bytes(path, text.encode()))
+            retried(lambda: atomic.write(path, text.encode(), mode=_MODE))
         except OSError as error:
             raise cannot_use(self.path, error, f"{name} cannot be written: ") from error
 
@@ -249,7 +252,7 @@ class RunFolder:
                 if content is None:
                     path.unlink(missing_ok=True)
                 elif read_bytes(path) != content:  # in place, a full disk would empty it
-                    write_bytes(path, content)
+                    atomic.write(path, content, mode=_MODE)
             return
         if find_all(self.path / "checkpoints", with_trained=True):
             return

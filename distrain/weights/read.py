@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.errors import ConfigError
-from distrain.files.atomic import scratch_name
+from distrain.files.atomic import replacing
 from distrain.files.regular import open_regular
 from distrain.files.retry import retried
 
@@ -176,13 +176,10 @@ def _write(output: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    scratch = output.with_name(scratch_name(output.name))
+    # readers of other libraries look for this key, and want tensors without gaps
+    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
     try:
-        # readers of other libraries look for this key, and want tensors without gaps
-        plain = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(plain, scratch, metadata={"format": "pt"})
-        os.replace(scratch, output)
+        with replacing(output) as scratch:
+            save_file(plain, scratch, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ConfigError(f"{output}: it cannot be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.append_file import AppendFile
+from distrain.files.atomic import replacing
 from distrain.files.regular import open_regular
 from distrain.writers.base import NewScalars, Row
 
@@ -73,33 +75,16 @@ def _drop_lines(path: Path, limit: float) -> None:
     """Drop the lines of iteration >= limit and those that are not whole; kill -9 safe."""
     if not path.exists():
         return
-    beside = path.with_name(path.name + ".new")
-    damaged = dropped = 0
-    try:
-        with open(open_regular(path), "rb") as old, beside.open("wb") as new:
-            for line in old:
-                iteration = _iteration(line)
-                if iteration is None:
-                    damaged += 1
-                elif iteration >= limit:
-                    dropped += 1
-                else:
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        if damaged + dropped:
-            beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)  # on a full disk it would be in the way
-    if damaged:
-        logger.warning("%s: %d damaged lines removed", path, damaged)
-    if not damaged + dropped:
+    with open(open_regular(path), "rb") as file:
+        iterations = [_iteration(line) for line in file]
+    keep = [iteration is not None and iteration < limit for iteration in iterations]
+    if all(keep):
         return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path) as scratch, open(open_regular(path), "rb") as old:
+        with open(scratch, "wb") as new:
+            new.writelines(itertools.compress(old, keep))
+    if damaged := iterations.count(None):
+        logger.warning("%s: %d damaged lines removed", path, damaged)
 
 
 def _iteration(line: bytes) -> int | None:

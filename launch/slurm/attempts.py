@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError, ExitCode
+from distrain.files import atomic
 from distrain.files.regular import read_regular
 from distrain.launch.failure import Failure, cause
 from distrain.launch.slurm import queue as slurm_queue
@@ -267,9 +268,7 @@ def without_progress(attempts: Sequence[Attempt], job_id: str) -> int:
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     """Write a small JSON file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(fields))
-    scratch.replace(path)
+    atomic.write(path, json.dumps(fields).encode(), sync=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

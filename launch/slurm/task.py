@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.files import atomic
 from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import Job
 from distrain.launch.failure import Failure, of_exception
@@ -154,9 +155,7 @@ class NodeTask:
         listener = listen(_own_address(names[1]))
         host, port = listener.getsockname()[:2]
         path = attempt_folder(self.run_dir) / _ENDPOINT_FILE
-        scratch = path.with_suffix(".new")
-        scratch.write_text(f"{host}:{port}")
-        scratch.replace(path)
+        atomic.write(path, f"{host}:{port}".encode(), sync=False)
         return listener
 
     def _look_up(self, first: str, stop: StopRequest) -> str:

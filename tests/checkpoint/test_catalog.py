@@ -7,18 +7,18 @@ from checkpoint_cases import checkpoints, path_of, scratch_in
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers, describe, find_all, newest_valid
-from distrain.files import atomic as durable
+from distrain.checkpoint.scratch import lock, scratch_name
 
 
 def test_what_a_live_writer_works_on_is_left_alone(tmp_path: Path) -> None:
-    ours = tmp_path / durable.scratch_name("iter_0000000100")
-    dead = tmp_path / durable.scratch_name("iter_0000000200")
+    ours = tmp_path / scratch_name("iter_0000000100")
+    dead = tmp_path / scratch_name("iter_0000000200")
     foreign = tmp_path / ".tmp-mine"
     for folder in (ours, dead, foreign):
         folder.mkdir()
         (folder / fmt.MANIFEST_FILE).write_text("")
     with (ours / fmt.MANIFEST_FILE).open("r+") as locked:
-        durable.lock(locked.fileno())
+        lock(locked.fileno())
         clear_leftovers(tmp_path, patience_s=0.0)
         assert scratch_in(tmp_path) == sorted([ours.name, foreign.name])
     clear_leftovers(tmp_path)
@@ -28,7 +28,7 @@ def test_what_a_live_writer_works_on_is_left_alone(tmp_path: Path) -> None:
 def test_all_are_found_in_the_order_of_their_iterations(tmp_path: Path) -> None:
     checkpoints(tmp_path, 9, 100, 20)
     (tmp_path / "iter_10").mkdir()
-    (tmp_path / durable.scratch_name("iter_0000000030")).mkdir()
+    (tmp_path / scratch_name("iter_0000000030")).mkdir()
     assert find_all(tmp_path) == [path_of(tmp_path, iteration) for iteration in (9, 20, 100)]
     assert find_all(tmp_path / "run_id") == find_all(tmp_path / "nowhere") == []
     clear_leftovers(tmp_path / "nowhere")

@@ -19,8 +19,8 @@ from checkpoint_cases import (
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import retention as checkpoint_retention
+from distrain.checkpoint import writer_process
 from distrain.checkpoint.store import CheckpointStore
-from distrain.files import atomic as durable
 
 
 def save(store: CheckpointStore, *iterations: int, best: Mapping[str, float] | None = None) -> None:
@@ -109,7 +109,7 @@ def test_a_best_that_could_not_be_saved_changes_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable, "sync_folder", full)
+        patched.setattr(writer_process, "sync_folder", full)
         save(store, 20, best={"accuracy": 0.7})
     assert not store.wait()
     assert store.best() == {"accuracy": (10, 0.5)}
@@ -134,7 +134,7 @@ class Killed(BaseException):
     pass
 
 
-FILE_OPERATIONS = ("open", "mkdir", "rename", "fsync", "unlink", "rmdir")
+FILE_OPERATIONS = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
 
 
 def killed_after(number: int, patched: pytest.MonkeyPatch) -> None:

@@ -220,7 +220,7 @@ def _processes(pid: int) -> dict[str, psutil.Process]:
         for number, rank in enumerate(ranks):
             found[f"rank {number}"] = rank
             for child in rank.children():
-                if any("checkpoint_writer" in word for word in child.cmdline()):
+                if any("checkpoint.writer_process" in word for word in child.cmdline()):
                     found["checkpoint writer"] = child
     return found
 

@@ -202,7 +202,7 @@ class Runner:
                 parents[int(pid)], commands[int(pid)] = int(stat[1]), command
         roles: dict[int, str] = {}
         for pid in sorted(parents):
-            if b"checkpoint_writer" in commands[pid]:
+            if b"checkpoint.writer_process" in commands[pid]:
                 roles[pid] = "writer"
             elif b"resource_tracker" in commands[pid]:
                 roles[pid] = "tracker"

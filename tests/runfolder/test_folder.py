@@ -70,16 +70,16 @@ def contents(path):
 
 def fill_disk(monkeypatch, full_at):
     """Let files whose names have this in them be emptied and take nothing."""
-    real = Path.open
+    real = os.open
 
-    def fill(path, mode="r", *args, **kwargs):
-        file = real(path, mode, *args, **kwargs)
-        if "w" in mode and full_at in path.name:
-            file.close()
+    def fill(path, flags, *args, **kwargs):
+        fd = real(path, flags, *args, **kwargs)
+        if flags & os.O_TRUNC and full_at in str(path):
+            os.close(fd)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return file
+        return fd
 
-    monkeypatch.setattr(Path, "open", fill)
+    monkeypatch.setattr(os, "open", fill)
 
 
 @pytest.mark.parametrize("full_at", ["run.yaml", "command.json"])
