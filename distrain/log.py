@@ -41,13 +41,13 @@ class _LogFile(logging.FileHandler):
             print(f"distrain: {self.baseFilename}: {why}; training goes on", file=sys.stderr)
 
 
-def set_up(run_dir: str, *, rank: int) -> None:
+def set_up(folder: str | Path, *, rank: int) -> None:
     """Send the log of this process where it belongs.
 
     The agent has pointed stderr of all ranks but 0 to their logs.
 
     Args:
-        run_dir: folder of the run; rank 0 also writes to logs/rank_0.log in it.
+        folder: of the log files; rank 0 also writes to rank_0.log in it.
         rank: of this process.
     """
     text = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s")
@@ -55,9 +55,8 @@ def set_up(run_dir: str, *, rank: int) -> None:
     console.setFormatter(logging.Formatter("distrain: %(message)s") if rank == 0 else text)
     handlers: list[logging.Handler] = [console]
     if rank == 0:
-        folder = Path(run_dir, "logs")
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _LogFile(folder / "rank_0.log", delay=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = _LogFile(Path(folder, "rank_0.log"), delay=True)
         file.setFormatter(text)
         handlers.append(file)
     for old in logger.handlers[:]:

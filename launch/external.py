@@ -18,6 +18,7 @@ from distrain.launch.handover import Handover
 from distrain.launch.local import environment, only_rank_env
 from distrain.launch.rank import append, die_with_parent, open_log
 from distrain.process.environment import env_int, restart_count
+from distrain.run_layout import LOGS
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_SLURM = {
@@ -63,7 +64,7 @@ class ExternalLauncher:
         with environment(rank_env(os.environ)), _console_kept():
             rank = env_int("RANK")
             die_with_parent()
-            log = open_log(Path(job.run_dir).absolute() / "logs", rank)
+            log = open_log(Path(job.run_dir).absolute() / LOGS, rank)
             try:
                 return ExitCode(job())
             except BaseException as error:

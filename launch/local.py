@@ -16,6 +16,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job
 from distrain.launch.stop import StopRequest
 from distrain.process.environment import env_int
+from distrain.run_layout import LOGS
 
 _DEFAULT_RANKS = 2
 
@@ -84,7 +85,7 @@ class LocalLauncher:
         return run_node(
             job,
             ranks=ranks,
-            log_dir=Path(job.run_dir).absolute() / "logs",
+            log_dir=Path(job.run_dir).absolute() / LOGS,
             stop=stop,
             max_restarts=self.max_restarts,
             grace_s=self.grace_s,

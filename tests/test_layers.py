@@ -23,7 +23,7 @@ LEVELS = {
     3: "distributed optim config writers",
     2: "events data checkpoint",
     1: "checks heartbeat progress files process",
-    0: "errors log text scalar_names redact _lazy",
+    0: "errors log text scalar_names run_layout redact _lazy",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 UPWARD_FOR_TYPES = set()

@@ -9,6 +9,7 @@ from pathlib import Path
 from distrain.checkpoint.catalog import Found, describe, find_all
 from distrain.checkpoint.format import iteration_of
 from distrain.checkpoint.retention import best_mark, known_best
+from distrain.run_layout import CHECKPOINTS
 
 DIGITS = 12  # of a digest: enough to tell parts apart
 
@@ -100,7 +101,7 @@ def checkpoint_folder(run: Path) -> Path:
     """
     if not run.is_dir():
         raise NothingFound(f"{run}: no such run folder")
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     return folder if folder.is_dir() or not find_all(run) else run
 
 

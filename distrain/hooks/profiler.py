@@ -14,6 +14,7 @@ from distrain.errors import ConfigError
 from distrain.files.atomic import replacing
 from distrain.heartbeat import Phase
 from distrain.log import logger
+from distrain.run_layout import PROFILE
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
@@ -85,7 +86,7 @@ class TorchProfiler(HookBase):
             profile_memory=profile_memory,
             with_stack=with_stack,
         )
-        self._folder = Path(run_dir, "profile")
+        self._folder = Path(run_dir, PROFILE)
         self._next = -1  # the iteration that begins a profile
         self._profile: profile | None = None
         self._ranges = _Ranges()

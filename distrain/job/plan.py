@@ -11,6 +11,7 @@ from distrain.config.compose import build
 from distrain.distributed.ranks import Topology
 from distrain.job.training import build_parts
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
+from distrain.run_layout import CHECKPOINTS
 from distrain.schedule.preview import schedule_values
 from distrain.trainer.hook import MOMENTS, HookBase
 from distrain.trainer.trainer import Trainer
@@ -26,7 +27,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     Raises:
         ConfigError: a part cannot be built.
     """
-    checkpoints = CheckpointStore(Path(run_dir, "checkpoints"), **conf["checkpoint"])
+    checkpoints = CheckpointStore(Path(run_dir, CHECKPOINTS), **conf["checkpoint"])
     parts = build_parts(conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints)
     trainer = parts.trainer
     num = sum(p.numel() for p in trainer.module.parameters())

@@ -30,6 +30,7 @@ from distrain.job.resume import resume_point
 from distrain.job.same_data import check_same_data, open_files
 from distrain.optim.optimizer import build_optimizer
 from distrain.process.environment import env_int, restart_count
+from distrain.run_layout import CHECKPOINTS, LOGS
 from distrain.runfolder.watch import FolderWatch
 from distrain.schedule.schedules import WarmupConstantLR
 from distrain.trainer.hook import HookBase
@@ -56,7 +57,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         RunFailed: no checkpoint can be continued from, or the last one could not be saved.
     """
     heartbeat.of_this_process().beat(Phase.START)
-    log.set_up(run_dir, rank=env_int("RANK"))
+    log.set_up(Path(run_dir, LOGS), rank=env_int("RANK"))
     exactness = {key: conf["trainer"][key] for key in _OF_NUMERICS}
     with (
         _listening() as stop,
@@ -65,7 +66,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         numerics(**exactness),
     ):
         checkpoints = CheckpointStore(
-            Path(run_dir, "checkpoints"), attempt=restart_count(), **conf["checkpoint"]
+            Path(run_dir, CHECKPOINTS), attempt=restart_count(), **conf["checkpoint"]
         )
         sync_batchnorm = conf["trainer"]["sync_batchnorm"]
         model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)

@@ -35,6 +35,7 @@ from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files import atomic
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
+from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, STARTS_FILE
 from distrain.runfolder import lock
 from distrain.runfolder.differences import covers, differences, is_data_path
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
@@ -77,9 +78,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         try:
             self._made = _make(self.path)
-            had_lock = (self.path / "lock").exists()
+            had_lock = (self.path / LOCK_FILE).exists()
             self._lock = lock.hold(self.path)
-            self._others = set(os.listdir(self.path)) - (set() if had_lock else {"lock"})
+            self._others = set(os.listdir(self.path)) - (set() if had_lock else {LOCK_FILE})
         except OSError as error:
             self._remove_made()
             raise cannot_use(self.path, error) from error
@@ -115,7 +116,7 @@ class RunFolder:
             ConfigError: the folder holds something else; nothing was written then.
             RunFailed: what it holds cannot be read; nothing was written then.
         """
-        frozen = read_frozen(self.path / "run.yaml")
+        frozen = read_frozen(self.path / CONFIG_FILE)
         changed: dict[str, list[Any]] = {}
         try:
             if frozen is None:
@@ -132,7 +133,7 @@ class RunFolder:
         starts = self._earlier_starts()
         if self.is_new or changed:
             head = "# What this run trains, resolved. Its _target_s are code.\n"
-            self._write("run.yaml", head + yaml.safe_dump(masked(conf), sort_keys=False))
+            self._write(CONFIG_FILE, head + yaml.safe_dump(masked(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(masked_overrides(argv), git) | {"changed": changed}
         record["overrides"] = masked_overrides(argv if overrides is None else overrides)
@@ -141,11 +142,11 @@ class RunFolder:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
             self._write(name, git.diff)
             record["git"]["diff"] = name
-        self._write("command.json", json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
+        self._write(STARTS_FILE, json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
 
     def _earlier_starts(self) -> list[Any]:
         """Return the starts in command.json; a damaged one is kept under another name."""
-        file = self.path / "command.json"
+        file = self.path / STARTS_FILE
         if (starts := read_starts(file)) is None:
             aside = file.rename(file.with_name(f"command-damaged-{os.urandom(3).hex()}.json"))
             self.notices.append(f"{file} is damaged and begins again; it is now {aside.name}")
@@ -164,7 +165,7 @@ class RunFolder:
         return code
 
     def _note_end(self, code: ExitCode, why: str = "") -> None:
-        file = self.path / "command.json"
+        file = self.path / STARTS_FILE
         now, why = datetime.now(UTC).isoformat("T", "seconds"), masked_text(why, self._secrets)
         try:
             starts = read_starts(file)
@@ -177,7 +178,7 @@ class RunFolder:
 
     def _check_new(self, conf: Mapping[str, Any]) -> None:
         """Check that a folder without a run is empty, and may be new."""
-        others = sorted(n for n in os.listdir(self.path) if n != "lock" and not n.startswith("."))
+        others = sorted(n for n in os.listdir(self.path) if n != LOCK_FILE and n[0] != ".")
         if others:
             raise ConfigError(
                 f"run.dir={self.path}: this folder holds no run, but {', '.join(others[:3])}; "
@@ -193,7 +194,7 @@ class RunFolder:
                 f"resume=never: {self.path} holds a run; give another run.name, or resume=auto to "
                 "continue it"
             )
-        if conf["resume"] == "must" and not find_all(self.path / "checkpoints", with_trained=True):
+        if conf["resume"] == "must" and not find_all(self.path / CHECKPOINTS, with_trained=True):
             raise ConfigError(
                 f"resume=must: {self.path} holds no checkpoint; resume=auto begins anew"
             )
@@ -247,14 +248,14 @@ class RunFolder:
             print(f"distrain: {self.path} is not as it was before: {error}", file=sys.stderr)
 
     def _restore(self) -> None:
-        if "run.yaml" in self._others:
+        if CONFIG_FILE in self._others:
             for path, content in self._before.items():
                 if content is None:
                     path.unlink(missing_ok=True)
                 elif read_bytes(path) != content:  # in place, a full disk would empty it
                     atomic.write(path, content, mode=_MODE)
             return
-        if find_all(self.path / "checkpoints", with_trained=True):
+        if find_all(self.path / CHECKPOINTS, with_trained=True):
             return
         for path in self.path.iterdir():
             if path.name in self._others:
@@ -283,7 +284,7 @@ def await_run(run_dir: str | Path, *, timeout_s: float = 600.0) -> None:
         ConfigError: there is still none.
     """
     deadline = time.monotonic() + timeout_s
-    while not Path(run_dir, "run.yaml").exists():
+    while not Path(run_dir, CONFIG_FILE).exists():
         if time.monotonic() > deadline:
             raise ConfigError(f"run.dir={run_dir}: rank 0 has made no run in {timeout_s:g} s")
         time.sleep(0.1)
@@ -301,7 +302,7 @@ def _done_iter(path: Path, max_iter: int) -> int | None:
 
     ConfigError if it has more than are asked for.
     """
-    checkpoints = path / "checkpoints"
+    checkpoints = path / CHECKPOINTS
     # names are enough to know that something is left; contents are read only if nothing is
     found = retried(lambda: find_all(checkpoints))
     if not found or (iteration_of(found[-1].name) or 0) < max_iter:

@@ -20,6 +20,7 @@ from typing import Any
 from distrain.errors import ConfigError
 from distrain.files.regular import open_regular
 from distrain.files.retry import is_definite
+from distrain.run_layout import LOCK_FILE
 
 _BEGIN = b'{"pid": '  # of the lock's text
 _ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
@@ -34,7 +35,7 @@ def hold(path: Path) -> int:
     Raises:
         ConfigError: somebody has it, or a file of that name is somebody's own.
     """
-    file = path / "lock"
+    file = path / LOCK_FILE
     deadline = time.monotonic() + _ENDING_S
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
@@ -81,7 +82,7 @@ def holder(path: Path) -> dict[str, Any] | None:
         OSError: it cannot be read: a process may hold it or not.
     """
     try:
-        fd = open_regular(path / "lock")
+        fd = open_regular(path / LOCK_FILE)
     except OSError as error:
         if is_definite(error):
             return None  # none, or what no process can hold: a folder, a pipe

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrain.errors import ConfigError
+from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOGS, TENSORBOARD
 
-_INSIDE = {"checkpoints", "logs", "slurm", "tensorboard"}  # of a run: no runs in there
+_INSIDE = {CHECKPOINTS, LOGS, "slurm", TENSORBOARD}  # folders without runs in them
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -30,7 +31,7 @@ def _runs(folder: Path) -> Iterator[Path]:
             found = list(entries)
     except OSError:
         return  # not ours to read, or just removed
-    is_run = any(entry.name == "run.yaml" for entry in found)
+    is_run = any(entry.name == CONFIG_FILE for entry in found)
     if is_run:
         yield folder
     for entry in found:
@@ -56,7 +57,7 @@ def the_run(name: str, folder: Path) -> Path:
         ConfigError: there is none; the text names those that are spelled like it.
     """
     for path in (Path(name), folder / name):
-        if os.path.lexists(path / "run.yaml"):
+        if os.path.lexists(path / CONFIG_FILE):
             return path
     names = [name_of(path, folder) for path in find_runs(folder)] if folder.is_dir() else []
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)

@@ -22,9 +22,16 @@ from distrain.launch.slurm.attempts import (
     Attempt,
 )
 from distrain.redact import masked_text
+from distrain.run_layout import (
+    ATTEMPTS_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LOGS,
+    METRICS_FILE,
+    STARTS_FILE,
+)
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
-METRICS_FILE = "metrics.jsonl"
 TAIL_BYTES = 1 << 16
 _MAX_JSON_BYTES = 16 << 20
 _LARGEST = 2**53  # integers above it are no counts
@@ -106,7 +113,7 @@ class Files:
 
     def last_sign(self) -> float:
         """Return when the run last wrote something, in seconds since 1970."""
-        names = [METRICS_FILE, "command.json", "checkpoints", "logs", "logs/rank_0.log"]
+        names = [METRICS_FILE, STARTS_FILE, CHECKPOINTS, LOGS, "logs/rank_0.log"]
         names += [SLURM_FOLDER] if self.is_on_slurm else []
         return max(mtime(self.path / name) for name in names)
 
@@ -131,11 +138,11 @@ def read(path: Path) -> Files:
 
     return Files(
         path=path,
-        conf=part("run.yaml", read_conf, {}),
-        starts=part("command.json", read_starts, []),
+        conf=part(CONFIG_FILE, read_conf, {}),
+        starts=part(STARTS_FILE, read_starts, []),
         rows=part(METRICS_FILE, last_rows, []),
-        kept_iter=part("checkpoints", _kept_iter, 0),
-        attempts=part("attempts.jsonl", _attempts, []),
+        kept_iter=part(CHECKPOINTS, _kept_iter, 0),
+        attempts=part(ATTEMPTS_FILE, _attempts, []),
         running=part(RUNNING_FILE, _running, None),
         submitted_id=part(SUBMITTED_FILE, _submitted_id, ""),
         unreadable="; ".join(mistakes),
@@ -157,7 +164,7 @@ def read_conf(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is none; yaml.YAMLError: no YAML.
     """
-    return load_mapping(read_regular(path / "run.yaml", max_bytes=MAX_BYTES))
+    return load_mapping(read_regular(path / CONFIG_FILE, max_bytes=MAX_BYTES))
 
 
 def node(conf: dict[str, Any], name: str) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def read_starts(path: Path) -> list[Start]:
         OSError: command.json cannot be read.
         ValueError, KeyError, TypeError: it is damaged.
     """
-    starts = _read_json(path / "command.json")["starts"]
+    starts = _read_json(path / STARTS_FILE)["starts"]
     return [_start(each) for each in _of_type(starts, list, "starts")]
 
 
@@ -292,12 +299,12 @@ def _seconds(text: Any) -> float | None:
 
 
 def _kept_iter(path: Path) -> int:
-    found = find_all(path / "checkpoints")
+    found = find_all(path / CHECKPOINTS)
     return iteration_of(found[-1].name) or 0 if found else 0
 
 
 def _attempts(path: Path) -> list[Attempt]:
-    data = read_regular(path / "attempts.jsonl", max_bytes=_MAX_JSON_BYTES)
+    data = read_regular(path / ATTEMPTS_FILE, max_bytes=_MAX_JSON_BYTES)
     lines = data.split(b"\n")[:-1]  # the last may be just being written
     return [_attempt(json.loads(line)) for line in lines if line.strip()]
 

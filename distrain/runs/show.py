@@ -17,6 +17,7 @@ from distrain.checkpoint.retention import best_mark, known_best
 from distrain.files.regular import read_tail
 from distrain.launch.slurm.attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
+from distrain.run_layout import CHECKPOINTS, LOGS
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
@@ -80,7 +81,7 @@ def _start(start: Start) -> str:
 
 
 def _checkpoints(files: Files) -> str:
-    folder = files.path / "checkpoints"
+    folder = files.path / CHECKPOINTS
     try:
         paths = find_all(folder)
     except OSError as error:
@@ -107,7 +108,7 @@ def logs(files: Files, why: str) -> list[Path]:
         files: of the run.
         why: it failed, with the rank's number in it; "" if it did not.
     """
-    folder = files.path / "logs"
+    folder = files.path / LOGS
     failed = re.search(r"\branks? (\d+)", why)
     first = [folder / f"rank_{failed[1]}.log"] if failed else []
     if files.submitted_id and files.is_on_slurm:

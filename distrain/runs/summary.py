@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrain.run_layout import LOGS, METRICS_FILE
 from distrain.runs.find import find_runs, name_of
-from distrain.runs.records import METRICS_FILE, Files, last_values, mtime, node, number, read
+from distrain.runs.records import Files, last_values, mtime, node, number, read
 from distrain.runs.states import Queue, State, ask_slurm, open_job, state_of
 from distrain.scalar_names import STEP_S
 
@@ -121,7 +122,7 @@ def _ranks(files: Files) -> int | None:
     if number(asked):
         return number(asked) * nodes
     try:
-        names = [path.stem for path in (files.path / "logs").iterdir()]
+        names = [path.stem for path in (files.path / LOGS).iterdir()]
     except OSError:
         return None
     return len([name for name in names if name.startswith("rank_")]) or None

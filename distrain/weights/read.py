@@ -19,6 +19,7 @@ from distrain.errors import ConfigError
 from distrain.files.atomic import replacing
 from distrain.files.regular import open_regular
 from distrain.files.retry import retried
+from distrain.run_layout import CHECKPOINTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ def locate_weights(path: str | Path) -> Path:
             f"{path}: there is no such file or folder; give a run's folder, one of its "
             "checkpoints, *.safetensors or *.pt"
         )
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not find_all(folder, with_trained=True):
         raise ConfigError(f"{path}: this folder holds no checkpoint; give that of a run")
     found = newest_valid(folder)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from distrain.run_layout import METRICS_FILE, TENSORBOARD
 from distrain.writers.base import NewScalars, Writer
 
 
@@ -27,7 +28,7 @@ def default_writers(
 
     new = NewScalars(start_iteration)
     return [
-        TensorBoardWriter(Path(run_dir, "tensorboard"), purge_step=start_iteration, new=new),
-        JsonLinesWriter(Path(run_dir, "metrics.jsonl"), start_iteration=start_iteration, new=new),
+        TensorBoardWriter(Path(run_dir, TENSORBOARD), purge_step=start_iteration, new=new),
+        JsonLinesWriter(Path(run_dir, METRICS_FILE), start_iteration=start_iteration, new=new),
         ConsoleWriter(stream=stream, start_iteration=start_iteration, new=new),
     ]

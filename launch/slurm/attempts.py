@@ -19,6 +19,7 @@ from distrain.files import atomic
 from distrain.files.regular import read_regular
 from distrain.launch.failure import Failure, cause
 from distrain.launch.slurm import queue as slurm_queue
+from distrain.run_layout import ATTEMPTS_FILE
 
 SLURM_FOLDER = "slurm"
 SUBMITTED_FILE = "submitted.json"
@@ -188,7 +189,7 @@ def read_nodes(run_dir: Path) -> dict[str, NodeRecord]:
 def read_attempts(run_dir: Path) -> list[Attempt]:
     """Return the attempts of a run that are over, oldest first."""
     try:
-        data = read_regular(run_dir / "attempts.jsonl", max_bytes=_MAX_BYTES)
+        data = read_regular(run_dir / ATTEMPTS_FILE, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         return []
     return [Attempt(**json.loads(line)) for line in data.splitlines() if line.strip()]

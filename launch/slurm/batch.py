@@ -42,9 +42,8 @@ from distrain.launch.slurm.attempts import (
     write_json,
 )
 from distrain.process import stdio
+from distrain.run_layout import ATTEMPTS_FILE, CHECKPOINTS, LOGS, METRICS_FILE
 from distrain.scalar_names import STEP_S
-
-_METRICS_FILE = "metrics.jsonl"
 
 
 def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
@@ -172,7 +171,7 @@ def _close(run_dir: Path, attempt: Attempt) -> None:
         kept_iter=kept_iter,
         step_s=step_s,
     )
-    with (run_dir / "attempts.jsonl").open("a") as file:
+    with (run_dir / ATTEMPTS_FILE).open("a") as file:
         file.write(json.dumps(dataclasses.asdict(closed)) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -181,7 +180,7 @@ def _close(run_dir: Path, attempt: Attempt) -> None:
 
 def _kept_iter(run_dir: Path) -> int:
     """Return how many iterations the newest checkpoint holds, by its name; 0 without one."""
-    found = find_all(run_dir / "checkpoints")
+    found = find_all(run_dir / CHECKPOINTS)
     return iteration_of(found[-1].name) or 0 if found else 0
 
 
@@ -189,7 +188,7 @@ def _progress(run_dir: Path, first_iter: int) -> tuple[int, float]:
     """Return how many iterations metrics.jsonl knows of, and their mean time from first_iter on."""
     last, times = 0, []
     try:
-        with (run_dir / _METRICS_FILE).open("rb") as file:
+        with (run_dir / METRICS_FILE).open("rb") as file:
             for line in file:
                 try:
                     row = json.loads(line)
@@ -205,7 +204,7 @@ def _progress(run_dir: Path, first_iter: int) -> tuple[int, float]:
 
 def _last_sign(run_dir: Path) -> float:
     """Return when a run that was cut off last wrote something."""
-    files = [run_dir / _METRICS_FILE, *(run_dir / "logs").glob("*"), run_dir / "checkpoints"]
+    files = [run_dir / METRICS_FILE, *(run_dir / LOGS).glob("*"), run_dir / CHECKPOINTS]
     return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
 

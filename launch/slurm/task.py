@@ -27,6 +27,7 @@ from distrain.launch.slurm.attempts import (
 )
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
+from distrain.run_layout import LOGS
 
 _ENDPOINT_FILE = "endpoint"
 _FIRST_PAUSE_S = 0.1
@@ -84,7 +85,7 @@ class NodeTask:
                 record.code = ExitCode.BAD_CONFIG if is_mistake else ExitCode.FAILED
             except Exception as error:  # such as a store that went with its node
                 rank = int(os.environ["SLURM_NODEID"]) * self.ranks
-                what = of_exception(error, rank=rank, log=str(self.run_dir / "logs"))
+                what = of_exception(error, rank=rank, log=str(self.run_dir / LOGS))
                 record.failure = dataclasses.asdict(what)
                 record.error = f"{what.line()}\n{what.trace}"
                 record.code = ExitCode.FAILED
@@ -119,7 +120,7 @@ class NodeTask:
         return run_node(
             self.job,
             ranks=self.ranks,
-            log_dir=self.run_dir / "logs",
+            log_dir=self.run_dir / LOGS,
             stop=stop,
             nodes=nodes,
             node_rank=node_rank,

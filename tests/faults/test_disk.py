@@ -110,7 +110,7 @@ from distrain.launch.rank import open_log
 run_dir, rank = Path(sys.argv[1]), int(sys.argv[2])
 if rank:
     open_log(run_dir / "logs", rank)
-log.set_up(str(run_dir), rank=rank)
+log.set_up(f'{run_dir}/logs', rank=rank)
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -151,7 +151,7 @@ def test_a_log_that_cannot_grow_ends_nothing_and_goes_on(tmp_path, rank):
 def test_python_alone_would_fail(tmp_path):
     """The negative control: a plain stream raises out of print, and logs a traceback a record."""
     code = LOGS.replace("open_log(run_dir", "open_plain(run_dir").replace(
-        "log.set_up(str(run_dir), rank=rank)",
+        "log.set_up(f'{run_dir}/logs', rank=rank)",
         "import logging; log.logger.addHandler(logging.FileHandler(sys.argv[1] + '/plain'))",
     )
     plain = """

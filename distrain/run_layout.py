@@ -1,0 +1,21 @@
+"""Names of the files and folders in a run folder, each defined once."""
+
+CONFIG_FILE = "run.yaml"
+"""The resolved configuration, secrets masked."""
+
+STARTS_FILE = "command.json"
+"""Each start: command, versions, commit, changed keys, exit code."""
+
+ATTEMPTS_FILE = "attempts.jsonl"
+"""Each attempt of a job that a cluster may restart, one per line."""
+
+LOCK_FILE = "lock"
+"""Locked by the process that starts the ranks, and by the ranks."""
+
+METRICS_FILE = "metrics.jsonl"
+"""Scalars, one line of JSON per written iteration."""
+
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+PROFILE = "profile"
