@@ -1,4 +1,4 @@
-"""The hooks that come with distrain, one a file."""
+"""Hooks that come with distrain, one per file."""
 
 from distrain.hooks.callback import CallbackHook
 from distrain.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer

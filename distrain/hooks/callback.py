@@ -1,63 +1,43 @@
-"""A hook made of functions."""
+"""CallbackHook: functions called at the moments of training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from distrain.trainer.hook import HookBase
+from distrain.checks import did_you_mean
+from distrain.errors import ConfigError
+from distrain.trainer.hook import MOMENTS, HookBase, Moment
 from distrain.trainer.loop import TrainerBase
 
 Callback = Callable[[TrainerBase], None]
 
 
 class CallbackHook(HookBase):
-    """Calls a function with the trainer at each moment that has one.
+    """Calls a function per moment, with the trainer: `CallbackHook(after_step=function)`.
 
     Args:
-        before_train: run at that moment of `HookBase`; so are the others.
-        before_step: as above.
-        after_backward: as above.
-        after_step: as above.
-        after_train: as above.
+        functions: by moment of `HookBase`.
+
+    Raises:
+        ConfigError: a name is not a moment.
     """
 
-    def __init__(
-        self,
-        *,
-        before_train: Callback | None = None,
-        before_step: Callback | None = None,
-        after_backward: Callback | None = None,
-        after_step: Callback | None = None,
-        after_train: Callback | None = None,
-    ) -> None:
-        self._before_train = before_train
-        self._before_step = before_step
-        self._after_backward = after_backward
-        self._after_step = after_step
-        self._after_train = after_train
-        self.only_closes = after_train is None
+    def __init__(self, **functions: Callback | None) -> None:
+        for name in functions:
+            if name not in MOMENTS:
+                raise ConfigError(f"{name}: expected a moment; {did_you_mean(name, MOMENTS)}")
+        self._functions = functions
+        self.only_closes = functions.get("after_train") is None
 
-    def before_train(self) -> None:
-        """Call its function."""
-        if self._before_train:
-            self._before_train(self.trainer)
 
-    def before_step(self) -> None:
-        """Call its function."""
-        if self._before_step:
-            self._before_step(self.trainer)
+def _method(moment: Moment) -> Callable[[CallbackHook], None]:
+    def call(self: CallbackHook) -> None:
+        function = self._functions.get(moment)
+        if function is not None:
+            function(self.trainer)
 
-    def after_backward(self) -> None:
-        """Call its function."""
-        if self._after_backward:
-            self._after_backward(self.trainer)
+    return call
 
-    def after_step(self) -> None:
-        """Call its function."""
-        if self._after_step:
-            self._after_step(self.trainer)
 
-    def after_train(self) -> None:
-        """Call its function."""
-        if self._after_train:
-            self._after_train(self.trainer)
+for _moment in MOMENTS:
+    setattr(CallbackHook, _moment, _method(_moment))

@@ -1,4 +1,4 @@
-"""Checkpoints while training."""
+"""Checkpoints during training: periodic, and of the best metric."""
 
 from __future__ import annotations
 
@@ -6,56 +6,50 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint.store import CheckpointStore
+from distrain.checks import wrong
 from distrain.distributed.collectives import gather_to_main
 from distrain.distributed.rng import random_states
-from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hooks.evaluation import is_finished
 from distrain.hooks.metric import MetricHook
+from distrain.hooks.periodic import checked_period, is_due, is_finished
 from distrain.progress import waiting
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
 
 
 class PeriodicCheckpointer(HookBase):
-    """Saves every so many iterations, and at the end: finished or stopped, but not failed.
+    """Saves every `period` iterations, and at the end of a run that did not fail.
 
     Args:
         period: in iterations; None saves at the end only.
-        checkpoints: where to.
+        checkpoints: destination.
     """
 
     order = 80
     only_closes = True
 
     def __init__(self, period: int | None = None, *, checkpoints: CheckpointStore) -> None:
-        if period is not None and period < 1:
-            raise ConfigError(f"period={period}; it is at least 1 iteration, or null")
-        self._period = period
+        self._period = checked_period(period)
         self._checkpoints = checkpoints
 
     def before_train(self) -> None:
-        """Check that the state can be saved, as far as there is one."""
         self._rehearse(self._checkpoints.check)
 
     def after_step(self) -> None:
-        """Save if it is time; the last iteration's turn comes in `after_train`."""
-        done = self.trainer.iter_done
-        if done == self.trainer.start_iter + 1:  # now the optimizer has its state, too
+        if self.trainer.iter_done == self.trainer.start_iter + 1:
+            # from now on the optimizer has its state
             self._rehearse(self._checkpoints.reserve)
-        if self._period and done % self._period == 0 and done != self.trainer.max_iter:
-            save_in_loop(self.trainer, self._checkpoints)
+        if is_due(self.trainer, self._period) and not _stops_here(self.trainer):
+            save(self.trainer, self._checkpoints)
 
     def _rehearse(self, take: Callable[[Mapping[str, Any]], object]) -> None:
-        """Hand rank 0's state to `take`. A collective where the model is sharded."""
-        is_main = self.trainer.where.is_main
-        if is_main or self.trainer.is_sharded:
-            state = self.trainer.state_dict()
-            if is_main:
-                take(state)
+        """Pass the state to a check, so that a state that cannot be saved is an early error."""
+        state = _state(self.trainer)
+        if state is not None:
+            take(state)
 
     def after_last_step(self) -> None:
-        """Save what is trained, if the end does more than to close things: that may fail."""
+        # An `after_train` that does more than close things may fail: save the trained state before.
         more = [
             hook
             for hook in self.trainer.hooks.values()
@@ -65,7 +59,6 @@ class PeriodicCheckpointer(HookBase):
             save(self.trainer, self._checkpoints, is_end_left=True)
 
     def after_train(self) -> None:
-        """Save where training ended, and wait until it is on the disk."""
         has_more = self.trainer.iter_done > self.trainer.start_iter or self.trainer.ends_only
         with waiting("saving the last checkpoint"):
             if self.trainer.error is None and has_more:
@@ -75,20 +68,18 @@ class PeriodicCheckpointer(HookBase):
 
 
 class BestCheckpointer(MetricHook):
-    """Saves whenever a metric is better than ever before, and keeps the best checkpoint.
+    """Saves whenever a metric is the best so far, and keeps that checkpoint.
 
-    There may be several, each for a metric of its own: a checkpoint that is the best of two is
-    saved once.
+    Several hooks may each have a metric; an iteration that is the best of two is saved once.
 
     Args:
         metric: the scalar's name, such as "eval/accuracy"; equal on all ranks.
         mode: "max" if larger is better, "min" if smaller is.
-        min_delta: how much better counts as better.
-        checkpoints: where to.
+        min_delta: smallest improvement that counts.
+        checkpoints: destination.
     """
 
-    order = 79  # its state is part of what it saves, and of what PeriodicCheckpointer saves
-    only_closes = True
+    order = 79  # its state is part of the checkpoints, its own and PeriodicCheckpointer's
 
     def __init__(
         self,
@@ -100,68 +91,46 @@ class BestCheckpointer(MetricHook):
     ) -> None:
         super().__init__(metric, mode=mode, min_delta=min_delta)
         self._checkpoints = checkpoints
-        self._unsaved: float | None = None  # the best value, while no checkpoint is marked with it
+        self._unsaved: float | None = None  # best value, until a checkpoint is marked with it
 
     def before_train(self) -> None:
-        """Check the metric, and that no other keeps the best checkpoint of it."""
-        for name, hook in self.trainer.hooks.items():
-            if not isinstance(hook, BestCheckpointer) or hook is self:
-                continue
-            if hook.metric == self.metric:
-                raise ConfigError(
-                    f"hooks.{name}.metric={self.metric}: expected a metric that no other "
-                    "BestCheckpointer has; remove one of the two"
-                )
+        for other in self._all():
+            if other is not self and other.metric == self.metric:
+                expected = "a metric that no other BestCheckpointer has; remove one of the two"
+                raise wrong(other.key, self.metric, expected)
         super().before_train()
 
     def after_step(self) -> None:
-        """Save if the metric of this hook, or of another of its kind, is the best so far."""
-        self._save_best(save_in_loop)
+        marks = self._marks()
+        if marks and not _stops_here(self.trainer):
+            self._save(marks)
 
     def after_train(self) -> None:
-        """Look at the metric of the final evaluation."""
-        if self.trainer.error is None:
-            self._save_best(save)
+        # the final evaluation is over
+        if self.trainer.error is None and (marks := self._marks()):
+            self._save(marks)
         super().after_train()
 
-    def _save_best(self, save: Callable[..., bool]) -> None:
-        hooks = [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
-        marks = {h.metric: h._unsaved for h in hooks if h._look() and h._unsaved is not None}
-        if not marks:
-            return
-        unsaved = [(hook, hook._unsaved) for hook in hooks]
-        for hook in hooks:  # the saved state: nothing is left to save
-            hook._unsaved = None
-        if not save(self.trainer, self._checkpoints, best=marks):
-            for hook, value in unsaved:
-                hook._unsaved = value
+    def _all(self) -> list[BestCheckpointer]:
+        return [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
 
-    def _look(self) -> bool:
-        """Take the metric's value, if there is a new one; whether a best one is not saved."""
-        value = self.new_value()
-        if value is not None and self.is_best(value):
-            self._unsaved = value
-        return self._unsaved is not None
+    def _marks(self) -> dict[str, float]:
+        """Best values of all these hooks that no checkpoint has yet, by metric."""
+        for hook in self._all():
+            if hook.has_improved():
+                hook._unsaved = hook.best
+        return {h.metric: h._unsaved for h in self._all() if h._unsaved is not None}
+
+    def _save(self, marks: Mapping[str, float]) -> None:
+        for hook in self._all():  # in the saved state nothing is left to save
+            hook._unsaved = None
+        save(self.trainer, self._checkpoints, best=marks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value."""
         return {"best": self.best, "unsaved": self._unsaved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the best value back."""
         self.best, self._unsaved = state["best"], state["unsaved"]
-
-
-def save_in_loop(
-    trainer: TrainerBase, checkpoints: CheckpointStore, *, best: Mapping[str, float] | None = None
-) -> bool:
-    """Do what `save` does, unless training ends with this iteration: then its end saves.
-
-    Returns:
-        Whether it was saved.
-    """
-    trainer.reduction.drain(trainer.storage.iter)
-    return not trainer.reduction.stop and save(trainer, checkpoints, best=best)
 
 
 def save(
@@ -170,27 +139,21 @@ def save(
     *,
     best: Mapping[str, float] | None = None,
     is_end_left: bool = False,
-) -> bool:
+) -> None:
     """Save all that a resumed run needs. A collective; training waits for the copy only.
 
     Args:
-        trainer: whose state it is.
-        checkpoints: where to; only rank 0's is used.
+        trainer: owner of the state.
+        checkpoints: destination; only rank 0's is used.
         best: see `CheckpointStore.save`.
-        is_end_left: see `CheckpointStore.save`; the state has what `TrainerBase.train` needs to do
-            the end only.
-
-    Returns:
-        True.
+        is_end_left: see `CheckpointStore.save`; `TrainerBase.train` then does the end only.
     """
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
         random = gather_to_main(random_states())
-        if random is None and not trainer.is_sharded:
-            return True
-        state = trainer.state_dict()
-        if random is None:
-            return True
+        state = _state(trainer)
+        if state is None:
+            return
         state["rng"] = {"ranks": random}
         if is_end_left:
             state["end"] = {"stop": trainer.reduction.stop}
@@ -201,4 +164,16 @@ def save(
             best=best,
             is_end_left=is_end_left,
         )
-    return True
+
+
+def _state(trainer: TrainerBase) -> dict[str, Any] | None:
+    """Return the state on rank 0, None elsewhere. A collective where the model is sharded."""
+    is_main = trainer.where.is_main
+    state = trainer.state_dict() if is_main or trainer.is_sharded else None
+    return state if is_main else None
+
+
+def _stops_here(trainer: TrainerBase) -> bool:
+    """Whether training ends with this iteration: then its end saves."""
+    trainer.reduction.drain(trainer.storage.iter)
+    return bool(trainer.reduction.stop)

@@ -1,28 +1,27 @@
-"""Ending a run that no longer gets better."""
+"""EarlyStopping: end a run whose metric no longer improves."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from distrain.errors import ConfigError
+from distrain.checks import whole
 from distrain.hooks.metric import MetricHook
 
 
 class EarlyStopping(MetricHook):
-    """Ends training on all ranks when a metric has not improved for a while.
+    """Ends training on all ranks when a metric has not improved for `patience` evaluations.
 
-    The end is that of the period of `trainer.window` iterations in which this was found, so that
-    a run that was interrupted stops where another does.
+    Training ends with the current period of `trainer.window` iterations, so that an interrupted
+    and resumed run stops at the same iteration.
 
     Args:
-        metric: the scalar's name, such as "eval/accuracy"; the same on all ranks or on any.
-        patience: how many evaluations without improvement are borne.
+        metric: the scalar's name, such as "eval/accuracy"; on all ranks or on any.
+        patience: number of evaluations without improvement before stopping.
         mode: "max" if larger is better, "min" if smaller is.
-        min_delta: how much better counts as better.
+        min_delta: smallest improvement that counts.
     """
 
     order = 70
-    only_closes = True
 
     def __init__(
         self,
@@ -32,35 +31,30 @@ class EarlyStopping(MetricHook):
         mode: Literal["max", "min"] = "max",
         min_delta: float = 0.0,
     ) -> None:
-        if patience < 1:
-            raise ConfigError(f"patience={patience}; it is at least 1 evaluation")
         super().__init__(metric, mode=mode, min_delta=min_delta)
-        self._patience = patience
+        self._patience = whole("patience", patience, least=1)
         self._num_bad = 0
 
     def after_step(self) -> None:
-        """Look at the metric if it was put in this iteration."""
         if self._count() and self._num_bad >= self._patience:
             self.trainer.storage.early_stop = True
 
     def after_train(self) -> None:
-        """Count the final evaluation, for a run that goes on later."""
+        # the final evaluation counts where a run is extended later
         if self.trainer.error is None:
             self._count()
         super().after_train()
 
     def _count(self) -> bool:
-        """Take the metric's value; return whether there is a new one."""
-        value = self.new_value()
-        if value is None:
+        """Count evaluations without improvement; return whether there is a new one."""
+        improved = self.has_improved()
+        if improved is None:
             return False
-        self._num_bad = 0 if self.is_best(value) else self._num_bad + 1
+        self._num_bad = 0 if improved else self._num_bad + 1
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and how long it is ago."""
         return {"best": self.best, "num_bad": self._num_bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
         self.best, self._num_bad = state["best"], state["num_bad"]

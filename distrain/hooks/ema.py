@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is evaluated and saved."""
+"""EMA: an exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distrain.errors import ConfigError
+from distrain.checks import number, one_of, whole, wrong
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
@@ -22,22 +22,18 @@ class EMA(HookBase):
     `(1 + t) / (10 + t)`, so that an average of few updates does not stay near the start; example:
     decay 0.5 gives 2/11, 3/12, 4/13, 5/14, 6/15, 7/16, 8/17, 0.5, 0.5, ...
 
-    An update is one operation over lists of tensors, with nothing read back (torch's
-    `AveragedModel` reads its counter back). All ranks compute the same bits. Averages of 16-bit
-    weights are kept in float32. Buffers are not averaged: the average goes with the model's own.
+    All ranks compute the same bits. Averages of 16-bit weights are kept in float32. Buffers are not
+    averaged: the average goes with the model's own.
 
     `EvalHook` evaluates the average too. Its state, `average` by the names of the parameters, is in
     every checkpoint; `python -m distrain.weights RUN --ema NAME -o FILE` makes a file of it.
 
     Args:
-        decay: of one iteration, in [0, 1); a longer `period` takes a power of it.
+        decay: per iteration, in [0, 1); a longer `period` takes a power of it.
         warmup: whether the decay begins small.
         period: in iterations, from one update to the next.
         evaluate: "beside" puts the average's metrics as `eval_NAME/...`, NAME being the hook's (as
             `eval_ema/accuracy`); "instead" evaluates the average only, as `eval/...`.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     order = 54  # after what users add, before evaluation
@@ -51,16 +47,13 @@ class EMA(HookBase):
         period: int = 1,
         evaluate: Literal["beside", "instead"] = "beside",
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigError(f"decay={decay}; give a number in [0, 1), as 0.9999")
-        if period < 1:
-            raise ConfigError(f"period={period}; it is at least 1 iteration")
-        if evaluate not in ("beside", "instead"):
-            raise ConfigError(f"evaluate={evaluate!r}; choose beside or instead")
+        if number("decay", decay) >= 1.0:
+            raise wrong("decay", decay, "a number in [0, 1), such as 0.9999")
+        one_of("evaluate", evaluate, ("beside", "instead"))
         self.evaluate = evaluate
+        self._period = whole("period", period, least=1)
         self._decay = decay**period
         self._warmup = warmup
-        self._period = period
         self._updates = 0
         self._weights: list[Tensor] = []  # the model's parameters, each once
         self._average: list[Tensor] = []
@@ -72,7 +65,6 @@ class EMA(HookBase):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Take the new weights into the average if it is time."""
         if self.trainer.iter_done % self._period:
             return
         if not self._updates:
@@ -83,12 +75,13 @@ class EMA(HookBase):
                 decay = min(decay, (1 + t) / (10 + t))
             pairs = zip(self._weights, self._average, strict=True)
             weights = [w if w.dtype is a.dtype else w.to(a.dtype) for w, a in pairs]
+            # one operation, nothing read back: torch's AveragedModel reads its counter back
             torch._foreach_lerp_(self._average, weights, 1.0 - decay)
         self._updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averaged weights inside `with`, and its own again after it."""
+        """Give the model the averaged weights inside `with`, and its own again after it."""
         with torch.no_grad():
             own = [w.clone() for w in self._weights]
             torch._foreach_copy_(self._weights, self._average)
@@ -99,15 +92,13 @@ class EMA(HookBase):
                 torch._foreach_copy_(self._weights, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average by the names of the parameters, of shared ones too, and its age."""
-        position = {id(w): index for index, w in enumerate(self._weights)}
+        index_of = {id(w): index for index, w in enumerate(self._weights)}
         names = self.trainer.module.named_parameters(remove_duplicate=False)
-        average = {name: self._average[position[id(w)]] for name, w in names if self.is_ready}
+        average = {name: self._average[index_of[id(w)]] for name, w in names if self.is_ready}
         return {"updates": self._updates, "average": average}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the average back."""
         self._updates = state["updates"]
         if self.is_ready:
             self._start()

@@ -1,4 +1,4 @@
-"""Base class of the hooks that decide on a metric."""
+"""MetricHook: base class of the hooks that decide on a metric."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from difflib import get_close_matches
 from typing import Literal
 
-from distrain.checks import did_you_mean
-from distrain.errors import ConfigError
+from distrain.checks import did_you_mean, one_of, wrong
 from distrain.hooks.callback import CallbackHook
-from distrain.hooks.evaluation import EvalHook, is_finished
+from distrain.hooks.evaluation import EvalHook
+from distrain.hooks.periodic import is_finished
 from distrain.log import logger
 from distrain.trainer.hook import HookBase
 
@@ -17,7 +17,7 @@ _MAX_NAMES = 20  # in a warning
 
 
 class MetricHook(HookBase):
-    """Finds out whether a metric is better than ever before.
+    """Keeps the best value of a metric.
 
     The metric is the result of an evaluation (`TrainerBase.report_metrics`), or a scalar that this
     rank put in the same iteration.
@@ -25,12 +25,13 @@ class MetricHook(HookBase):
     Args:
         metric: the scalar's name.
         mode: "max" if larger is better, "min" if smaller is.
-        min_delta: how much better it has to be.
+        min_delta: smallest improvement that counts.
     """
 
+    only_closes = True
+
     def __init__(self, metric: str, *, mode: Literal["max", "min"], min_delta: float) -> None:
-        if mode not in ("max", "min"):
-            raise ConfigError(f"mode={mode!r}; choose max or min")
+        one_of("mode", mode, ("max", "min"))
         self.metric = metric
         self.best: float | None = None
         self._sign = 1.0 if mode == "max" else -1.0
@@ -38,67 +39,60 @@ class MetricHook(HookBase):
         self._seen: tuple[int, str] | None = None
 
     def before_train(self) -> None:
-        """Check that an evaluation gives the metric, if its name begins as those of one do.
+        """Check that an evaluation has the metric, if its name has the prefix of one.
 
-        Where hooks of the user's own may put it, an unknown name is only logged. A collective if
-        the name is unknown.
-
-        Raises:
-            ConfigError: no evaluation gives it; names those that there are.
+        An unknown name is only logged where hooks of the user may put it. A collective if the name
+        is unknown.
         """
-        of_evaluation = [
+        evaluations = [
             hook
             for hook in self.trainer.hooks.values()
             if isinstance(hook, EvalHook)
-            and any(self.metric.startswith(f"{prefix}/") for prefix in hook.prefixes())
+            and self.metric.startswith(tuple(f"{prefix}/" for prefix in hook.prefixes()))
         ]
         names: list[str] = []
-        for hook in of_evaluation:
+        for hook in evaluations:
             found = hook.names()
             if found is not None and self.metric not in found:
                 found = hook.names(all_batches=True)
             if found is None or self.metric in found:
                 return
             names += found
-        if not of_evaluation:
+        if not evaluations:
             return
-        text = f"{self._key()}: no evaluation gives it; {did_you_mean(self.metric, names)}"
-        if any(_is_users(hook) for hook in self.trainer.hooks.values()):
-            logger.warning("%s", text)
-        else:
-            raise ConfigError(text)
+        expected = f"a metric of an evaluation; {did_you_mean(self.metric, names)}"
+        error = wrong(self.key, self.metric, expected)
+        if not any(_may_put_any_scalar(hook) for hook in self.trainer.hooks.values()):
+            raise error
+        logger.warning("%s", error)
 
     def after_train(self) -> None:
-        """Log the names of the scalars there are if the metric never was among them."""
         trainer = self.trainer
         if self._seen is not None or not trainer.where.is_main or not is_finished(trainer):
             return
         names = [*trainer.storage.kinds]
         if self.metric not in names:
-            nearest_first = get_close_matches(self.metric, names, n=_MAX_NAMES, cutoff=0.0)
             logger.warning(
-                "%s: no such scalar was put in %d iterations; available: %s",
-                self._key(),
+                "%s=%s: no such scalar was put in %d iterations; available: %s",
+                self.key,
+                self.metric,
                 trainer.iter_done,
-                ", ".join(nearest_first),
+                ", ".join(get_close_matches(self.metric, names, n=_MAX_NAMES, cutoff=0.0)),
             )
 
-    def _key(self) -> str:
-        """Return the key of the configuration, with its value."""
+    @property
+    def key(self) -> str:
+        """Key of `metric` in the configuration."""
         name = next(name for name, hook in self.trainer.hooks.items() if hook is self)
-        return f"hooks.{name}.metric={self.metric}"
+        return f"hooks.{name}.metric"
 
-    def new_value(self) -> float | None:
-        """Return the metric's value of this iteration once, None if there is none."""
+    def has_improved(self) -> bool | None:
+        """Whether this iteration's value is the best so far; None without a new value."""
         value = self.trainer.metric_now(self.metric)
         seen = (self.trainer.iter_done, repr(value))
         if value is None or seen == self._seen:
             return None
         self._seen = seen
-        return value
-
-    def is_best(self, value: float) -> bool:
-        """Take a new value; return whether it is the best so far (NaN and infinity never are)."""
         if not math.isfinite(value):
             return False
         if self.best is not None and not (value - self.best) * self._sign > self._min_delta:
@@ -107,6 +101,6 @@ class MetricHook(HookBase):
         return True
 
 
-def _is_users(hook: HookBase) -> bool:
-    """Whether a hook runs code of the user's, which may put any scalar."""
+def _may_put_any_scalar(hook: HookBase) -> bool:
+    """Whether a hook runs code of the user."""
     return isinstance(hook, CallbackHook) or not type(hook).__module__.startswith("distrain.")

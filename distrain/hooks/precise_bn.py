@@ -1,4 +1,4 @@
-"""The running statistics of BatchNorm, computed anew for the weights as they are."""
+"""PreciseBN: recompute BatchNorm's running statistics for the current weights."""
 
 from __future__ import annotations
 
@@ -12,82 +12,51 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distrain.checks import whole
 from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hooks.evaluation import is_finished
+from distrain.hooks.periodic import PeriodicHook
 from distrain.progress import counted
-from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import no_trace
 from distrain.trainer.trainer import Seekable, Trainer
 
 
-class PreciseBN(HookBase):
+class PreciseBN(PeriodicHook):
     """Sets BatchNorm's running statistics to those of all values in the next batches.
 
-    While training they are a moving average over weights that have changed since. Here the model
+    In training they are a moving average over weights that have changed since. Here the model
     runs, in training mode and without gradients, over the batches of the next iterations of all
-    ranks, and each BatchNorm gets the mean of all that came into it and their variance, with
-    division by their number less one (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
-    arXiv:2105.07576, section 3). All ranks get the same bits, and to rounding what one process
-    would get from all batches.
+    ranks, and each BatchNorm gets the mean and the unbiased variance of all its inputs (Wu &
+    Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3). All ranks get the
+    same bits, and to rounding the statistics that one process would get from all batches.
 
-    Nothing else changes: weights, the other buffers, random generators and the position in the data
-    are as before; what the model puts into the storage meanwhile is dropped. Layers in eval mode,
-    frozen ones, are left alone.
+    Nothing else changes: weights, other buffers, random generators and the position in the data
+    stay; scalars that the model puts are dropped. Layers in eval mode (frozen ones) are skipped.
 
     Args:
-        num_iters: how many iterations' batches are looked at.
+        num_iters: number of iterations whose batches are used.
         period: in iterations; also at the end of training. None: at the end only. With the period
             of the evaluation, each evaluation sees the new statistics.
-
-    Raises:
-        ConfigError: a number is too small, or the trainer's data cannot start anywhere.
     """
 
     order = 56  # before evaluation
     trainer: Trainer
 
     def __init__(self, num_iters: int = 100, *, period: int | None = None) -> None:
-        if num_iters < 1:
-            raise ConfigError(f"num_iters={num_iters}; it is at least 1 iteration")
-        if period is not None and period < 1:
-            raise ConfigError(f"period={period}; it is at least 1 iteration, or null")
-        self._num_iters = num_iters
-        self._period = period
-        self._last_done = -1
+        super().__init__(period)
+        self._num_iters = whole("num_iters", num_iters, least=1)
 
     def before_train(self) -> None:
-        """Check that the data can be read beside the training."""
+        super().before_train()
         if not isinstance(self.trainer.data, Seekable):
             kind = type(self.trainer.data).__name__
             raise ConfigError(
-                f"PreciseBN reads batches beside the training, which a {kind} cannot give; give "
-                "the trainer a TrainLoader, or data with batches(start_iter)"
+                f"PreciseBN: expected data with batches(start_iter), got a {kind}; take TrainLoader"
             )
 
-    def after_step(self) -> None:
-        """Compute them if it is time; the last iteration's turn comes in `after_train`."""
-        done = self.trainer.iter_done
-        if self._period and done % self._period == 0 and done != self.trainer.max_iter:
-            self._recompute()
-
-    def after_train(self) -> None:
-        """Compute them for the finished model; not if training only pauses here, or failed."""
-        if is_finished(self.trainer) and self._last_done != self.trainer.iter_done:
-            self._recompute()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return for which iteration they were computed last."""
-        return {"last_done": self._last_done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self._last_done = state["last_done"]
-
-    def _recompute(self) -> None:
+    def run(self) -> None:
         trainer = self.trainer
-        self._last_done = trainer.iter_done
         layers = [
             part
             for part in trainer.module.modules()
@@ -106,14 +75,14 @@ class PreciseBN(HookBase):
                     layer.running_var.copy_(squares / (count - 1))
 
     def _moments(self, layers: list[_BatchNorm]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return count, mean and squares of what comes into each layer; see `merged_moments`."""
+        """Return count, mean and squares of each layer's inputs; see `merged_moments`."""
         trainer = self.trainer
         seen: list[list[Tensor]] = [
             [torch.zeros(1 + 2 * layer.num_features, dtype=torch.float64, device=trainer.device)]
             for layer in layers
         ]
         handles = [
-            layer.register_forward_pre_hook(partial(_note, rows))
+            layer.register_forward_pre_hook(partial(_append_moments, rows))
             for layer, rows in zip(layers, seen, strict=True)
         ]
         num = self._num_iters * trainer.accumulation
@@ -124,17 +93,16 @@ class PreciseBN(HookBase):
         finally:
             for handle in handles:
                 handle.remove()
-        own = [
+        local = [
             torch.cat([n[None], m, s]) for n, m, s in map(merged_moments, map(torch.stack, seen))
         ]
-        sizes = [len(moments) for moments in own]
-        packed = torch.cat(own)  # of all layers, so that one gather does
+        packed = torch.cat(local)  # one gather for all layers
         rows = packed.new_empty(trainer.where.world_size, len(packed))
         if trainer.where.world_size > 1:
             dist.all_gather([*rows.unbind()], packed)
         else:
             rows[0] = packed
-        return [merged_moments(part) for part in rows.split_with_sizes(sizes, dim=1)]
+        return [merged_moments(part) for part in rows.split_with_sizes([*map(len, local)], dim=1)]
 
     def _batches(self, num: int) -> Iterator[Any]:
         data = self.trainer.data
@@ -144,10 +112,9 @@ class PreciseBN(HookBase):
             yield from itertools.islice(batches, num)
         finally:
             if hasattr(batches, "close"):
-                batches.close()  # loader processes end
+                batches.close()  # ends its loader processes
 
 
-def _note(rows: list[Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Add the moments of what comes into a layer."""
+def _append_moments(rows: list[Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     x = inputs[0]
     rows.append(channel_moments(x if x.dtype is torch.float64 else x.float()))

@@ -1,4 +1,4 @@
-"""Where the time of chosen steps goes, as a trace to look at."""
+"""TorchProfiler: torch.profiler traces of selected steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from distrain.errors import ConfigError
+from distrain.checks import whole, wrong
 from distrain.files.atomic import replacing
 from distrain.heartbeat import Phase
 from distrain.log import logger
@@ -28,27 +28,23 @@ _NAMES = {
 
 
 class TorchProfiler(HookBase):
-    """Profiles chosen steps with torch.profiler; a file a rank under `RUN/profile`.
+    """Profiles selected steps with torch.profiler; one file per rank under `RUN/profile`.
 
     `rank_0.100.pt.trace.json` begins at iteration 100. Perfetto (ui.perfetto.dev), chrome://tracing
-    and TensorBoard's profiler plugin show it. Beside what torch records it has the ranges `data`,
-    `forward`, `backward`, `optimizer` and `hooks`. Other steps pay one comparison. Saving a trace
-    takes seconds, in which the other ranks wait; it is worth little to look at `perf/step_s` of
-    profiled steps.
+    and TensorBoard's profiler plugin show it. The trace also has the ranges `data`, `forward`,
+    `backward`, `optimizer` and `hooks`. Saving a trace takes seconds, in which the other ranks
+    wait; `perf/step_s` of profiled steps means little. Other steps pay one comparison.
 
     Args:
-        start: the first iteration that is recorded.
-        active: how many are recorded.
-        warmup: how many before are watched but not recorded, for the first ones are slow.
-        every: do it again every so many iterations; None: once.
-        ranks: which ranks; "all".
-        record_shapes: shapes of the operations' inputs.
-        profile_memory: each allocation, too.
-        with_stack: Python's stack of each operation: slow, large.
+        start: first recorded iteration.
+        active: number of recorded iterations.
+        warmup: number of iterations before them that are profiled but not recorded.
+        every: iterations from one profile to the next; None: one profile.
+        ranks: list of ranks, or "all".
+        record_shapes: record the shapes of the operations' inputs.
+        profile_memory: record each allocation.
+        with_stack: record Python's stack per operation: slow, large.
         run_dir: folder of the run.
-
-    Raises:
-        ConfigError: an argument out of its range.
     """
 
     order = 5
@@ -68,17 +64,13 @@ class TorchProfiler(HookBase):
         with_stack: bool = False,
         run_dir: str,
     ) -> None:
-        if active < 1:
-            raise ConfigError(f"active={active}; at least 1 iteration is needed")
-        if warmup < 0:
-            raise ConfigError(f"warmup={warmup}; at least 0 iterations are needed")
-        if start < warmup:
-            raise ConfigError(f"start={start}; at least warmup={warmup} iterations come before")
-        if every is not None and every < warmup + active:
-            raise ConfigError(f"every={every}; warmup and active are {warmup + active} already")
+        self._active = whole("active", active, least=1)
+        self._warmup = whole("warmup", warmup, least=0)
+        self._begin = whole("start", start, least=warmup) - warmup
+        if every is not None:
+            whole("every", every, least=warmup + active)
         if isinstance(ranks, str) and ranks != "all":
-            raise ConfigError(f"ranks={ranks}; a list of ranks is needed, [0,1], or all")
-        self._begin, self._active, self._warmup = start - warmup, active, warmup
+            raise wrong("ranks", ranks, "a list of ranks, such as [0,1], or all")
         self._every, self._ranks = every, ranks
         self._new_profile = partial(
             profile,
@@ -87,13 +79,12 @@ class TorchProfiler(HookBase):
             with_stack=with_stack,
         )
         self._folder = Path(run_dir, PROFILE)
-        self._next = -1  # the iteration that begins a profile
+        self._next = -1  # first iteration of the next profile, warm-up included
         self._profile: profile | None = None
         self._ranges = _Ranges()
-        self._steps = 0  # of the profile that are done
+        self._steps = 0  # steps done of the current profile
 
     def before_train(self) -> None:
-        """Find out when to begin, maybe in a run that was resumed."""
         if self._ranks != "all" and self.trainer.where.rank not in self._ranks:
             return
         self._next = self._begin
@@ -102,7 +93,6 @@ class TorchProfiler(HookBase):
             self._next += -(-behind // self._every) * self._every
 
     def before_step(self) -> None:
-        """Begin a profile if it is time, and the step's range of data."""
         if self.trainer.iter == self._next:
             self._start()
         if self._profile is not None:
@@ -122,32 +112,29 @@ class TorchProfiler(HookBase):
         self.trainer.listen(self._ranges.beat)
 
     def after_step(self) -> None:
-        """Go on to the next step of the profile, or end it."""
         if self._profile is None:
             return
         self._ranges.end()
         self._steps += 1
-        self._profile.step()  # after the last it saves
+        self._profile.step()  # saves after the last one
         if self._steps == self._warmup + self._active:
-            self._stop()
+            self._stop(self._profile)
             self._next = -1 if self._every is None else self._next + self._every
         else:
             self._ranges.beat(Phase.HOOKS)
 
-    def _stop(self) -> None:
-        assert self._profile is not None
+    def _stop(self, current: profile) -> None:
         self._ranges.end()
         self.trainer.unlisten(self._ranges.beat)
-        ended, self._profile = self._profile, None
-        ended.stop()
+        self._profile = None
+        current.stop()
 
     def after_train(self) -> None:
-        """End a profile in the middle, and save what it has."""
-        if self._profile is not None:
-            self._stop()
+        if self._profile is not None:  # training ended within a profile: save its steps
+            self._stop(self._profile)
 
     def _save(self, ended: profile) -> None:
-        """Write the trace if it has a step; what goes wrong must not end training."""
+        """Write the trace if it has a step; an error must not end training."""
         if self._steps <= self._warmup:
             return
         rank = self.trainer.where.rank
@@ -158,19 +145,18 @@ class TorchProfiler(HookBase):
                 with replacing(path, sync=False) as scratch:
                     ended.export_chrome_trace(scratch)
             except (OSError, RuntimeError) as error:
-                logger.warning("no trace of rank %d is saved: %s", rank, error)
+                logger.warning("trace of rank %d not saved: %s", rank, error)
                 return
         logger.info("trace of rank %d: %s; open it in ui.perfetto.dev", rank, path)
 
 
 class _Ranges:
-    """Opens a range of the profiler for each phase."""
+    """Profiler range per phase of a step."""
 
     def __init__(self) -> None:
         self._open: contextlib.AbstractContextManager[object] | None = None
 
     def beat(self, phase: int) -> None:
-        """End the range of the phase before, and begin one where the new phase has a name."""
         self.end()
         name = _NAMES.get(Phase(phase))
         if name is not None:
@@ -178,7 +164,6 @@ class _Ranges:
             self._open.__enter__()
 
     def end(self) -> None:
-        """End the range that is open."""
         if self._open is not None:
             self._open.__exit__(None, None, None)
             self._open = None

@@ -1,4 +1,4 @@
-"""Ranks that no longer hold the same model are found and named."""
+"""ReplicaGuard: detect ranks whose copies of the model differ."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distrain.checks import whole
 from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.ddp import has_own_buffers
 from distrain.distributed.fsdp import is_sharded
-from distrain.errors import ConfigError, ReplicaDrift
+from distrain.errors import ReplicaDrift
 from distrain.log import logger
+from distrain.scalar_names import GUARD
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
+_CHECKSUM = f"{GUARD}checksum"
 _BYTES_TO_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BITS = 24  # what a float32 holds exactly, for the spread over ranks is one
+_CHECKSUM_BITS = 24  # exact in float32, the dtype of the spread over ranks
+_MAX_NAMES = 5  # in the error
 
 
 class _Checked(NamedTuple):
-    """The tensors of one iteration, as they were when its checksum was put.
+    """Bit sums at the time of a checksum.
 
     Attributes:
         iteration: index of the iteration.
         names: of the N tensors.
-        sums: (N,) int64, their bit sums, on the device.
+        sums: (N,) int64, on the device.
     """
 
     iteration: int
@@ -38,12 +42,10 @@ class ReplicaGuard(HookBase):
     """Compares parameters, buffers and optimizer state over ranks every `period` iterations.
 
     Each rank puts a checksum of the bits of all tensors as the scalar `guard/checksum`; it travels
-    with the window's collective, so no step waits for it. The sum per tensor stays on the device
-    until the verdict, which comes later by up to a second of steps: the error names the tensors
-    that differed when the checksum was taken, however far training went on since. Two ranks that
-    differ go unnoticed with a probability of 1 in 16 million. Buffers are left out where ranks may
-    differ in them, and shards, of which there is no copy: of a sharded model buffers and counters
-    are compared, if any.
+    with the window's collective, so no step waits for it. The verdict comes later by up to a second
+    of steps; the error names the tensors that differed when the checksum was taken. Two ranks that
+    differ have equal checksums with a probability of 1 in 16 million. Not compared are shards,
+    which have no replicas, and buffers where ranks may differ in them.
 
     Args:
         period: in iterations.
@@ -56,54 +58,46 @@ class ReplicaGuard(HookBase):
     trainer: Trainer
 
     def __init__(self, period: int = 1000) -> None:
-        if period < 1:
-            raise ConfigError(f"period={period}; it is at least 1 iteration")
-        self._period = period
+        self._period = whole("period", period, least=1)
         self._in_flight: list[_Checked] = []  # oldest first; the same iterations on all ranks
 
-    def after_step(self) -> None:
-        """Judge the checksums that came back; put one if it is time."""
-        trainer = self.trainer
-        self._judge()
-        if trainer.iter_done % self._period == 0:
-            tensors = self._tensors()
-            if not tensors:
-                return
-            sums = bit_sums(list(tensors.values()))
-            self._in_flight.append(_Checked(trainer.iter, tuple(tensors), sums))
-            trainer.storage.put_scalar("guard/checksum", checksum(sums), smoothing_hint=False)
-
     def before_train(self) -> None:
-        """Say so where there is little to compare."""
         self._in_flight = []
         self.is_idle = self.trainer.where.world_size == 1
         if self.trainer.is_sharded and self.trainer.where.is_main:
             logger.info("replica guard: a sharded model has no replicas; shards are not compared")
 
-    def after_last_step(self) -> None:
-        """Judge the last checksum, before anything is saved."""
+    def after_step(self) -> None:
+        trainer = self.trainer
         self._judge()
+        if trainer.iter_done % self._period == 0 and (tensors := self._tensors()):
+            sums = bit_sums(list(tensors.values()))
+            self._in_flight.append(_Checked(trainer.iter, tuple(tensors), sums))
+            trainer.storage.put_scalar(_CHECKSUM, checksum(sums), smoothing_hint=False)
+
+    def after_last_step(self) -> None:
+        self._judge()  # before anything is saved
 
     def _judge(self) -> None:
-        """Raise ReplicaDrift if a checksum that has come back differs."""
+        """Raise ReplicaDrift if a reduced checksum differs over ranks."""
         if not self._in_flight:
             return
         storage = self.trainer.storage
-        newest = storage.latest_iteration("guard/checksum")
+        newest = storage.latest_iteration(_CHECKSUM)
         returned = [checked for checked in self._in_flight if checked.iteration <= newest]
         if returned:
             self._in_flight = self._in_flight[len(returned) :]
-            spread = storage.spread("guard/checksum")  # over all that came with the last window
+            spread = storage.spread(_CHECKSUM)  # over all checksums of the last window
             if spread.min != spread.max:
                 raise ReplicaDrift(_describe(returned))
 
     def _tensors(self) -> dict[str, Tensor]:
         module = self.trainer.module
-        parameters = {n: p for n, p in module.named_parameters() if not is_sharded(p)}
-        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        parameters = dict(module.named_parameters())
+        tensors = {f"model.{n}": p.detach() for n, p in parameters.items() if not is_sharded(p)}
         if not has_own_buffers(module):
             tensors |= {f"model.{name}": buffer for name, buffer in module.named_buffers()}
-        for name, parameter in module.named_parameters():
+        for name, parameter in parameters.items():
             for key, value in self.trainer.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and not is_sharded(value):
                     tensors[f"optimizer.{name}.{key}"] = value
@@ -111,22 +105,24 @@ class ReplicaGuard(HookBase):
 
 
 def _describe(returned: Sequence[_Checked]) -> str:
-    """Name the tensors and ranks of the first difference; a collective, called on all ranks."""
+    """Name the tensors and ranks of the first difference. A collective."""
     mine = [dict(zip(names, sums.tolist(), strict=True)) for _, names, sums in returned]
-    of_ranks = zip(*gather_to_all(mine), strict=True)
+    sums_of_ranks = zip(*gather_to_all(mine), strict=True)
     iteration, (first, *others) = next(
         (checked.iteration, sums)
-        for checked, sums in zip(returned, of_ranks, strict=True)
+        for checked, sums in zip(returned, sums_of_ranks, strict=True)
         if any(other != sums[0] for other in sums)
     )
     names = dict.fromkeys(name for sums in (first, *others) for name in sums)
     differing = [n for n in names if any(sums.get(n) != first.get(n) for sums in others)]
     ranks = [str(rank) for rank, sums in enumerate(others, 1) if sums != first]
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    num_more = len(differing) - _MAX_NAMES
     return (
-        f"rank {', '.join(ranks)} does not hold the same as rank 0 any more after iteration "
-        f"{iteration + 1}: {', '.join(differing[:5])}{more}. Memory of a machine may be broken, or "
-        "code changes weights on some ranks only; the checkpoints since are not to be trusted"
+        f"replicas differ: rank {', '.join(ranks)} from rank 0 after iteration {iteration + 1}, in "
+        + ", ".join(differing[:_MAX_NAMES])
+        + (f" and {num_more} more" if num_more > 0 else "")
+        + "; memory may be faulty, or code changes weights on some ranks only. Resume from a "
+        "checkpoint before that iteration"
     )
 
 
@@ -148,8 +144,8 @@ def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 def checksum(sums: Tensor) -> Tensor:
     """Return a () float32 checksum of (N,) bit sums, on their device, without reading back."""
-    # an odd factor for each keeps two tensors that were swapped apart
+    # odd factors, so that swapped tensors change the checksum
     factors = torch.arange(1, 2 * len(sums), 2, device=sums.device)
     total = (sums * factors).sum()
     total = total ^ (total >> 24) ^ (total >> 48)
-    return (total & ((1 << _BITS) - 1)).to(torch.float32)
+    return (total & ((1 << _CHECKSUM_BITS) - 1)).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The learning rate over iterations."""
+"""LRScheduler: step the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from distrain.errors import ConfigError
 from distrain.optim.optimizer import representative_group
+from distrain.scalar_names import LR
 from distrain.schedule.base import WarmupLR
 from distrain.trainer.hook import HookBase
 
@@ -17,17 +18,13 @@ from distrain.trainer.hook import HookBase
 class LRScheduler(HookBase):
     """Steps a schedule once per iteration, after the update, and puts `lr`.
 
-    `LRScheduler(schedule)` and `LRScheduler(optimizer, scheduler)` are the same. The rate shown is
-    that of the most representative group (`optim.representative_group`).
+    `LRScheduler(schedule)` and `LRScheduler(optimizer, scheduler)` are the same. `lr` is the rate
+    of the most representative group (`optim.representative_group`).
 
     Args:
         optimizer: that of the schedule, or the schedule itself.
-        scheduler: of distrain or torch, that steps once per iteration.
+        scheduler: of distrain or torch; it steps once per iteration.
         schedule: another name of it.
-
-    Raises:
-        ConfigError: there is no schedule or more than one, it belongs to another optimizer, or it
-            waits for a metric.
     """
 
     order = 20
@@ -40,7 +37,7 @@ class LRScheduler(HookBase):
         *,
         schedule: TorchScheduler | None = None,
     ) -> None:
-        given: list[TorchScheduler] = [s for s in (scheduler, schedule) if s is not None]
+        given = [s for s in (scheduler, schedule) if s is not None]
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             given.append(optimizer)
         if len(given) != 1:
@@ -52,27 +49,21 @@ class LRScheduler(HookBase):
         if isinstance(self.schedule, ReduceLROnPlateau):
             raise ConfigError(
                 "schedule=ReduceLROnPlateau: expected a schedule that depends on the iteration "
-                "alone, this one waits for a metric; take another, as schedule=cosine"
+                "alone, not on a metric; take another, as schedule=cosine"
             )
         if isinstance(optimizer, Optimizer) and self.schedule.optimizer is not optimizer:
-            raise ConfigError(
-                "LRScheduler(optimizer, scheduler): expected the optimizer that the scheduler was "
-                "made with"
-            )
+            raise ConfigError("LRScheduler: expected the optimizer of the scheduler")
         self._group = representative_group(self.schedule.optimizer)
 
     def after_step(self) -> None:
-        """Put the rate that this update used, and set the next one."""
         lr = float(self.schedule.get_last_lr()[self._group])
-        self.trainer.storage.put_scalar("lr", lr, False, reduce="local")
+        self.trainer.storage.put_scalar(LR, lr, False, reduce="local")
         self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state."""
         return self.schedule.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the schedule's state back, and with it the rate of the next update."""
         self.schedule.load_state_dict(state)
         if isinstance(self.schedule, WarmupLR):
             self.schedule.apply()  # the horizon may have changed

@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and why."""
+"""StragglerWatch: time per phase and rank; warn of a rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -8,53 +8,49 @@ import time
 
 import torch
 
+from distrain.checks import number, whole
 from distrain.distributed.collectives import gather_to_all
-from distrain.errors import ConfigError
 from distrain.events.storage import Spread
 from distrain.heartbeat import Phase
 from distrain.log import logger
+from distrain.scalar_names import STRAGGLER
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
+_OWN_S = f"{STRAGGLER}own_s"
 _CAUSES = {"data": "waiting for data", "forward": "in forward", "hooks": "in hooks"}
 _NAMES = {Phase.DATA: "data", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
 
 
 class StragglerWatch(HookBase):
-    """Measures where the time of a step goes on each rank, and names a rank that holds up others.
+    """Measures the phases of a step on each rank, and warns of a rank that delays the others.
 
     In backward every rank waits for the slowest, so a rank's own time is that of the rest: waiting
     for data, forward, hooks. One iteration in `every` is measured and put as
     `straggler/{data,forward,backward,hooks,own}_s`, seconds, the mean over ranks; their spread over
-    ranks travels in the window's collective. Rank 0 puts `straggler/lost_s`, by which the slowest
-    rank's own time is over that of the fastest, and `straggler/slowest_rank`. Forward and backward
-    on a GPU are timed there. With one rank nothing is measured.
+    ranks travels in the window's collective. Rank 0 puts `straggler/lost_s`, the own time of the
+    slowest rank minus that of the fastest, and `straggler/slowest_rank`. Forward and backward on a
+    GPU are timed there. With one rank nothing is measured.
 
     Args:
         every: iterations from one measurement to the next.
-        share: of the step that the slowest rank's own time is over that of the fastest, from which
-            on it counts as slow.
-        patience: in how many windows in a row one rank has to be found slow before a warning
-            names it.
+        share: fraction of a step; a rank is slow if its own time exceeds the fastest by more.
+        patience: number of consecutive windows with one slow rank before a warning.
     """
 
     order = 11
     trainer: Trainer
 
     def __init__(self, every: int = 10, *, share: float = 0.1, patience: int = 5) -> None:
-        for key, value, least in (("every", every, 2), ("patience", patience, 1)):
-            if value < least:
-                raise ConfigError(f"{key}={value}; it is at least {least}")
-        if not share > 0:
-            raise ConfigError(f"share={share}; it is above 0")
-        self._every, self._share, self._patience = every, share, patience
+        self._every = whole("every", every, least=2)
+        self._share = number("share", share, above=0)
+        self._patience = whole("patience", patience, least=1)
         self._places: list[str] = []
-        self._measured = -1  # the first iteration whose times are on their way
-        self._in_a_row: tuple[int, int] = (-1, 0)  # rank, how often
-        self._warned = -1
+        self._measured = -1  # first iteration whose times are not reduced yet
+        self._slow_rank, self._num_windows = -1, 0  # of the last windows in a row
+        self._warned = -1  # rank of the last warning
 
     def before_train(self) -> None:
-        """Learn where each rank runs. A collective."""
         device = self.trainer.device
         gpu = f", GPU {device.index}" if device.type == "cuda" else ""
         self._places = gather_to_all(f"{socket.gethostname()}{gpu}, process {os.getpid()}")
@@ -64,7 +60,6 @@ class StragglerWatch(HookBase):
         self.is_idle = len(self._places) == 1
 
     def before_step(self) -> None:
-        """Begin to measure, if it is this iteration's turn."""
         if self.trainer.iter % self._every == self._every // 2:
             self._clock.start()
             self.trainer.listen(self._clock.beat)
@@ -74,7 +69,6 @@ class StragglerWatch(HookBase):
             self._hooks_begin_s = None
 
     def after_step(self) -> None:
-        """Put what was measured, once it is complete; look at what came back."""
         trainer = self.trainer
         if self._is_measuring:
             trainer.unlisten(self._clock.beat)
@@ -82,48 +76,49 @@ class StragglerWatch(HookBase):
             self._hooks_begin_s = time.perf_counter()
         elif self._hooks_begin_s is None and (seconds := self._clock.read()) is not None:
             own_s = seconds["data"] + seconds["forward"] + seconds["hooks"]
-            with trainer.storage.name_scope("straggler"):
-                for name, value in {**seconds, "own": own_s}.items():
-                    trainer.storage.put_scalar(f"{name}_s", value, False)
+            for name, value in {**seconds, "own": own_s}.items():
+                trainer.storage.put_scalar(f"{STRAGGLER}{name}_s", value, False)
             if self._measured < 0:
                 self._measured = trainer.iter
-        if 0 <= self._measured <= trainer.reduction.combined_iter and self._has_returned():
+        if 0 <= self._measured <= trainer.reduction.combined_iter and self._is_reduced():
             self._measured = -1
             self._judge()
 
-    def _has_returned(self) -> bool:  # new names travel a window later
-        return self.trainer.storage.latest_iteration("straggler/own_s") >= self._measured
+    def _is_reduced(self) -> bool:
+        # new names are exchanged first, so their values are reduced a window later
+        return self.trainer.storage.latest_iteration(_OWN_S) >= self._measured
 
     def _judge(self) -> None:
         storage, step_s = self.trainer.storage, self.trainer.reduction.step_s
-        own = storage.spread("straggler/own_s")
+        own = storage.spread(_OWN_S)
         if not self.trainer.where.is_main:
             return
-        storage.put_scalar("straggler/lost_s", own.max - own.min, False, reduce="local")
-        storage.put_scalar("straggler/slowest_rank", float(own.max_rank), False, reduce="local")
+        storage.put_scalar(f"{STRAGGLER}lost_s", own.max - own.min, False, reduce="local")
+        storage.put_scalar(f"{STRAGGLER}slowest_rank", float(own.max_rank), False, reduce="local")
         rank = own.max_rank if own.max - own.min > self._share * step_s else -1
-        self._in_a_row = (rank, self._in_a_row[1] + 1 if rank == self._in_a_row[0] else 1)
+        self._num_windows = self._num_windows + 1 if rank == self._slow_rank else 1
+        self._slow_rank = rank
         if rank < 0:
             self._warned = -1
-        elif self._in_a_row[1] >= self._patience and self._warned != rank:
+        elif self._num_windows >= self._patience and self._warned != rank:
             self._warned = rank
             logger.warning("%s", self._describe(rank, own, step_s))
 
     def _describe(self, rank: int, own: Spread, step_s: float) -> str:
-        spreads = {name: self.trainer.storage.spread(f"straggler/{name}_s") for name in _CAUSES}
+        spreads = {name: self.trainer.storage.spread(f"{STRAGGLER}{name}_s") for name in _CAUSES}
         worst = max(spreads, key=lambda name: spreads[name].max - spreads[name].min)
         return (
             f"the other ranks wait for rank {rank} ({self._places[rank]}): in a step of "
             f"{step_s:.3g} s it takes {own.max - own.min:.3g} s more than rank {own.min_rank}, "
-            f"{_CAUSES[worst]}; found in {self._in_a_row[1]} windows in a row"
+            f"{_CAUSES[worst]}; in {self._num_windows} windows in a row"
         )
 
 
 class _Clock:
-    """Hears the beats of one iteration and keeps the time of each phase.
+    """Time per phase of one iteration, measured from its beats.
 
     Args:
-        on_gpu: forward and backward are measured by events on the GPU.
+        on_gpu: time forward and backward by events on the GPU.
 
     Attributes:
         seconds: by name.
@@ -135,14 +130,12 @@ class _Clock:
         self._events: list[tuple[str, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Begin with the time of the data."""
         self.seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0}
         self._events = []
         self._name, self._begin_s = "data", time.perf_counter()
 
     def beat(self, phase: int, /) -> None:
-        """End a phase and begin another."""
-        if phase == Phase.END:  # of training; after a failure the GPU may not be there
+        if phase == Phase.END:  # of training; after a failure the GPU may not respond
             return
         now_s = time.perf_counter()
         if self._name:
@@ -154,7 +147,7 @@ class _Clock:
             self._events.append((self._name, event))
 
     def read(self) -> dict[str, float] | None:
-        """Return the seconds of each phase once; None if there is nothing new or not yet."""
+        """Return the seconds per phase once; None while there is nothing new or it is not ready."""
         if not self.seconds or (self._events and not self._events[-1][1].query()):
             return None
         seconds, self.seconds = self.seconds, {}

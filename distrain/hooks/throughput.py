@@ -1,4 +1,4 @@
-"""How much is trained in a second, and what share of the card's arithmetic that is."""
+"""Throughput: samples, tokens and FLOPs per second; model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from distrain.errors import ConfigError
+from distrain.checks import number, whole
 from distrain.log import logger
+from distrain.scalar_names import PERF
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
-# Dense bf16/fp16 with fp32 accumulation, TFLOP/s, of NVIDIA's data sheets. The first name that is
-# in the card's name counts, so what is longer comes first.
+# Dense bf16/fp16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets. The first name within
+# the card's name counts, so longer names come first.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -40,12 +41,12 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(card: str) -> float | None:
-    """Return the peak of a card by its name, `peak_tflops("NVIDIA H100 PCIe")` is 756.0.
+    """Return the peak of a card by its name: `peak_tflops("NVIDIA H100 PCIe")` is 756.0.
 
     Args:
-        card: as `torch.cuda.get_device_name` tells it; None is returned for one not in the table.
+        card: result of `torch.cuda.get_device_name`; None is returned for a card not in the table.
     """
-    if "Laptop" in card:  # a name like the desktop's, and half of its speed
+    if "Laptop" in card:  # named like the desktop's, at half of its speed
         return None
     for name, peak in PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b", card):
@@ -54,40 +55,35 @@ def peak_tflops(card: str) -> float | None:
 
 
 def samples_per_step(trainer: Trainer) -> int | None:
-    """Return how many samples all ranks take in a step, None where the data does not say."""
+    """Return the number of samples per step over all ranks, None where it is unknown."""
     data = trainer.data
-    share = getattr(data, "samples_per_forward", None)
+    num = getattr(data, "samples_per_forward", None)
     if isinstance(data, DataLoader):
-        share = data.batch_size
-    return None if share is None else share * trainer.accumulation * trainer.where.world_size
+        num = data.batch_size
+    return None if num is None else num * trainer.accumulation * trainer.where.world_size
 
 
 class Throughput(HookBase):
-    """Puts once a window how much was trained a second since the window before.
+    """Puts the speed of training over the last window, once per window.
 
     - `perf/samples_per_s`, over all ranks;
-    - `perf/tokens_per_s`, if told `tokens_per_sample`;
-    - `perf/tflops_per_rank`: 10^12 floating point operations of forward and backward a second;
-    - `perf/mfu`: that as a share of the card's peak (PaLM, arXiv:2204.02311, appendix B).
+    - `perf/tokens_per_s`, with `tokens_per_sample`;
+    - `perf/tflops_per_rank`: 10^12 floating point operations of forward and backward per second;
+    - `perf/mfu`: that as a fraction of the card's peak (PaLM, arXiv:2204.02311, appendix B).
 
-    All time counts, evaluation and checkpoints too; the first step does not. Example: 6e12 FLOPs a
-    sample, 100 samples a second on 4 ranks: 150 TFLOP/s a rank, on A100s (312) an MFU of 0.48.
+    All time counts, evaluation and checkpoints too, but for the first step. Example: 6e12 FLOPs per
+    sample, 100 samples per second on 4 ranks: 150 TFLOP/s per rank, on A100s (312) an MFU of 0.48.
 
-    The operations are those that `torch.utils.flop_counter` sees in the first step of each rank:
-    matrix products, convolutions and attention, with what activation checkpointing does twice. It
-    sees nothing of kernels of your own, and a compiled model (trainer.compile) is not counted: then
-    give `flops_per_sample`.
+    Operations are counted by `torch.utils.flop_counter` in the first step of each rank: matrix
+    products, convolutions and attention, including recomputation by activation checkpointing. Not
+    counted are custom kernels and compiled models (trainer.compile): give `flops_per_sample`.
 
     Args:
         tokens_per_sample: such as the length of a sequence.
         flops_per_sample: of forward and backward together; None counts them. A multiplication and
             an addition are two.
-        peak_tflops: of one rank's device; None looks the card up in `PEAK_TFLOPS`, which is for
-            dense bf16 and fp16.
+        peak_tflops: of one rank's device; None looks the card up in `PEAK_TFLOPS`.
         samples_per_step: over all ranks; None asks the data.
-
-    Raises:
-        ConfigError: a number that is not above 0.
     """
 
     trainer: Trainer
@@ -101,31 +97,23 @@ class Throughput(HookBase):
         peak_tflops: float | None = None,
         samples_per_step: int | None = None,
     ) -> None:
-        numbers = {
-            "tokens_per_sample": tokens_per_sample,
-            "flops_per_sample": flops_per_sample,
-            "peak_tflops": peak_tflops,
-            "samples_per_step": samples_per_step,
-        }
-        for name, number in numbers.items():
-            if number is not None and number <= 0:
-                raise ConfigError(f"{name}={number}; a number above 0 is needed, or null")
-        self._tokens = tokens_per_sample
-        self._flops_per_sample = flops_per_sample
-        self._peak_tflops = peak_tflops
+        self._tokens = _positive("tokens_per_sample", tokens_per_sample)
+        self._flops_per_sample = _positive("flops_per_sample", flops_per_sample)
+        self._peak_tflops = _positive("peak_tflops", peak_tflops)
+        if samples_per_step is not None:
+            whole("samples_per_step", samples_per_step, least=1)
         self._samples = samples_per_step
-        self._flops: float | None = None  # of this rank in a step
+        self._flops: float | None = None  # per step, of this rank
         self._counter: FlopCounterMode | None = None
 
     def before_train(self) -> None:
-        """Find out what the card can do, and how many samples a step takes."""
         trainer = self.trainer
         self._since = trainer.start_iter
         self._begin_s = time.perf_counter()
         self._samples = self._samples or samples_per_step(trainer)
         if self._flops_per_sample is not None and self._samples is not None:
             self._flops = self._flops_per_sample * self._samples / trainer.where.world_size
-        # a model that is called under the counter is not compiled
+        # under the counter a compiled model runs uncompiled
         is_compiled = trainer.module._compiled_call_impl is not None
         self._counts = self._flops is None and not is_compiled
         if self._flops is None and is_compiled and trainer.where.is_main:
@@ -137,30 +125,26 @@ class Throughput(HookBase):
                 logger.info("no perf/mfu: set hooks.throughput.peak_tflops for a %s", card)
 
     def before_step(self) -> None:
-        """Count the first step."""
         if self.trainer.iter == self.trainer.start_iter and self._counts:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
     def after_backward(self) -> None:
-        """End the counting; the update is not the model's work."""
-        if self._counter is not None:
-            self._end_counting()
+        self._end_counting()  # the optimizer's update is not counted
 
     def _end_counting(self) -> None:
-        counter, self._counter = self._counter, None
-        assert counter is not None
-        counter.__exit__(None, None, None)
-        self._flops = float(counter.get_total_flops()) or None
+        if self._counter is not None:
+            counter, self._counter = self._counter, None
+            counter.__exit__(None, None, None)
+            self._flops = float(counter.get_total_flops()) or None
 
     def after_step(self) -> None:
-        """Put the numbers when a window ends."""
         done, trainer = self.trainer.iter_done, self.trainer
-        if done % trainer.window and done != trainer.start_iter + 1:
+        is_first = done == trainer.start_iter + 1
+        if done % trainer.window and not is_first:
             return
         now_s = time.perf_counter()
         steps, elapsed_s = done - self._since, now_s - self._begin_s
-        is_first = done == trainer.start_iter + 1
         self._since, self._begin_s = done, now_s
         if not is_first:
             values = rates(
@@ -173,9 +157,7 @@ class Throughput(HookBase):
             trainer.storage.put_scalars(smoothing_hint=False, reduce="mean", count=None, **values)
 
     def after_train(self) -> None:
-        """Leave nothing of the counting behind where the first step failed."""
-        if self._counter is not None:
-            self._end_counting()
+        self._end_counting()  # where the first step failed
 
 
 def rates(
@@ -186,26 +168,30 @@ def rates(
     flops: float | None,
     peak_tflops: float | None,
 ) -> dict[str, float]:
-    """Return the scalars of `Throughput` that can be told.
+    """Return the scalars of `Throughput` that are known.
 
     Args:
         steps_per_s: of the run.
         samples_per_step: over all ranks.
-        tokens_per_sample: as it says.
-        flops: of one rank in a step.
+        tokens_per_sample: mean.
+        flops: of one rank per step.
         peak_tflops: of its device.
 
     Example:
-        2 steps a second of 50 samples of 10 tokens, 75e12 FLOPs a rank, 300 TFLOP/s at most: 100
-        samples/s, 1000 tokens/s, 150 TFLOP/s, MFU 0.5.
+        2 steps per second of 50 samples of 10 tokens, 75e12 FLOPs per rank, a peak of 300 TFLOP/s:
+        100 samples/s, 1000 tokens/s, 150 TFLOP/s, MFU 0.5.
     """
     found: dict[str, float] = {}
     if samples_per_step is not None:
-        found["perf/samples_per_s"] = steps_per_s * samples_per_step
+        samples_per_s = found[f"{PERF}samples_per_s"] = steps_per_s * samples_per_step
         if tokens_per_sample is not None:
-            found["perf/tokens_per_s"] = found["perf/samples_per_s"] * tokens_per_sample
+            found[f"{PERF}tokens_per_s"] = samples_per_s * tokens_per_sample
     if flops is not None:
-        found["perf/tflops_per_rank"] = steps_per_s * flops / 1e12
+        tflops = found[f"{PERF}tflops_per_rank"] = steps_per_s * flops / 1e12
         if peak_tflops is not None:
-            found["perf/mfu"] = found["perf/tflops_per_rank"] / peak_tflops
+            found[f"{PERF}mfu"] = tflops / peak_tflops
     return found
+
+
+def _positive(key: str, value: float | None) -> float | None:
+    return None if value is None else number(key, value, above=0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrain.checks import refuse_url
-from distrain.hooks.evaluation import is_finished
+from distrain.hooks.periodic import is_finished
 from distrain.redact import masked
 from distrain.scalar_names import ETA_S, LR, NONDETERMINISTIC_PREFIXES, STEP_S
 from distrain.trainer.hook import HookBase

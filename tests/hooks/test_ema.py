@@ -105,7 +105,10 @@ def test_two_averages_have_tags_of_their_own_but_one_place():
     trainer = train(EMA(0.5, warmup=False), EMA(0.0), evaluation, steps=2)
     latest = trainer.storage.latest()
     assert (latest["eval_EMA/w"], latest["eval_EMA_2/w"], latest["eval/w"]) == (1.5, 2.0, 2.0)
-    with pytest.raises(ConfigError, match="hooks.EMA_2.evaluate=instead: hooks.EMA has it too"):
+    with pytest.raises(
+        ConfigError,
+        match="hooks.EMA_2.evaluate=instead: expected one such hook, and hooks.EMA is one",
+    ):
         train(EMA(evaluate="instead"), EMA(evaluate="instead"), EvalHook())
 
 
@@ -179,9 +182,9 @@ def test_an_update_is_one_operation_and_reads_nothing_back():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"decay": 1.0}, r"decay=1.0; give a number in \[0, 1\)"),
+        ({"decay": 1.0}, r"decay=1.0: expected a number in \[0, 1\)"),
         ({"period": 0}, "period=0"),
-        ({"evaluate": "both"}, "evaluate='both'; choose beside or instead"),
+        ({"evaluate": "both"}, "evaluate=both: expected one of beside, instead"),
     ],
 )
 def test_mistakes(keywords, message):

@@ -75,5 +75,5 @@ def test_who_had_it_off_keeps_it_off():
 
 
 def test_mistakes():
-    with pytest.raises(ConfigError, match="period=0; it is at least 1 iteration"):
+    with pytest.raises(ConfigError, match="period=0: expected an integer >= 1"):
         GarbageCollector(0)

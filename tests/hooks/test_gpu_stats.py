@@ -179,11 +179,11 @@ def test_trouble_is_told_in_one_line_and_training_goes_on(libraries):
     assert lines[1:] == [
         ("WARNING", f"GPU 1 of {host} (GPU-bbbb, rank 0): {what}")
         for what in (
-            "its clocks are held back by its temperature (hardware)",
-            "its clocks are held back by its power limit and its temperature (hardware)",
-            "Xid 94: contained memory error: the program is ended, others go on",
-            "2 uncorrected ECC error(s) more",
-            "it is gone (GPU is lost); training goes on while it can",
+            "throttled by its temperature (hardware)",
+            "throttled by its power limit and its temperature (hardware)",
+            "Xid 94: contained memory error: this process ends, others continue",
+            "2 more uncorrected ECC error(s)",
+            "lost (GPU is lost); training continues while it can",
         )
     ]
     assert found["gpu/xid_errors"][-1] == (2.0, 3)

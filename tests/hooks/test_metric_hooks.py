@@ -202,7 +202,8 @@ def misspelt(metric, *more):
 
 @pytest.mark.parametrize("prefix", ["eval", "eval_ema"])
 def test_a_misspelt_metric_of_an_evaluation_is_refused(prefix):
-    words = rf"hooks\.stop\.metric={prefix}/scor: no evaluation.*did you mean {prefix}/score"
+    expected = f"expected a metric of an evaluation; did you mean {prefix}/score"
+    words = rf"hooks\.stop\.metric={prefix}/scor: {expected}"
     with pytest.raises(ConfigError, match=words):
         misspelt(f"{prefix}/scor")
 
@@ -216,7 +217,9 @@ def test_a_metric_that_some_batches_have_is_taken(metric, caplog):
 def test_a_metric_that_a_hook_of_the_user_may_put_is_not_refused(caplog):
     assert misspelt("eval/scor", Own()) == pytest.approx(0.9)
     start, end = (record.getMessage() for record in caplog.records)
-    assert start.startswith("hooks.stop.metric=eval/scor: no evaluation gives it; did you mean")
+    assert start.startswith(
+        "hooks.stop.metric=eval/scor: expected a metric of an evaluation; did you mean"
+    )
     assert end.startswith("hooks.stop.metric=eval/scor: no such scalar was put in 1 iterations;")
 
 

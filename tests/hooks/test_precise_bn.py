@@ -207,13 +207,13 @@ def test_a_model_without_batch_norm_reads_nothing():
     hook = PreciseBN(NUM)
     hook.trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), [])
     before = copy.deepcopy(model.state_dict())
-    hook._recompute()
+    hook.run()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("keywords", [{"num_iters": 0}, {"period": 0}])
 def test_mistakes(keywords):
-    with pytest.raises(ConfigError, match="=0; it is at least 1 iteration"):
+    with pytest.raises(ConfigError, match="=0: expected an integer >= 1"):
         PreciseBN(**keywords)
 
 
@@ -221,5 +221,5 @@ def test_data_that_cannot_be_read_beside_the_training():
     model = fresh()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = [torch.ones(2, 3, 4, 4)]
-    with pytest.raises(ConfigError, match="which a list cannot give"):
+    with pytest.raises(ConfigError, match=r"expected data with batches\(start_iter\), got a list"):
         Trainer(model, optimizer, data, hooks=[PreciseBN()]).train(0, 2)

@@ -146,11 +146,11 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path, caplog)
 @pytest.mark.parametrize(
     ("keywords", "text"),
     [
-        ({"start": 1}, "start=1; at least warmup=2"),
+        ({"start": 1}, "start=1: expected an integer >= 2"),
         ({"active": 0}, "active=0"),
         ({"warmup": -1}, "warmup=-1"),
-        ({"every": 4}, "every=4; warmup and active are 5"),
-        ({"ranks": "0"}, "ranks=0; a list"),
+        ({"every": 4}, "every=4: expected an integer >= 5"),
+        ({"ranks": "0"}, "ranks=0: expected a list"),
     ],
 )
 def test_wrong_arguments(keywords, text):

@@ -187,5 +187,7 @@ def test_each_peak_is_found_by_its_name():
 
 @pytest.mark.parametrize("name", ["tokens_per_sample", "peak_tflops", "samples_per_step"])
 def test_wrong_arguments(name):
-    with pytest.raises(ConfigError, match=f"{name}=0; a number above 0"):
+    with pytest.raises(
+        ConfigError, match=f"{name}=0: expected (a finite number > 0|an integer >= 1)"
+    ):
         Throughput(**{name: 0})

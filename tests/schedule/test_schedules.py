@@ -292,7 +292,7 @@ def test_the_hook_refuses_what_it_cannot_step():
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)
     )
     schedule = WarmupCosineLR(optimizer, 10)
-    with pytest.raises(ConfigError, match="expected the optimizer that the scheduler was made"):
+    with pytest.raises(ConfigError, match="expected the optimizer of the scheduler"):
         LRScheduler(other, schedule)
     for arguments in ((), (optimizer,), (schedule, schedule)):
         with pytest.raises(ConfigError, match="LRScheduler: expected one schedule"):

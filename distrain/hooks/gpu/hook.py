@@ -1,4 +1,4 @@
-"""What the GPUs do while training runs, from the driver."""
+"""GpuStats: GPU telemetry by NVML during training."""
 
 from __future__ import annotations
 
@@ -7,106 +7,84 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distrain.checks import number, whole
 from distrain.distributed.collectives import gather_to_all
-from distrain.errors import ConfigError
 from distrain.hooks.gpu.sampler import Sampler
 from distrain.hooks.throughput import samples_per_step
 from distrain.log import logger
+from distrain.scalar_names import GPU
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
     from distrain.hooks.gpu.nvml import Gpu, Nvml
 
+_ENERGY_J = f"{GPU}energy_j"
+
 
 class GpuStats(HookBase):
-    """Puts what NVIDIA's driver says of the GPUs that the ranks use, once a window, under `gpu/`.
+    """Puts NVML's readings of the GPUs that the ranks use, once per window, under `gpu/`.
 
-    A thread of the first rank of each node reads every `period_s`, beside training; a step pays one
-    comparison. What is put are means over the readings since the last window:
+    A thread of the first rank of each node reads every `period_s` seconds; a step pays one
+    comparison. The scalars are means over the readings since the last window:
 
-    ==================================  ===============================  ========================
-    utilization_percent                 a kernel ran                     mean over all GPUs
-    memory_busy_percent                 device memory was accessed       mean
-    memory_used_mib, memory_total_mib   with other programs              max, mean
-    power_w                             of one GPU                       mean
-    temperature_c                                                        max
-    sm_clock_mhz, memory_clock_mhz                                       mean
-    throttled                           share of time held back ...      mean
-    throttle_power_cap, _thermal, ...   ... by this                      mean
-    ecc_uncorrected                     since the driver was loaded      max of a GPU
-    xid_errors                          since the start                  max of a GPU
-    pcie_tx_mb_per_s, nvlink_rx_..      10^6 bytes a second of one GPU   mean
-    energy_j                            of all GPUs, over resumptions    sum
-    energy_per_sample_j                 of all GPUs, since this start    sum
-    ==================================  ===============================  ========================
+    ==================================  ================================  =====================
+    name                                quantity                          over GPUs
+    ==================================  ================================  =====================
+    utilization_percent                 time in which a kernel ran        mean
+    memory_busy_percent                 time of device memory accesses    mean
+    memory_used_mib, memory_total_mib   of all processes                  max, mean
+    power_w                             per GPU                           mean
+    temperature_c                                                         max
+    sm_clock_mhz, memory_clock_mhz                                        mean
+    throttled                           fraction of time                  mean
+    throttle_power_cap, _thermal, ...   fraction of time, by reason       mean
+    ecc_uncorrected                     since the driver was loaded       max
+    xid_errors                          since the start                   max
+    pcie_tx_mb_per_s, nvlink_rx_..      10^6 bytes per second and GPU     mean
+    energy_j                            over resumptions                  sum
+    energy_per_sample_j                 since this start                  sum
+    ==================================  ================================  =====================
 
-    With up to `each_up_to` ranks, `gpu/RANK/...` holds them for the GPU of each rank (of throttling
-    and energy only `throttled`). What a card
-    does not know is left out, energy is then power times time, and without a driver there is
-    nothing. An Xid or ECC error, a throttled GPU and one that vanishes cost a line of warning in
-    the log of the node's first rank, and training goes on.
+    With up to `each_up_to` ranks, `gpu/RANK/...` holds them for the GPU of each rank, without
+    throttle reasons and energy. Unsupported values are left out; energy is then power times time.
+    Without a driver nothing is put. An Xid or ECC error, throttling and a lost GPU are warnings in
+    the log of the node's first rank; training continues.
 
     Args:
         period_s: between two readings.
-        each_up_to: with more ranks than this, values of single GPUs are not put.
-
-    Raises:
-        ConfigError: an argument out of its range.
+        each_up_to: largest number of ranks for which values of single GPUs are put.
     """
 
     trainer: Trainer
     only_closes = True
 
     def __init__(self, period_s: float = 1.0, each_up_to: int = 16) -> None:
-        if period_s <= 0:
-            raise ConfigError(f"period_s={period_s}; a number of seconds above 0 is needed")
-        if each_up_to < 0:
-            raise ConfigError(f"each_up_to={each_up_to}; at least 0 ranks are needed")
-        self._period_s = period_s
-        self._each_up_to = each_up_to
+        self._period_s = number("period_s", period_s, above=0)
+        self._each_up_to = whole("each_up_to", each_up_to, least=0)
         self._sampler: Sampler | None = None
 
     def before_train(self) -> None:
-        """Find the GPUs of this node's ranks, and start to read; a collective."""
         trainer = self.trainer
-        self.is_idle = True  # until there is something to read
+        self.is_idle = True  # until there is a GPU to read
         host = os.uname().nodename
-        everyone = gather_to_all((host, trainer.where.local_rank, _uuid(trainer.device)))
+        ranks = gather_to_all((host, trainer.where.local_rank, _uuid(trainer.device)))
         if trainer.where.local_rank != 0:
             return
-        history = trainer.storage.histories().get("gpu/energy_j")
+        history = trainer.storage.histories().get(_ENERGY_J)
         self._energy_before_j = history.latest() if history and trainer.where.is_main else 0.0
         self._samples_per_step = samples_per_step(trainer)
-        here = {
+        ranks_here = {
             local_rank: (rank, uuid)
-            for rank, (name, local_rank, uuid) in enumerate(everyone)
+            for rank, (name, local_rank, uuid) in enumerate(ranks)
             if name == host
         }
-        from distrain.hooks.gpu.nvml import NoDriver, Nvml  # imports the binding
-
-        try:
-            nvml = Nvml()
-        except NoDriver as error:
-            _say_without(f"{error}")
-            return
-        try:
-            gpus = _of_ranks(nvml, here)
-        except NoDriver as error:
-            gpus = {}
-            _say_without(f"{error}")
-        if not gpus:
-            _say_without("no GPU is visible")
-            nvml.close()
-            return
-        names = ", ".join(f"rank {rank}: {gpu.name} {gpu.uuid}" for rank, gpu in gpus.items())
-        logger.info("reading the GPUs of %s: %s", host, names)
-        self._sampler = Sampler(nvml, gpus, host=host, period_s=self._period_s)
-        self._sampler.start()
-        self.is_idle = False
+        self._sampler = _new_sampler(ranks_here, host, self._period_s)
+        if self._sampler is not None:
+            self._sampler.start()
+            self.is_idle = False
 
     def after_step(self) -> None:
-        """Put what was read, when a window ends; at the very end after a last reading."""
         assert self._sampler is not None
         done = self.trainer.iter_done
         if done == self.trainer.max_iter:
@@ -117,7 +95,6 @@ class GpuStats(HookBase):
             self._put(self._sampler)
 
     def after_train(self) -> None:
-        """End the reading."""
         if self._sampler is None:
             return
         if self._sampler.stop():
@@ -135,27 +112,45 @@ class GpuStats(HookBase):
             storage.put_scalars(smoothing_hint=False, reduce="max", count=None, **summary.maxima)
             if self.trainer.where.world_size <= self._each_up_to:
                 storage.put_scalars(smoothing_hint=False, reduce="mean", count=None, **summary.each)
-        energy_j = sampler.energy_j  # put always: a sum over nodes needs all of them
-        if energy_j is not None:
-            energy = {"gpu/energy_j": self._energy_before_j + energy_j}
+        energy_j = sampler.energy_j
+        if energy_j is not None:  # put in each window: the sum needs all nodes
+            energy = {_ENERGY_J: self._energy_before_j + energy_j}
             steps = self.trainer.iter_done - self.trainer.start_iter
             if self._samples_per_step is not None:
-                energy["gpu/energy_per_sample_j"] = energy_j / (steps * self._samples_per_step)
+                samples = steps * self._samples_per_step
+                energy[f"{GPU}energy_per_sample_j"] = energy_j / samples
             storage.put_scalars(smoothing_hint=False, reduce="sum", count=None, **energy)
 
 
+def _new_sampler(
+    ranks: dict[int, tuple[int, str | None]], host: str, period_s: float
+) -> Sampler | None:
+    """Return a sampler of the GPUs of this node's ranks; None where there is no GPU to read."""
+    from distrain.hooks.gpu.nvml import NoDriver, Nvml  # imports the binding
+
+    nvml = None
+    try:
+        nvml = Nvml()
+        gpus = _gpus_of_ranks(nvml, ranks)
+        if not gpus:
+            raise NoDriver("no GPU is visible")
+    except NoDriver as error:
+        if nvml is not None:
+            nvml.close()
+        log = logger.info if torch.cuda.is_available() else logger.debug
+        log("no telemetry of GPUs under gpu/: %s", error)
+        return None
+    names = ", ".join(f"rank {rank}: {gpu.name} {gpu.uuid}" for rank, gpu in gpus.items())
+    logger.info("reading the GPUs of %s: %s", host, names)
+    return Sampler(nvml, gpus, host=host, period_s=period_s)
+
+
 def _uuid(device: torch.device) -> str | None:
-    """Return the UUID of a CUDA device, without the kind before it; None of another device."""
+    """Return the UUID of a CUDA device without its prefix; None of another device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def _say_without(why: str) -> None:
-    """Say once that there is no telemetry; on a machine for CPUs that is no news."""
-    say = logger.info if torch.cuda.is_available() else logger.debug
-    say("no telemetry of GPUs under gpu/: %s", why)
-
-
-def _of_ranks(nvml: Nvml, ranks: dict[int, tuple[int, str | None]]) -> dict[int, Gpu]:
+def _gpus_of_ranks(nvml: Nvml, ranks: dict[int, tuple[int, str | None]]) -> dict[int, Gpu]:
     """Return the GPUs by the rank that uses each.
 
     Args:

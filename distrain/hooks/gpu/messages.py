@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says in bits and numbers, in words."""
+"""Names of NVML throttle reasons and Xid errors."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ THROTTLE_BITS = {
     "thermal": 0x20 | 0x40,  # by software, by hardware
     "power_brake": 0x80,
 }
-"""Why clocks are lower than they could be, by name: bits of nvmlClocksEventReason* (nvml.h).
-
-An idle GPU (0x1) and clocks that somebody has set (0x2, 0x100) are not held back.
-"""
+"""Bits of nvmlClocksEventReason* (nvml.h), without idle (0x1) and clock settings (0x2, 0x100)."""
 
 USUAL = THROTTLE_BITS["power_cap"] | THROTTLE_BITS["sync_boost"]
-"""What a healthy card under full load may show."""
+"""Throttle bits of a healthy card under full load."""
 
 _THROTTLE_WORDS = {
     0x4: "its power limit",
-    0x8: "the hardware: too hot, or power is short",
+    0x8: "the hardware (temperature or power)",
     0x10: "the slowest GPU of its sync boost group",
     0x20: "its temperature (software)",
     0x40: "its temperature (hardware)",
     0x80: "the power supply's brake",
 }
 
-# https://docs.nvidia.com/deploy/xid-errors: the numbers that a training run meets
+# https://docs.nvidia.com/deploy/xid-errors, those of compute jobs
 _XID_WORDS = {
-    8: "the GPU stopped processing",
+    8: "GPU stopped processing",
     13: "graphics engine exception, often an index out of bounds in a kernel",
     31: "memory page fault, often an illegal address in a kernel",
     32: "invalid or corrupted push buffer stream",
     38: "driver firmware error",
-    43: "the GPU stopped processing, often after an error of the program",
+    43: "GPU stopped processing, often after an error of the program",
     45: "channels were cleaned up after an earlier error, or the process was killed",
     48: "double bit ECC error",
     61: "internal micro-controller breakpoint or warning",
@@ -45,25 +42,25 @@ _XID_WORDS = {
     74: "NVLink error",
     79: "the GPU has fallen off the bus",
     92: "high rate of single bit ECC errors",
-    94: "contained memory error: the program is ended, others go on",
+    94: "contained memory error: this process ends, others continue",
     95: "uncontained memory error: the GPU needs a reset",
     109: "context switch timeout",
-    119: "the GPU's system processor (GSP) does not answer",
-    120: "the GPU's system processor (GSP) failed",
+    119: "GPU system processor (GSP) timeout",
+    120: "GPU system processor (GSP) failed",
     121: "corrected error of the chip-to-chip link",
     140: "uncorrected ECC error",
 }
 
 
 def throttle_words(bits: int) -> str:
-    """Return what holds clocks back: `throttle_words(0x44)` names the power limit and the heat.
+    """Return the throttle reasons: `throttle_words(0x44)` names power limit and temperature.
 
     Args:
-        bits: of nvmlClocksEventReason*; those that hold nothing back are left out.
+        bits: of nvmlClocksEventReason*; others than throttle reasons are ignored.
     """
     return " and ".join(words for bit, words in _THROTTLE_WORDS.items() if bits & bit)
 
 
 def xid_words(number: int) -> str:
-    """Return what an Xid is: `xid_words(79)` is "Xid 79: the GPU has fallen off the bus"."""
+    """Return an Xid error in words: `xid_words(79)` is "Xid 79: the GPU has fallen off the bus"."""
     return f"Xid {number}: {_XID_WORDS.get(number, 'see docs.nvidia.com/deploy/xid-errors')}"

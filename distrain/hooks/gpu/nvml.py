@@ -1,7 +1,4 @@
-"""NVIDIA GPUs through the driver's management library: which are ours, and what they say.
-
-CUDA is not started: NVML (by the package nvidia-ml-py) asks the driver itself.
-"""
+"""NVML readings of NVIDIA GPUs and MIG devices, without starting CUDA."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import pynvml
 
 T = TypeVar("T")
 
-_NEVER = {
+_UNSUPPORTED = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,  # of a driver older or newer than the package
     pynvml.NVML_ERROR_NO_PERMISSION,
@@ -28,24 +25,24 @@ _LOST = {
     pynvml.NVML_ERROR_GPU_NOT_FOUND,
 }
 _ALL_LINKS = 0xFFFFFFFF  # scopeId of a field value: the sum over all NVLinks
-_MAX_EVENTS = 32  # taken at a time: a broken card may send them without end
+_MAX_EVENTS = 32  # per call: a broken card may send them endlessly
 
 
 class NoDriver(RuntimeError):
-    """NVML cannot be used here; the text says why."""
+    """NVML cannot be used here, and why."""
 
 
 class GpuLost(RuntimeError):
-    """A GPU does not answer any more."""
+    """A GPU no longer responds."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one GPU said at one time.
+    """One reading of one GPU.
 
     Attributes:
-        values: by name, in the unit that the name ends in; what the card lacks is not in it.
-        throttle: bits of nvmlClocksEventReason*; None where the card does not say.
+        values: by name, in the unit that the name ends in, without unsupported ones.
+        throttle: bits of nvmlClocksEventReason*; None where unsupported.
     """
 
     values: dict[str, float]
@@ -57,34 +54,34 @@ class Gpu:
     """A whole GPU, or a MIG device on one.
 
     Attributes:
-        index: of the GPU on this machine, in the order of the PCI bus, as nvidia-smi counts.
+        index: of the GPU on this machine, in PCI bus order, as nvidia-smi counts.
         uuid: `GPU-...` or `MIG-...`.
         name: of the product.
-        energy_j: used since the first `read`; None where the card tells neither energy nor power.
+        energy_j: since the first `read`; None where neither energy nor power is supported.
     """
 
     index: int
     uuid: str
     name: str
     handle: Any
-    parent: Any  # handle of the GPU that a MIG device is on; of the GPU itself elsewhere
+    parent: Any  # handle of the GPU that a MIG device is on; else equal to `handle`
     energy_j: float | None = None
-    _denied: set[str] = field(default_factory=set)
+    _unsupported: set[str] = field(default_factory=set)
     _power: tuple[float, float] | None = None  # time in s, power in W of the last reading
     _first_mj: int | None = None
     _links: tuple[float, int, int] | None = None  # time in s, KiB sent, KiB received
 
     def read(self, now_s: float) -> Reading:
-        """Return what the GPU says now; PCIe traffic alone is measured for 2 x 20 ms.
+        """Read the GPU; PCIe traffic alone is measured for 2 x 20 ms.
 
-        What a MIG device does not tell is asked of its GPU where that cannot be misunderstood:
-        temperature, clocks and errors, but not the power that others use too.
+        For a MIG device temperature, clocks and errors are those of its GPU; power, which other
+        devices use too, is left out.
 
         Args:
             now_s: time on any steady clock.
 
         Raises:
-            GpuLost: it does not answer any more.
+            GpuLost: it no longer responds.
         """
         values: dict[str, float] = {}
         for name, reader in _READERS.items():
@@ -94,16 +91,16 @@ class Gpu:
         return Reading(values, self._try("throttle", self._throttle))
 
     def _try(self, name: str, reader: Callable[[], T]) -> T | None:
-        """Return what a reader returns, None where the card does not tell: then not asked again."""
-        if name in self._denied:
+        """Call a reader; None on an error, and from then on if the value is unsupported."""
+        if name in self._unsupported:
             return None
         try:
             return reader()
         except pynvml.NVMLError as error:
             if _code(error) in _LOST:
                 raise GpuLost(str(error)) from None
-            if _code(error) in _NEVER:
-                self._denied.add(name)
+            if _code(error) in _UNSUPPORTED:
+                self._unsupported.add(name)
         return None
 
     def _throttle(self) -> int:
@@ -119,7 +116,7 @@ class Gpu:
         try:
             total_mj = int(_ask("nvmlDeviceGetTotalEnergyConsumption", self.handle))
         except pynvml.NVMLError as error:
-            if _code(error) not in _NEVER:
+            if _code(error) not in _UNSUPPORTED:
                 raise
         else:
             self._first_mj = total_mj if self._first_mj is None else self._first_mj
@@ -132,7 +129,7 @@ class Gpu:
         self._power = (now_s, power_w)
 
     def _link_traffic(self, now_s: float) -> dict[str, float]:
-        """Return the NVLink traffic since the last reading; nothing at the first."""
+        """Return the NVLink traffic since the last reading, empty at the first."""
         fields = (
             pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
             pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
@@ -169,7 +166,7 @@ def _pcie(gpu: Gpu) -> dict[str, float]:
 
 
 def _one(name: str, function: str, *arguments: int, per: float = 1) -> Callable[[Gpu], Any]:
-    """Return the reader of one number, asked of the GPU itself."""
+    """Return the reader of one number of the whole GPU."""
     return lambda gpu: {name: _ask(function, gpu.parent, *arguments) / per}
 
 
@@ -191,10 +188,10 @@ _READERS: dict[str, Callable[[Gpu], dict[str, float]]] = {
 
 
 class Nvml:
-    """An open connection to the driver; `close` ends it. Use it from one thread at a time.
+    """Open connection to the driver, for one thread at a time.
 
     Raises:
-        NoDriver: there is no NVIDIA driver, or it does not answer.
+        NoDriver: there is no NVIDIA driver, or it does not respond.
     """
 
     def __init__(self) -> None:
@@ -206,7 +203,6 @@ class Nvml:
         self._by_handle: dict[int, Gpu] = {}
 
     def close(self) -> None:
-        """Give back what was opened."""
         with contextlib.suppress(pynvml.NVMLError):
             if self._events is not None:
                 _ask("nvmlEventSetFree", self._events)
@@ -214,14 +210,14 @@ class Nvml:
             _ask("nvmlShutdown")
 
     def gpus(self) -> list[list[Gpu]]:
-        """Return for every GPU of this machine what CUDA can use: itself, or its MIG devices."""
+        """Return the CUDA devices of each GPU of this machine: itself, or its MIG devices."""
         try:
             return [_on_gpu(index) for index in range(_ask("nvmlDeviceGetCount"))]
         except pynvml.NVMLError as error:
             raise NoDriver(str(error)) from None
 
     def listen(self, gpus: Sequence[Gpu]) -> None:
-        """Have the driver keep the Xid errors of GPUs for `xids`, where it can."""
+        """Have the driver keep the Xid errors of GPUs for `xids`, where supported."""
         try:
             self._events = _ask("nvmlEventSetCreate")
         except pynvml.NVMLError:
@@ -235,14 +231,14 @@ class Nvml:
                     self._by_handle[handle] = gpu
 
     def xids(self) -> list[tuple[Gpu, int]]:
-        """Return the Xid errors that have come since the last call, without waiting."""
+        """Return the Xid errors since the last call, without waiting."""
         found: list[tuple[Gpu, int]] = []
         if not self._by_handle:
             return found
         for _ in range(_MAX_EVENTS):
             try:
                 event = _ask("nvmlEventSetWait_v2", self._events, 0)
-            except pynvml.NVMLError:  # mostly: none there
+            except pynvml.NVMLError:  # usually a timeout: no event
                 break
             gpu = self._by_handle.get(_address(event.device))
             if gpu is not None:
@@ -251,7 +247,7 @@ class Nvml:
 
 
 def _on_gpu(index: int) -> list[Gpu]:
-    """Return the GPU, or its MIG devices where that mode is on; nothing where it is gone."""
+    """Return the GPU, or its MIG devices where that mode is on; empty if it is lost."""
     try:
         parent = _ask("nvmlDeviceGetHandleByIndex", index)
         name = _ask("nvmlDeviceGetName", parent)
@@ -276,30 +272,30 @@ def _on_gpu(index: int) -> list[Gpu]:
 def visible(gpus: Sequence[Sequence[Gpu]], names: str | None) -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names, in its order, as CUDA reads it.
 
-    A name is an index or the beginning of a UUID; the first that fits nothing, or more than one
-    device, ends the list. A GPU in MIG mode, named by its index, is its first MIG device. A device
-    named twice makes CUDA refuse all.
+    A name is an index or the beginning of a UUID; the first one that matches no device, or several,
+    ends the list. The index of a GPU in MIG mode is its first MIG device. With a device named twice
+    no device is visible.
 
     Args:
-        gpus: of `Nvml.gpus`.
-        names: value of the variable; None where it is not set, and all GPUs are visible.
+        gpus: from `Nvml.gpus`.
+        names: value of the variable; None where it is not set: all GPUs are visible.
 
     Example:
         "1,0" of two GPUs: both, the second first; "" and "-1": none; "GPU-8f,9": GPU-8f... alone.
     """
+    devices = [device for devices_of_gpu in gpus for device in devices_of_gpu]
     if names is None:
-        return [gpu for devices in gpus for gpu in devices]
+        return devices
     found: list[Gpu] = []
     for name in names.replace(" ", "").split(","):
         if name.isdigit():
-            fitting = list(gpus[int(name)][:1]) if int(name) < len(gpus) else []
+            matches = [*gpus[int(name)][:1]] if int(name) < len(gpus) else []
         else:
             is_uuid = name.startswith(("GPU-", "MIG-"))
-            every = [gpu for devices in gpus for gpu in devices]
-            fitting = [gpu for gpu in every if is_uuid and gpu.uuid.startswith(name)]
-        if len(fitting) != 1:
+            matches = [gpu for gpu in devices if is_uuid and gpu.uuid.startswith(name)]
+        if len(matches) != 1:
             break
-        found += fitting
+        found += matches
     return found if len(set(map(id, found))) == len(found) else []
 
 
@@ -309,7 +305,7 @@ def _ask(function: str, *arguments: Any) -> Any:
 
 
 def _code(error: Exception) -> int:
-    """Return the NVML_ERROR_... of an error of pynvml's."""
+    """Return the NVML_ERROR_... code."""
     return int(getattr(error, "value", pynvml.NVML_ERROR_UNKNOWN))
 
 

@@ -1,4 +1,4 @@
-"""A thread that reads GPUs beside training, and what its readings come to over a window."""
+"""Sampler: a thread that reads GPUs, and the summary of its readings per window."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING
 
 from distrain.hooks.gpu.messages import THROTTLE_BITS, USUAL, throttle_words, xid_words
 from distrain.log import logger
+from distrain.scalar_names import GPU
 
 if TYPE_CHECKING:
     from distrain.hooks.gpu.nvml import Gpu, Nvml, Reading
 
 _MAX = ("memory_used_mib", "temperature_c", "ecc_uncorrected", "xid_errors")
-_AGAIN_S = 600.0  # what a card keeps saying is told so often
-_LEAVE_S = 5.0  # a lost GPU may keep its reader for ever
+_REPEAT_WARNING_S = 600.0  # minimum time between identical warnings
+_JOIN_TIMEOUT_S = 5.0  # a call to the driver of a lost GPU may never return
 
 
 @dataclass
 class Summary:
-    """What is put at the end of a window, by name.
+    """Scalars of a window, by name.
 
     Attributes:
-        means: means over the GPUs of this node, by the number of GPUs that know them.
-        maxima: largest values of any GPU.
+        means: over the GPUs of this node, by the number of GPUs that have the value.
+        maxima: over the GPUs of this node.
         each: of single GPUs.
     """
 
@@ -36,16 +37,13 @@ class Summary:
 
 
 class Sampler(threading.Thread):
-    """Reads GPUs beside training, and leaves one summary of all it read since the last was taken.
+    """Reads GPUs periodically, and keeps one summary of all readings since the last `take`.
 
     Args:
-        nvml: open; closed by others.
+        nvml: open; the caller closes it.
         gpus: by rank.
         host: name of this node.
         period_s: between two readings.
-
-    Attributes:
-        energy_j: of all GPUs since this object was made; None where no card tells.
     """
 
     def __init__(self, nvml: Nvml, gpus: dict[int, Gpu], *, host: str, period_s: float) -> None:
@@ -61,33 +59,32 @@ class Sampler(threading.Thread):
         self._summary: Summary | None = None
         self._xids = dict.fromkeys(self._rank_of.values(), 0)
         self._ecc: dict[int, float] = {}
-        self._told: dict[tuple[int, str], float] = {}
+        self._warned_s: dict[tuple[int, str], float] = {}  # time of the last warning
         nvml.listen(self._all)
         self.sample()
 
     @property
     def energy_j(self) -> float | None:
-        """Return the energy that all GPUs have used, in J."""
+        """Energy used by all GPUs since this object was made; None where no card supports it."""
         known = [gpu.energy_j for gpu in self._all if gpu.energy_j is not None]
         return sum(known) if known else None
 
     def run(self) -> None:
-        """Read until `stop`; what goes wrong here must not end training."""
         try:
             while not self._ended.wait(self._period_s):
                 self.sample()
-        except Exception:
+        except Exception:  # must not end training
             logger.warning("no more telemetry of the GPUs of %s", self.host, exc_info=True)
 
     def stop(self) -> bool:
         """End the thread; return whether it has ended, which a dead driver may prevent."""
         self._ended.set()
         if self.is_alive():
-            self.join(_LEAVE_S)
+            self.join(_JOIN_TIMEOUT_S)
         return not self.is_alive()
 
     def take(self) -> Summary | None:
-        """Return the summary of what was read since the last call, None if nothing was."""
+        """Return the summary of the readings since the last call, None without any."""
         summary, self._summary = self._summary, None
         return summary
 
@@ -106,29 +103,29 @@ class Sampler(threading.Thread):
                 reading = gpu.read(time.monotonic())
             except GpuLost as error:
                 del self._gpus[rank]
-                self._warn(rank, gpu, f"it is gone ({error}); training goes on while it can")
+                self._warn(rank, gpu, f"lost ({error}); training continues while it can")
                 continue
             self._readings[rank].append(reading)
-            self._look(rank, gpu, reading)
+            self._check(rank, gpu, reading)
         if any(self._readings.values()):
             self._summary = summarise(self._readings, self._xids)
 
-    def _look(self, rank: int, gpu: Gpu, reading: Reading) -> None:
-        """Warn of what is not as it should be."""
+    def _check(self, rank: int, gpu: Gpu, reading: Reading) -> None:
+        """Warn of throttling and new ECC errors."""
         if (reading.throttle or 0) & ~USUAL and (words := throttle_words(reading.throttle or 0)):
-            self._warn(rank, gpu, f"its clocks are held back by {words}")
+            self._warn(rank, gpu, f"throttled by {words}")
         errors = reading.values.get("ecc_uncorrected", 0.0)
         before = self._ecc.setdefault(rank, errors)
         if errors > before:
             self._ecc[rank] = errors
-            self._warn(rank, gpu, f"{errors - before:.0f} uncorrected ECC error(s) more")
+            self._warn(rank, gpu, f"{errors - before:.0f} more uncorrected ECC error(s)")
 
-    def _warn(self, rank: int, gpu: Gpu, what: str) -> None:
+    def _warn(self, rank: int, gpu: Gpu, text: str) -> None:
         now_s = time.monotonic()
-        if now_s < self._told.get((rank, what), float("-inf")) + _AGAIN_S:
+        if now_s < self._warned_s.get((rank, text), float("-inf")) + _REPEAT_WARNING_S:
             return
-        self._told[rank, what] = now_s
-        logger.warning("GPU %d of %s (%s, rank %d): %s", gpu.index, self.host, gpu.uuid, rank, what)
+        self._warned_s[rank, text] = now_s
+        logger.warning("GPU %d of %s (%s, rank %d): %s", gpu.index, self.host, gpu.uuid, rank, text)
 
 
 def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summary:
@@ -140,17 +137,17 @@ def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summa
     """
     summary = Summary()
     over_gpus: dict[str, list[float]] = defaultdict(list)
-    for rank, of_gpu in readings.items():
-        for name, values in _over_time(of_gpu, float(xids[rank])).items():
+    for rank, readings_of_gpu in readings.items():
+        for name, values in _over_time(readings_of_gpu, float(xids[rank])).items():
             value = max(values) if name in _MAX else sum(values) / len(values)
             if not name.startswith("throttle_"):
-                summary.each[f"gpu/{rank}/{name}"] = value
+                summary.each[f"{GPU}{rank}/{name}"] = value
             over_gpus[name].append(value)
     for name, values in over_gpus.items():
         if name in _MAX:
-            summary.maxima[f"gpu/{name}"] = max(values)
+            summary.maxima[f"{GPU}{name}"] = max(values)
         else:
-            summary.means[len(values)][f"gpu/{name}"] = sum(values) / len(values)
+            summary.means[len(values)][f"{GPU}{name}"] = sum(values) / len(values)
     return summary
 
 
