@@ -297,5 +297,5 @@ def test_the_hook_refuses_what_it_cannot_step():
     for arguments in ((), (optimizer,), (schedule, schedule)):
         with pytest.raises(ConfigError, match="LRScheduler: expected one schedule"):
             LRScheduler(*arguments)
-    with pytest.raises(ConfigError, match="schedule=ReduceLROnPlateau: .* waits for a metric"):
+    with pytest.raises(ConfigError, match="schedule=ReduceLROnPlateau: .* not on a metric"):
         LRScheduler(optimizer, theirs.ReduceLROnPlateau(optimizer))
