@@ -21,7 +21,7 @@ from distrain.hooks import (
     StragglerWatch,
 )
 from distrain.schedule.schedules import WarmupCosineLR
-from distrain.writers.defaults import default_writers
+from distrain.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter
 
 Scalars = Mapping[str, float | Tensor]
 
@@ -60,7 +60,12 @@ def default_hooks(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, H
         "eval": EvalHook(),
         "checkpoint": NeverSaves(checkpoints=CheckpointStore(folder / "checkpoints")),
         "writer": PeriodicWriter(
-            default_writers(folder, stream=(folder / "console.txt").open("w")),
+            [
+                TensorBoardWriter(),
+                JsonLinesWriter(),
+                ConsoleWriter((folder / "console.txt").open("w")),
+            ],
+            run_dir=str(folder),
         ),
     }
 

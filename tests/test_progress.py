@@ -132,14 +132,18 @@ from distrain.writers import console
 from distrain.writers.console import ConsoleWriter
 from distrain.writers.base import Row
 console.LINE_S = 0.0  # every row is shown
+def row(iteration, loss):
+    scalars = {"loss": (loss, iteration)}
+    return Row(iteration, 20, scalars, new=scalars)
 writer = ConsoleWriter()
-writer.write(Row(4, 20, {"loss": (1.5, 4)}))
+writer.open(None)
+writer.write(row(4, 1.5))
 for i in progressbar.counted(range(8), "evaluation", total=8):
     time.sleep(0.03)
     if i == 5:
-        writer.write(Row(9, 20, {"loss": (0.5, 9)}))
+        writer.write(row(9, 0.5))
         print("a word of the user")
-writer.write(Row(19, 20, {"loss": (0.25, 19)}))
+writer.write(row(19, 0.25))
 writer.close()
 """
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distrain.events.fan_out import FanOut
 from distrain.events.histogram import Histogram, PendingHistogram, count_values
 from distrain.events.history import HistoryBuffer
 from distrain.events.history_store import Block, Histories
@@ -58,8 +59,8 @@ class EventStorage:
         self._rows: list[ScalarRow] = [self._row]
         self._taken: list[ScalarRow] = []  # rows of the current iteration that were taken already
         self._histories = Histories(self._kinds)
-        self._images: list[tuple[str, NDArray[Any], int]] = []
-        self._histograms: list[tuple[str, PendingHistogram, int]] = []
+        self.images: FanOut[tuple[str, NDArray[Any], int]] = FanOut()
+        self.pending_histograms: FanOut[tuple[str, PendingHistogram, int]] = FanOut()
         # set by who combines over ranks
         self.fold_arrived: Callable[[], object] | None = None
         self.spread_of: Callable[[str], Spread] | None = None
@@ -231,7 +232,7 @@ class EventStorage:
                 f"image {self._prefix + name!r} has shape {array.shape}; "
                 "allowed are (3, H, W), (1, H, W) and (H, W)"
             )
-        self._images.append((self._prefix + name, array.copy(), self._iter))
+        self.images.items.append((self._prefix + name, array.copy(), self._iter))
 
     def put_histogram(self, name: str, values: Tensor, bins: int = 64) -> None:
         """Put the histogram of a tensor's values; counted on its device, read when written.
@@ -242,7 +243,7 @@ class EventStorage:
             bins: how many bins of equal width between the smallest and the largest value.
         """
         pending = count_values(values, bins=bins)
-        self._histograms.append((self._prefix + name, pending, self._iter))
+        self.pending_histograms.items.append((self._prefix + name, pending, self._iter))
 
     def latest(self) -> dict[str, float]:
         """Return the newest value of every scalar.
@@ -333,19 +334,19 @@ class EventStorage:
 
     def vis_data(self) -> list[tuple[str, NDArray[Any], int]]:
         """Return the images put and not cleared: `[(name, image, iteration), ...]`."""
-        return list(self._images)
+        return list(self.images.items)
 
     def clear_images(self) -> None:
-        """Forget the images; their writer calls it."""
-        self._images = []
+        """Drop all images."""
+        self.images.clear()
 
     def histograms(self) -> list[tuple[str, Histogram, int]]:
         """Return the histograms put and not cleared; each is read back from its device now."""
-        return [(name, pending.read(), iteration) for name, pending, iteration in self._histograms]
+        return [(name, pending.read(), at) for name, pending, at in self.pending_histograms.items]
 
     def clear_histograms(self) -> None:
-        """Forget the histograms; their writer calls it."""
-        self._histograms = []
+        """Drop all histograms."""
+        self.pending_histograms.clear()
 
     def take_rows(self) -> list[ScalarRow]:
         """Hand over the rows put so far; what is put from now on starts a new one."""

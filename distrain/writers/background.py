@@ -1,94 +1,143 @@
-"""The thread that hands rows to the writers."""
+"""BackgroundWriter: the thread that passes rows to the writers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import Any
 
-from distrain.writers.base import Row, Writer
+from distrain.errors import ConfigError
+from distrain.writers.base import Row, RunInfo, Scalars, Writer
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_ROWS = 10_000
-HANG_S = 60.0  # writers that write no row for so long, at the end, are waited for no longer
+HANG_S = 60.0  # at the end: writers that write no row for this time are given up
 
 
 class BackgroundWriter:
-    """Hands rows to writers in a thread of its own: training pays for a queue, never for a disk.
+    """Opens writers and passes rows to them in a thread: training pays for a queue, no disk.
 
-    A writer that fails costs one warning, not the run; it gets the next row all the same, for a
-    full disk may be emptied. What it has lost in the end is reported when it is closed. Should the
-    writers hang, 10,000 rows wait, and later ones are lost.
+    A writer that fails costs one warning, not the run; it gets the next row all the same, as a full
+    disk may be emptied. Its losses are reported when it is closed. If the writers hang, 10,000 rows
+    wait, and later ones are dropped. A writer that cannot be opened gets no rows.
 
     Args:
-        writers: what gets each row, in this order.
+        writers: each gets every row, in this order.
+        run: the run that they are opened for.
+
+    Raises:
+        ConfigError: of a writer's `open`.
     """
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = list(writers)
-        self._failing: set[int] = set()
-        self._overfull = False
-        self._rows: SimpleQueue[Row | Event | None] = SimpleQueue()
+    def __init__(self, writers: Iterable[Writer], run: RunInfo) -> None:
+        self._new_of = NewScalars(run.start_iteration)
+        self._failing: set[int] = set()  # ids of writers
+        self._is_full = False
+        self._writers = [w for w in writers if self._attempt(w, w.open, run, fatal=ConfigError)]
+        # an Event is set when the rows before it are written; a mapping is that of `finish`
+        self._items: SimpleQueue[Row | Mapping[str, float] | Event | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="distrain-writers", daemon=True)
         self._thread.start()
 
     def write(self, row: Row) -> None:
         """Queue a row; its arrays and mappings must not change afterwards."""
-        if self._rows.qsize() < MAX_WAITING_ROWS:
-            self._rows.put(row)
-        elif not self._overfull:
-            self._overfull = True
+        if self._items.qsize() < MAX_WAITING_ROWS:
+            self._items.put(row)
+        elif not self._is_full:
+            self._is_full = True
             logger.warning("the writers hang: rows from iteration %d on are lost", row.iteration)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Queue the end of a finished run."""
+        self._items.put(metrics)
 
     def flush(self) -> None:
         """Wait until every queued row is written, unless the writers hang."""
-        if not self._thread.is_alive():
-            return
         written = Event()
-        self._rows.put(written)
-        waiting = self._rows.qsize() + 1
-        while not written.is_set() and waiting > self._rows.qsize():
-            waiting = self._rows.qsize()
-            written.wait(HANG_S)
+        self._items.put(written)
+        self._wait(written.wait, written.is_set)
 
     def close(self) -> None:
         """Wait until every queued row is written and all writers are closed, unless they hang."""
-        if not self._thread.is_alive():
-            return
-        self._rows.put(None)
-        waiting = self._rows.qsize() + 1
-        while self._thread.is_alive() and waiting > self._rows.qsize():
-            waiting = self._rows.qsize()
-            self._thread.join(HANG_S)
+        self._items.put(None)
+        self._wait(self._thread.join, lambda: not self._thread.is_alive())
         if self._thread.is_alive():
-            logger.warning("the writers hang: what they have not written in %g s is lost", HANG_S)
+            logger.warning("the writers hang: rows not written within %g s are lost", HANG_S)
+
+    def _wait(self, wait: Callable[[float], object], is_done: Callable[[], bool]) -> None:
+        """Wait while the queue gets shorter."""
+        waiting = self._items.qsize() + 1
+        while self._thread.is_alive() and not is_done() and waiting > self._items.qsize():
+            waiting = self._items.qsize()
+            wait(HANG_S)
 
     def _run(self) -> None:
-        while (row := self._rows.get()) is not None:
-            if isinstance(row, Event):
-                row.set()
-                continue
-            for number, writer in enumerate(self._writers):
-                self._attempt(number, writer.write, row)
-        for number, writer in enumerate(self._writers):
-            self._attempt(number, writer.close, is_last=True)
+        while (item := self._items.get()) is not None:
+            if isinstance(item, Event):
+                item.set()
+            elif isinstance(item, Row):
+                row = replace(item, new=self._new_of(item.scalars))
+                for writer in self._writers:
+                    self._attempt(writer, writer.write, row)
+            else:
+                for writer in self._writers:
+                    self._attempt(writer, writer.finish, item, at_end=True)
+        for writer in self._writers:
+            self._attempt(writer, writer.close, at_end=True)
 
     def _attempt(
-        self, number: int, action: Callable[..., None], *args: Row, is_last: bool = False
-    ) -> None:
-        name = type(self._writers[number]).__name__
+        self,
+        writer: Writer,
+        method: Callable[..., None],
+        *args: Any,
+        at_end: bool = False,
+        fatal: type[Exception] | tuple[()] = (),
+    ) -> bool:
+        """Call a method of a writer; log its error, before the end only the first of several.
+
+        Returns:
+            Whether it succeeded.
+
+        Raises:
+            fatal: an error of this type is raised.
+        """
+        name = type(writer).__name__
         try:
-            action(*args)
+            method(*args)
+        except fatal:
+            raise
         except Exception as error:
-            if is_last or number not in self._failing:
-                self._failing.add(number)
-                after = "its end is missing" if is_last else "training goes on without"
-                # an OSError says all in its text; the place of any other error is worth knowing
+            if at_end or id(writer) not in self._failing:
+                self._failing.add(id(writer))
+                lost = "its end is missing" if at_end else "training goes on without"
+                # the text of an OSError suffices; any other error needs its traceback
                 trace = None if isinstance(error, OSError) else error
-                logger.warning("%s: %s; %s", name, error, after, exc_info=trace)
-        else:
-            if number in self._failing:
-                self._failing.discard(number)
-                logger.info("%s works again", name)
+                logger.warning("%s: %s; %s", name, error, lost, exc_info=trace)
+            return False
+        if id(writer) in self._failing:
+            self._failing.discard(id(writer))
+            logger.info("%s works again", name)
+        return True
+
+
+class NewScalars:
+    """Selects the scalars of a row that no earlier row held.
+
+    Args:
+        start_iteration: the first iteration of this attempt; older values are written already.
+    """
+
+    def __init__(self, start_iteration: int) -> None:
+        self._oldest = start_iteration
+        self._next: dict[str, int] = {}
+
+    def __call__(self, scalars: Scalars) -> Scalars:
+        """Return the new ones, in the same order."""
+        known, oldest = self._next, self._oldest
+        new = {n: scalar for n, scalar in scalars.items() if scalar[1] >= known.get(n, oldest)}
+        known.update((name, iteration + 1) for name, (_, iteration) in new.items())
+        return new

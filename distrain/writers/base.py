@@ -1,81 +1,82 @@
-"""Row and Writer: the scalars, images and histograms of some iterations, and where they go."""
+"""Writer: base class of the outputs of a run; Row: the values of one write period."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distrain.events.histogram import Histogram
 
-logger = logging.getLogger(__name__)
+Scalars = Mapping[str, tuple[float, int]]
+"""Name -> (value, the iteration that it belongs to)."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that a writer is opened for.
+
+    Attributes:
+        run_dir: the run folder.
+        start_iteration: the first iteration of the rows that follow. An interrupted attempt may
+            have written it and later ones, which are trained again: drop them.
+        conf: the configuration, its secrets masked; empty where a script has none.
+    """
+
+    run_dir: Path
+    start_iteration: int = 0
+    conf: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one write period brings to the writers.
+    """The values of one write period.
 
     Attributes:
-        iteration: index of the last iteration in it: the number of finished iterations - 1.
+        iteration: index of its last iteration: the number of finished iterations - 1.
         max_iter: number of iterations of the whole run.
-        scalars: name -> (value, the iteration that it belongs to), the newest of each name.
+        scalars: the newest value of each name.
         images: (name, (C, H, W) or (H, W) array of uint8 or of floats in [0, 1], iteration).
         histograms: (name, counts in bins, iteration).
-        is_followed: another row comes at once, so a disk may wait for it.
+        more_follow: another row is already queued; the writer need not flush.
+        new: the scalars that no earlier row held, in the order of `scalars`; set by the
+            BackgroundWriter. One put once in 1,000 iterations is in `scalars` of each later row.
     """
 
     iteration: int
     max_iter: int
-    scalars: Mapping[str, tuple[float, int]]
-    images: Sequence[tuple[str, NDArray[Any], int]] = field(default=())
-    histograms: Sequence[tuple[str, Histogram, int]] = field(default=())
-    is_followed: bool = False
+    scalars: Scalars
+    images: Sequence[tuple[str, NDArray[Any], int]] = ()
+    histograms: Sequence[tuple[str, Histogram, int]] = ()
+    more_follow: bool = False
+    new: Scalars = field(default_factory=dict)
 
 
-class Writer(Protocol):
-    """What writes rows somewhere; it lives on rank 0 only and may take its time.
+class Writer:
+    """An output of a run, on rank 0; the methods that a subclass does not override do nothing.
 
-    Training hands its rows to a `BackgroundWriter`, so `write` and `close` run in a thread of their
-    own, one call at a time.
+    `__init__` takes the settings of `hooks.writer.writers.NAME`; files and connections are opened
+    in `open`, in the training thread. The other methods run in one thread of their own, one call at
+    a time, so they may be slow. An error costs a warning and not the run, and the next row comes
+    all the same.
     """
+
+    def open(self, run: RunInfo) -> None:
+        """Open the output; called once, before the first row. ConfigError ends the run."""
 
     def write(self, row: Row) -> None:
         """Write one row."""
 
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Mark the run as finished; called after the last row, if all iterations are done.
+
+        Args:
+            metrics: the latest values; without learning rates, timing and hardware metrics.
+        """
+
     def close(self) -> None:
-        """Finish; called once, after the last row, also when training failed."""
-
-
-class NewScalars:
-    """Picks the scalars of a row that no earlier row held.
-
-    A scalar put once in a thousand iterations is in every row, with its old iteration. Writers may
-    share one: who asks for a row again gets the same answer.
-
-    Args:
-        start_iteration: the first iteration of this run; older values were written before it
-            was interrupted.
-    """
-
-    def __init__(self, start_iteration: int = 0) -> None:
-        self._oldest = start_iteration
-        self._next: dict[str, int] = {}
-        self._row: Row | None = None
-        self._new: dict[str, tuple[float, int]] = {}
-
-    def __call__(self, row: Row) -> Mapping[str, tuple[float, int]]:
-        """Return name -> (value, iteration) of what is new, in the row's order."""
-        if row is self._row:
-            return self._new
-        known, oldest = self._next, self._oldest
-        new = {}
-        for name, scalar in row.scalars.items():
-            if scalar[1] >= known.get(name, oldest):
-                new[name] = scalar
-                known[name] = scalar[1] + 1
-        self._row, self._new = row, new
-        return new
+        """Write what waits and close; called once, last, also when training failed."""

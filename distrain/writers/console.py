@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from distrain.progress import REFRESH_S, display, import_rich, is_terminal
 from distrain.scalar_names import ETA_S, GUARD, LR, NONDETERMINISTIC_PREFIXES, STEP_S
-from distrain.writers.base import NewScalars, Row
+from distrain.writers.base import Row, RunInfo, Writer
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -22,46 +22,37 @@ LINE_S = 0.25  # from one plain line to the next
 _HIDDEN = 3
 
 
-class ConsoleWriter:
-    """Shows losses, metrics, learning rate, time a step and time left.
+class ConsoleWriter(Writer):
+    """Shows losses, metrics, learning rate, time per step and time left.
 
-    In a terminal that is a rich progress bar on one live line, counting finished iterations;
-    elsewhere (a file, a pipe, TERM=dumb or NO_COLOR set) a line a row::
+    In a terminal that is one live line with a progress bar, counting finished iterations; elsewhere
+    (a file, a pipe, TERM=dumb or NO_COLOR set) one line per row::
 
         iter 199/2000  loss 0.0312  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07
 
     There "iter" is the index of the last finished iteration, the step that TensorBoard and
-    metrics.jsonl show too. At most 12 values are listed, losses first; all of them are in
-    metrics.jsonl. A value that was in an earlier line (an evaluation's) is not repeated. Rows that
-    come faster than anybody reads, over four a second, are left out, but not the last one, nor one
-    with a name that was not in the row before, such as an evaluation's.
+    metrics.jsonl show too. At most 12 values are listed, losses first. Values of an earlier line
+    are not repeated. At most four lines per second are printed, and in addition the last row and
+    each one with a name that was not in the row before, such as an evaluation's.
 
     Args:
         stream: where to write; the standard output by default.
-        start_iteration: first iteration to be run; older values are not news.
-        new: tells what is new in a row, if other writers ask it too.
     """
 
-    def __init__(
-        self,
-        *,
-        stream: TextIO | None = None,
-        start_iteration: int = 0,
-        new: NewScalars | None = None,
-    ) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
-        if self._live:
-            import_rich()  # not in the thread that writes
         self._bar: TaskID | None = None
         self._next_refresh_s = 0.0
         self._next_line_s = 0.0
         self._usual: frozenset[str] = frozenset()  # names in the row before
-        self._left_out: tuple[Row, Mapping[str, float]] | None = None
-        self._new = new or NewScalars(start_iteration)
+        self._skipped: tuple[Row, Mapping[str, float]] | None = None
+
+    def open(self, run: RunInfo) -> None:
+        self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
+        if self._live:
+            import_rich()  # not in the thread that writes
 
     def write(self, row: Row) -> None:
-        """Show a row."""
         if not self._live:
             self._write_plain(row)
             return
@@ -75,16 +66,16 @@ class ConsoleWriter:
             display.refresh()
 
     def _write_plain(self, row: Row) -> None:
-        new = {name: value for name, (value, _) in self._new(row).items()}
+        new = {name: value for name, (value, _) in row.new.items()}
         if not new:
             return
-        if self._left_out is not None and self._left_out[0].iteration == row.iteration:
-            new = {**self._left_out[1], **new}  # the end adds to the last row
+        if self._skipped is not None and self._skipped[0].iteration == row.iteration:
+            new = {**self._skipped[1], **new}  # the end adds to the last row
         rare = new.keys() - self._usual
         self._usual = frozenset(new)
         now_s = time.monotonic()
         if now_s < self._next_line_s and all(_place(name) == _HIDDEN for name in rare):
-            self._left_out = row, new
+            self._skipped = row, new
             return
         self._next_line_s = now_s + LINE_S
         self._print(row, new)
@@ -92,12 +83,11 @@ class ConsoleWriter:
     def _print(self, row: Row, values: Mapping[str, float]) -> None:
         text = f"iter {row.iteration}/{row.max_iter}  {describe(values)}".rstrip()
         display.print(self._stream, text)
-        self._left_out = None
+        self._skipped = None
 
     def close(self) -> None:
-        """Leave the last state of the bar on the screen, and the cursor visible."""
-        if self._left_out is not None:
-            self._print(*self._left_out)
+        if self._skipped is not None:
+            self._print(*self._skipped)
         if self._bar is not None:
             display.remove(self._bar, keep=True)
             self._bar = None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every row as one line of JSON, for pandas, jq and whatever comes."""
+"""metrics.jsonl: one JSON object per row, for pandas, jq and other programs."""
 
 from __future__ import annotations
 
@@ -13,55 +13,43 @@ from typing import Any
 from distrain.files.append_file import AppendFile
 from distrain.files.atomic import replacing
 from distrain.files.regular import open_regular
-from distrain.writers.base import NewScalars, Row
+from distrain.run_layout import METRICS_FILE
+from distrain.writers.base import Row, RunInfo, Writer
 
 logger = logging.getLogger(__name__)
 
 
-class JsonLinesWriter:
+class JsonLinesWriter(Writer):
     """Appends `{"iteration": N, name: value, ...}` for each row that brings a new scalar.
 
-    A value is the newest one at iteration N that no earlier line holds. JSON knows no NaN: values
-    that are not finite are the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON),
-    which `float()` of Python and `Number()` of JavaScript read.
+    JSON has no NaN: values that are not finite are the strings "NaN", "Infinity" and "-Infinity"
+    (as in protobuf's JSON), which Python's `float()` and JavaScript's `Number()` read. A torn last
+    line is removed. While writes fail, the lines wait in memory.
 
     Args:
-        path: the file; continued if it is there. A torn last line is removed.
-        start_iteration: first iteration to be run; lines of it and of later ones, which an
-            interrupted attempt wrote, are dropped, so that each iteration is there once, in order.
-        new: tells what is new in a row, if other writers ask it too.
-
-    A disk that refuses costs nothing but time: the lines wait until it takes them.
+        path: the file, relative to the run folder.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        start_iteration: int | None = None,
-        new: NewScalars | None = None,
-    ) -> None:
-        path = Path(path)
-        limit = math.inf if start_iteration is None else start_iteration
-        self._new = new or NewScalars(start_iteration or 0)
-        self._file = AppendFile(path, prepare=lambda: _drop_lines(path, limit))
+    def __init__(self, path: str | os.PathLike[str] = METRICS_FILE) -> None:
+        self._path = Path(path)
+
+    def open(self, run: RunInfo) -> None:
+        path = run.run_dir / self._path
+        self._file = AppendFile(path, prepare=lambda: _drop_lines(path, run.start_iteration))
 
     def write(self, row: Row) -> None:
-        """Append a line; with the last of some rows in one system call; OSError if it fails."""
-        new = self._new(row)
-        if new:
-            values: dict[str, Any] = {name: value for name, (value, _) in new.items()}
+        if row.new:
+            values: dict[str, Any] = {name: value for name, (value, _) in row.new.items()}
             try:
                 line = json.dumps({"iteration": row.iteration, **values}, allow_nan=False)
             except ValueError:
                 values = {name: _strict(value) for name, value in values.items()}
                 line = json.dumps({"iteration": row.iteration, **values})
             self._file.append(line.encode() + b"\n")
-        if not row.is_followed:
+        if not row.more_follow:
             self._file.flush()
 
     def close(self) -> None:
-        """Write what waits and wait for the disk."""
         self._file.close()
 
 
@@ -71,8 +59,8 @@ def _strict(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _drop_lines(path: Path, limit: float) -> None:
-    """Drop the lines of iteration >= limit and those that are not whole; kill -9 safe."""
+def _drop_lines(path: Path, limit: int) -> None:
+    """Remove the lines of iteration >= limit and incomplete ones; kill -9 safe."""
     if not path.exists():
         return
     with open(open_regular(path), "rb") as file:

@@ -44,104 +44,109 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 
 from distrain.files.append_file import AppendFile
-from distrain.writers.base import NewScalars, Row
+from distrain.run_layout import TENSORBOARD
+from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
 
 if TYPE_CHECKING:
     from distrain.events.histogram import Histogram
 
-_MAX_EVENTS = 16
+_MAX_EVENTS = 16  # sets of names whose encoded event is kept
+# top-level keys of the configuration that do not change what is learned
+_NO_HPARAMS = ("run", "resume", "plan", "checkpoint", "launch", "hooks")
 
 
-class TensorBoardWriter:
-    """Writes rows, and what describes a run, to one new event file in a folder.
+class TensorBoardWriter(Writer):
+    """Writes scalars, images, histograms, the configuration and chart layouts to event files.
 
     The step that TensorBoard shows is the iteration that a value belongs to, counted from 0. All
-    scalars of one iteration share one event. `write` and `close` use the disk and belong behind a
-    `BackgroundWriter`; the other methods only queue, so training may call them: what they give is
-    written with the next row or at the end.
+    scalars of one iteration share one event. Each attempt of a run adds its own file, from whose
+    first iteration on TensorBoard drops the values of earlier files, so that curves do not double
+    back. While writes fail, the events wait in memory.
 
     Args:
-        folder: made if it is missing. Each attempt of a run adds its own file.
-        purge_step: first iteration to be run; TensorBoard then drops what earlier files of the
-            folder hold of it and of later ones, so that a resumed curve does not double back. With
-            None, earlier files stay as they are.
-        new: tells what is new in a row, if other writers ask it too.
-
-    What cannot be written now waits until it can, the file itself included.
+        folder: the folder of the files, relative to the run folder.
+        layout: charts of the Custom Scalars tab: heading -> title of a chart -> regular expressions
+            that the names of its curves begin with. None: `default_layout`.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] = TENSORBOARD,
         *,
-        purge_step: int | None = None,
-        new: NewScalars | None = None,
+        layout: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     ) -> None:
-        folder = Path(folder)
-        self._start = purge_step or 0
-        self._new = new or NewScalars(self._start)
+        self._folder, self._layout = Path(folder), layout
         self._names: set[str] = set()
         self._events: dict[tuple[str, ...], _ScalarsEvent] = {}
-        self._own_layout = False
-        has_start = purge_step is not None or not _has_earlier(folder)
-        # the name is chosen when the file is opened: it must sort behind those that are there, and
+        self._step = 0  # the newest iteration written
+
+    def open(self, run: RunInfo) -> None:
+        folder = run.run_dir / self._folder
+        self._step = start = run.start_iteration
+        # the path is chosen when the file is opened: it must sort after the existing ones, and
         # these cannot be listed while the disk fails
         self._file = AppendFile(lambda: _new_event_path(folder), exclusive=True)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard takes the first START of a folder for its beginning, and purges from each
         # later one: so the first file needs one as well
-        if has_start:
-            log = SessionLog(status=SessionLog.START)
-            self._add(Event(wall_time=time.time(), step=self._start, session_log=log))
-        with contextlib.suppress(OSError):  # the first row tries again, and tells
+        self._add(
+            Event(
+                wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)
+            )
+        )
+        if run.conf:
+            self._add_conf(run.conf, step=start)
+        if self._layout is not None:
+            self._add_layout(self._layout, step=start)
+        with contextlib.suppress(OSError):  # the first row tries again, and its error is logged
             self._file.flush()
 
     def write(self, row: Row) -> None:
-        """Write the scalars that no earlier row held, and the row's images and histograms."""
-        values: defaultdict[int, list[Summary.Value]] = defaultdict(list)
-        new = self._new(row)
-        for step in sorted({iteration for _, iteration in new.values()}):
-            scalars = {name: value for name, (value, at) in new.items() if at == step}
+        self._step = row.iteration
+        for step in sorted({iteration for _, iteration in row.new.values()}):
+            scalars = {name: value for name, (value, at) in row.new.items() if at == step}
             self._add_scalars(scalars, step=step)
+        values: defaultdict[int, list[Summary.Value]] = defaultdict(list)
         for name, image, iteration in row.images:
             values[iteration].append(Summary.Value(tag=name, image=_image(image)))
         for name, histogram, iteration in row.histograms:
             values[iteration].append(Summary.Value(tag=name, histo=_histogram(histogram)))
         for iteration in sorted(values):
             self._add_values(values[iteration], step=iteration)
-        if not self._own_layout and not self._names.issuperset(new):
-            self._names.update(new)
+        if self._layout is None and not self._names.issuperset(row.new):
+            self._names.update(row.new)
             self._add_layout(default_layout(self._names), step=row.iteration)
-        if not row.is_followed:
+        if not row.more_follow:
             self._file.flush()
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Queue a text, shown at the first step of this attempt.
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        # only a run that reached its end is finished: TensorBoard does not take a status back
+        scalars = [
+            Summary.Value(tag=f"final/{name}", simple_value=value)
+            for name, value in metrics.items()
+        ]
+        self._add_values(scalars, step=self._step)
+        info = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
+        data = HParamsPluginData(session_end_info=info)
+        self._add_hparams("session_end_info", data, step=self._step)
 
-        Args:
-            tag: its name.
-            markdown: tables and fenced code blocks (three backquotes) work.
+    def close(self) -> None:
+        self._file.close()
+
+    def _add_conf(self, conf: Mapping[str, Any], *, step: int) -> None:
+        """Add the configuration as text and as hyperparameters.
+
+        No list of columns is written: TensorBoard makes it from all runs that it shows, where that
+        of one run would hide the columns of others. For a resumed run it keeps the first attempt's.
         """
-        tensor = TensorProto(
-            dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[markdown.encode()]
-        )
-        value = Summary.Value(tag=tag, metadata=_metadata("text"), tensor=tensor)
-        self._add_values([value], step=self._start)
+        import yaml  # here, as only rank 0 needs it
 
-    def hparams(self, values: Mapping[str, Any]) -> None:
-        """Queue the hyperparameters: the HParams tab shows them beside each curve's last value.
-
-        No list of columns is written: TensorBoard makes it from all runs it is shown, where that
-        of one run would hide what others have. For a resumed run it keeps the first attempt's.
-
-        Args:
-            values: a configuration; nested mappings become dotted names. What is neither bool,
-                finite number nor string is shown as its text.
-        """
+        markdown = f"```yaml\n{yaml.safe_dump(conf, sort_keys=False)}\n```"
+        self._add_text("config", markdown, plugin="text", step=step)
         info = SessionStartInfo(start_time_secs=time.time())
-        for name, value in _flatten(values):
+        for name, value in _flatten({k: v for k, v in conf.items() if k not in _NO_HPARAMS}):
             if isinstance(value, bool):
                 info.hparams[name].bool_value = value
             elif isinstance(value, int | float) and math.isfinite(value):
@@ -149,39 +154,13 @@ class TensorBoardWriter:
             else:
                 info.hparams[name].string_value = str(value)
         data = HParamsPluginData(session_start_info=info)
-        self._add_hparams("session_start_info", data, step=self._start)
+        self._add_hparams("session_start_info", data, step=step)
 
-    def finish(self, metrics: Mapping[str, float], *, iteration: int) -> None:
-        """Queue the final metrics and mark the run as finished in the HParams tab.
-
-        Only for a run that reached its end: TensorBoard does not take a status back.
-
-        Args:
-            metrics: by name; each becomes the scalar `final/<name>`.
-            iteration: the last one.
-        """
-        scalars = [
-            Summary.Value(tag=f"final/{name}", simple_value=value)
-            for name, value in metrics.items()
-        ]
-        self._add_values(scalars, step=iteration)
-        info = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
-        data = HParamsPluginData(session_end_info=info)
-        self._add_hparams("session_end_info", data, step=iteration)
-
-    def layout(self, categories: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-        """Queue the charts of the Custom Scalars tab, in place of `default_layout`.
-
-        Args:
-            categories: heading -> title of a chart -> regular expressions that the names of its
-                curves begin with.
-        """
-        self._own_layout = True
-        self._add_layout(categories, step=self._start)
-
-    def close(self) -> None:
-        """Write what is queued and wait for the disk."""
-        self._file.close()
+    def _add_text(self, tag: str, text: str | bytes, *, plugin: str, step: int) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        tensor = TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[data])
+        value = Summary.Value(tag=tag, metadata=_metadata(plugin), tensor=tensor)
+        self._add_values([value], step=step)
 
     def _add_layout(
         self, categories: Mapping[str, Mapping[str, Sequence[str]]], *, step: int
@@ -193,15 +172,8 @@ class TensorBoardWriter:
                 for title, tags in charts.items()
             ]
             layout.category.append(Category(title=heading, chart=chart))
-        tensor = TensorProto(
-            dtype=DT_STRING,
-            tensor_shape=TensorShapeProto(),
-            string_val=[layout.SerializeToString()],
-        )
-        value = Summary.Value(
-            tag="custom_scalars__config__", metadata=_metadata("custom_scalars"), tensor=tensor
-        )
-        self._add_values([value], step=step)
+        content = layout.SerializeToString()
+        self._add_text("custom_scalars__config__", content, plugin="custom_scalars", step=step)
 
     def _add_hparams(self, kind: str, data: HParamsPluginData, *, step: int) -> None:
         # all is in the metadata; the tensor only has to be there
@@ -220,20 +192,17 @@ class TensorBoardWriter:
             if len(self._events) >= _MAX_EVENTS:
                 self._events.clear()
             event = self._events[names] = _ScalarsEvent(names)
-        self._append(event.serialized(list(scalars.values()), step=step))
+        self._file.append(record(event.serialized(list(scalars.values()), step=step)))
 
     def _add_values(self, values: list[Summary.Value], *, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _add(self, event: Event) -> None:
-        self._append(event.SerializeToString())
-
-    def _append(self, event: bytes) -> None:
-        self._file.append(record(event))
+        self._file.append(record(event.SerializeToString()))
 
 
 class _ScalarsEvent:
-    """The bytes of an event, into which each row's values are put; protobuf is slower by far.
+    """An encoded event into whose bytes the values are put: 20 times as fast as protobuf.
 
     A message in protobuf's encoding is its fields one after the other, and a scalar is a
     `Summary.Value` that ends with its value, a float of four bytes.
@@ -267,14 +236,6 @@ def _stamps(folder: Path) -> list[int]:
         return []
     matches = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in names)
     return [int(match[1]) for match in matches if match]
-
-
-def _has_earlier(folder: Path) -> bool:
-    """Whether the folder has event files; if it cannot be read, it may have."""
-    try:
-        return bool(_stamps(folder))
-    except OSError:
-        return True
 
 
 def _new_event_path(folder: Path) -> Path:

@@ -12,7 +12,7 @@ WRITERS = """
 import logging, os, resource, subprocess, sys, time
 from pathlib import Path
 from distrain.writers.background import BackgroundWriter
-from distrain.writers.base import Row
+from distrain.writers.base import Row, RunInfo
 from distrain.writers.defaults import default_writers
 # while there are handles
 import distrain.writers.console, distrain.writers.json_lines, distrain.writers.tensorboard
@@ -48,10 +48,10 @@ def mend():
 
 
 spoil()
-writer = BackgroundWriter(default_writers(folder, start_iteration=start))
+writer = BackgroundWriter(default_writers(), RunInfo(folder, start))
 for iteration in range(start, start + 30):
     if iteration == start + 20:
-        while writer._rows.qsize():
+        while writer._items.qsize():
             time.sleep(0.01)
         time.sleep(0.2)
         mend()

@@ -16,6 +16,7 @@ from distrain.errors import ExitCode
 from distrain.events.storage import EventStorage
 from distrain.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer, PeriodicWriter
 from distrain.job.outcome import conclude
+from distrain.writers import Writer
 
 pytestmark = pytest.mark.ranks
 
@@ -250,16 +251,13 @@ def test_nothing_is_saved_twice_where_the_end_only_closes(tmp_path, monkeypatch)
     assert saved == [3, 6, 9, 10]
 
 
-class Slow:
+class Slow(Writer):
     def __init__(self):
         self.rows = []
 
     def write(self, row):
         time.sleep(0.05)
         self.rows.append(row.iteration)
-
-    def close(self):
-        pass
 
 
 def test_the_rows_are_written_before_the_trained_state_is_saved(tmp_path):

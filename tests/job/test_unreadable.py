@@ -11,6 +11,7 @@ from checkpoint_cases import checkpoints, iterations_in, path_of, small_state
 from project import write_project
 from test_training import CONF, ROOT, TINY
 from torch import nn
+from writer_cases import Opened
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers
@@ -138,7 +139,7 @@ def test_lines_that_cannot_be_read_are_kept(tmp_path, fail):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 0, "a": 1}\n{"iteration": 5, "a": 2}\n')
     fail("metrics.jsonl", times=2)  # at the start, and for the first row
-    writer = JsonLinesWriter(path, start_iteration=3)
+    writer = Opened(JsonLinesWriter(path), 3)
     with pytest.raises(OSError):
         writer.write(Row(3, 9, {"a": (7.0, 3)}))
     assert len(path.read_text().splitlines()) == 2
@@ -156,7 +157,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
         read_run_id(str(tmp_path))
     with pytest.raises(RunFailed, match="run.yaml cannot be read: not a regular file"):
         read_frozen(tmp_path / "run.yaml")
-    writer = JsonLinesWriter(tmp_path / "metrics.jsonl", start_iteration=3)
+    writer = Opened(JsonLinesWriter(tmp_path / "metrics.jsonl"), 3)
     with pytest.raises(OSError, match="not a regular file"):
         writer.write(Row(3, 9, {"a": (7.0, 3)}))
     (tmp_path / "run_id").unlink()

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from test_folder import conf, freeze
 
+from distrain import TrainerBase
 from distrain.cli.sweep import folder_name
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks.writer import PeriodicWriter
@@ -110,10 +111,9 @@ def test_the_folder_of_a_sweep_does_not_show_it() -> None:
 
 
 def test_tensorboard_shows_no_secret(tmp_path) -> None:
-    writer = TensorBoardWriter(tmp_path)
-    hook = PeriodicWriter([writer], conf={"model": {"token": "hunter2"}})
-    hook._describe_run()
-    writer.close()
+    conf = {"model": {"token": "hunter2"}}
+    hook = PeriodicWriter([TensorBoardWriter()], run_dir=str(tmp_path), conf=conf)
+    TrainerBase([hook]).train(0, 0)
     (file,) = (each for each in tmp_path.rglob("*") if each.is_file())
     assert b"model.token" in file.read_bytes()
     assert b"hunter2" not in file.read_bytes()

@@ -8,20 +8,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distrain.errors import ConfigError
 from distrain.files import append_file as appendfile
 from distrain.writers import background as writers
-from distrain.writers.background import BackgroundWriter
-from distrain.writers.base import NewScalars, Row
+from distrain.writers.background import BackgroundWriter, NewScalars
+from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.defaults import default_writers
 from distrain.writers.json_lines import JsonLinesWriter
 
+RUN = RunInfo(Path())
 
-class Recorder:
+
+class Recorder(Writer):
+    error: Exception
+
     def __init__(self) -> None:
         self.iterations: list[int] = []
         self.threads: set[int] = set()
@@ -35,7 +41,7 @@ class Recorder:
         self.closed += 1
 
 
-class Failing:
+class Failing(Writer):
     """Fails in the iterations given, and on close if told so."""
 
     def __init__(self, *iterations: int, error: Exception, close: bool = False) -> None:
@@ -52,16 +58,55 @@ class Failing:
 
 def test_new_scalars() -> None:
     new = NewScalars(start_iteration=10)
-    assert new(Row(12, 99, {"a": (1.0, 12), "b": (2.0, 9), "c": (3.0, 10)})) == {
-        "a": (1.0, 12),
-        "c": (3.0, 10),
-    }
-    assert new(Row(14, 99, {"a": (1.0, 13), "b": (2.0, 9), "c": (3.0, 10)})) == {"a": (1.0, 13)}
+    assert new({"a": (1.0, 12), "b": (2.0, 9), "c": (3.0, 10)}) == {"a": (1.0, 12), "c": (3.0, 10)}
+    assert new({"a": (1.0, 13), "b": (2.0, 9), "c": (3.0, 10)}) == {"a": (1.0, 13)}
+
+
+def test_a_writer_is_opened_first_and_finished_before_it_is_closed() -> None:
+    calls: list[object] = []
+
+    class Calls(Writer):
+        def open(self, run: RunInfo) -> None:
+            calls.append((run.start_iteration, threading.get_ident()))
+
+        def write(self, row: Row) -> None:
+            calls.append(dict(row.new))
+
+        def finish(self, metrics: Mapping[str, float]) -> None:
+            calls.append(metrics)
+
+        def close(self) -> None:
+            calls.append("closed")
+
+    writer = BackgroundWriter([Calls(), Writer()], RunInfo(Path(), 3))
+    writer.write(Row(3, 5, {"old": (1.0, 2), "new": (1.0, 3)}))
+    writer.finish({"new": 2.0})
+    writer.close()
+    mine = threading.get_ident()
+    assert calls == [(3, mine), {"new": (1.0, 3)}, {"new": 2.0}, "closed"]
+
+
+def test_a_writer_that_cannot_be_opened_gets_no_rows(caplog: pytest.LogCaptureFixture) -> None:
+    class Offline(Recorder):
+        def open(self, run: RunInfo) -> None:
+            raise self.error
+
+    offline, other = Offline(), Recorder()
+    offline.error = ConnectionError("no route to host")
+    writer = BackgroundWriter([offline, other], RUN)
+    writer.write(Row(0, 1, {}))
+    writer.close()
+    assert (offline.iterations, offline.closed, other.iterations) == ([], 0, [0])
+    [record] = caplog.records
+    assert record.getMessage() == "Offline: no route to host; training goes on without"
+    offline.error = ConfigError("project=x: expected a project of yours")
+    with pytest.raises(ConfigError, match="project=x"):
+        BackgroundWriter([offline], RUN)
 
 
 def test_background_writes_all_in_one_other_thread() -> None:
     first, second = Recorder(), Recorder()
-    writer = BackgroundWriter([first, second])
+    writer = BackgroundWriter([first, second], RUN)
     for iteration in range(500):
         writer.write(Row(iteration, 500, {}))
     writer.close()
@@ -88,7 +133,7 @@ def test_caller_does_not_wait_and_rows_are_bounded(
             super().write(row)
 
     hanging = Hanging()
-    writer = BackgroundWriter([hanging])
+    writer = BackgroundWriter([hanging], RUN)
     writer.write(Row(0, 99, {}))
     started.wait()
     for iteration in range(1, 20):  # returns though the first write still hangs
@@ -113,12 +158,12 @@ def test_writers_that_hang_are_not_waited_for_for_ever(
             super().write(row)
 
     hanging = Hanging()
-    writer = BackgroundWriter([hanging])
+    writer = BackgroundWriter([hanging], RUN)
     writer.write(Row(0, 99, {}))
     writer.close()
     assert (hanging.iterations, hanging.closed) == ([], 0)
     assert [r.getMessage() for r in caplog.records] == [
-        "the writers hang: what they have not written in 0.05 s is lost"
+        "the writers hang: rows not written within 0.05 s are lost"
     ]
     gate.set()
     writer._thread.join()
@@ -135,7 +180,7 @@ def test_writers_that_are_slow_are_waited_for(
             super().write(row)
 
     slow = Slow()
-    writer = BackgroundWriter([slow])
+    writer = BackgroundWriter([slow], RUN)
     for iteration in range(20):  # 1 s of work
         writer.write(Row(iteration, 20, {}))
     writer.close()
@@ -147,7 +192,7 @@ def test_failing_writer_costs_one_warning(caplog: pytest.LogCaptureFixture) -> N
     other = Recorder()
     full = OSError(28, "No space left on device", "file")
     with caplog.at_level(logging.INFO):
-        writer = BackgroundWriter([Failing(2, 3, 4, 7, error=full), other])
+        writer = BackgroundWriter([Failing(2, 3, 4, 7, error=full), other], RUN)
         for iteration in range(10):
             writer.write(Row(iteration, 10, {}))
         writer.close()
@@ -168,7 +213,7 @@ def test_rows_lost_at_the_end_are_counted_though_the_failure_was_told_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(appendfile.os, "write", fail)
-    writer = BackgroundWriter([JsonLinesWriter(tmp_path / "m")])
+    writer = BackgroundWriter([JsonLinesWriter("m")], RunInfo(tmp_path))
     for iteration in range(3):
         writer.write(Row(iteration, 3, {"loss": (1.0, iteration)}))
     writer.close()
@@ -181,7 +226,7 @@ def test_rows_lost_at_the_end_are_counted_though_the_failure_was_told_before(
 
 def test_a_bug_is_shown_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
     other = Recorder()
-    writer = BackgroundWriter([Failing(error=TypeError("oops"), close=True), other])
+    writer = BackgroundWriter([Failing(error=TypeError("oops"), close=True), other], RUN)
     writer.close()
     assert other.closed == 1
     assert "Failing: oops" in caplog.text
@@ -193,7 +238,7 @@ def test_default_writers(
 ) -> None:
     monkeypatch.setattr("distrain.writers.console.LINE_S", 0.0)  # each row is shown
     for start in (0, 10):
-        writer = BackgroundWriter(default_writers(tmp_path, start_iteration=start))
+        writer = BackgroundWriter(default_writers(), RunInfo(tmp_path, start))
         for iteration in range(start + 4, start + 15, 5):
             writer.write(Row(iteration, 25, {"loss": (1 / (iteration + 1 + start), iteration)}))
         writer.close()
@@ -212,13 +257,13 @@ def test_default_writers(
 
 FULL_DISK = """
 import logging, resource, sys, time
-from distrain.writers.json_lines import JsonLinesWriter
+from pathlib import Path
 from distrain.writers.background import BackgroundWriter
-from distrain.writers.base import Row
+from distrain.writers.base import Row, RunInfo
 from distrain.writers.defaults import default_writers
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-writer = BackgroundWriter(default_writers(sys.argv[1]))
+writer = BackgroundWriter(default_writers(), RunInfo(Path(sys.argv[1])))
 for iteration in range(60):
     if iteration == 20:
         writer_is_idle = time.sleep(0.2)
@@ -250,11 +295,11 @@ def test_full_disk_is_survived_and_nothing_is_lost(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, time
-from distrain.writers.json_lines import JsonLinesWriter
+from pathlib import Path
 from distrain.writers.background import BackgroundWriter
-from distrain.writers.base import Row
+from distrain.writers.base import Row, RunInfo
 from distrain.writers.defaults import default_writers
-writer = BackgroundWriter(default_writers(sys.argv[1]))
+writer = BackgroundWriter(default_writers(), RunInfo(Path(sys.argv[1])))
 for iteration in range(1_000_000):
     writer.write(Row(iteration, 60, {f"loss{k}": (k / 3, iteration) for k in range(30)}))
     time.sleep(0.001)

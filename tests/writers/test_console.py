@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from writer_cases import Opened
 
 from distrain.writers.base import Row
 from distrain.writers.console import ConsoleWriter, describe
@@ -31,7 +32,7 @@ class Terminal(io.StringIO):
 
 def test_plain_line() -> None:
     stream = io.StringIO()
-    writer = ConsoleWriter(stream=stream)
+    writer = Opened(ConsoleWriter(stream))
     writer.write(Row(199, 2000, SCALARS))
     writer.close()
     assert stream.getvalue() == (
@@ -43,7 +44,7 @@ def test_plain_line() -> None:
 def test_old_values_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distrain.writers.console.LINE_S", 0.0)
     stream = io.StringIO()
-    writer = ConsoleWriter(stream=stream, start_iteration=20)
+    writer = Opened(ConsoleWriter(stream), 20)
     writer.write(Row(29, 100, {"loss": (1.0, 29), "eval/accuracy": (0.5, 19)}))
     writer.write(Row(39, 100, {"loss": (0.5, 39), "eval/accuracy": (0.75, 39)}))
     writer.write(Row(49, 100, {"loss": (0.25, 49), "eval/accuracy": (0.75, 39)}))
@@ -59,7 +60,7 @@ def test_rows_faster_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None
     now_s = 0.0
     monkeypatch.setattr("distrain.writers.console.time", SimpleNamespace(monotonic=lambda: now_s))
     stream = io.StringIO()
-    writer = ConsoleWriter(stream=stream)
+    writer = Opened(ConsoleWriter(stream))
     for i in range(200):
         now_s += 0.01
         scalars = {"loss": (1.0, i)}
@@ -81,7 +82,7 @@ def test_rows_faster_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_the_end_adds_to_the_last_row_is_one_line_with_it() -> None:
     stream = io.StringIO()
-    writer = ConsoleWriter(stream=stream)
+    writer = Opened(ConsoleWriter(stream))
     row = {"loss": (1.0, 19)}
     writer.write(Row(19, 40, row))
     row = {"loss": (0.5, 39)}
@@ -117,7 +118,7 @@ def test_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = Terminal()
-    writer = ConsoleWriter(stream=stream)
+    writer = Opened(ConsoleWriter(stream))
     for iteration in range(0, 100, 10):
         scalars = {"loss": (1.5, iteration), "[bold]": (2.0, iteration)}
         writer.write(Row(iteration + 9, 100, scalars))
@@ -136,7 +137,7 @@ def test_plain_where_a_terminal_is_not_wanted(
 ) -> None:
     monkeypatch.setenv(name, value)
     stream = Terminal()
-    writer = ConsoleWriter(stream=stream)
+    writer = Opened(ConsoleWriter(stream))
     writer.write(Row(9, 10, {"loss": (1.5, 9)}))
     writer.close()
     assert stream.getvalue() == "iter 9/10  loss 1.5\n"
@@ -147,7 +148,9 @@ def test_rich_is_imported_for_a_terminal_only() -> None:
         "import sys\n"
         "from distrain.writers.console import ConsoleWriter\n"
         "from distrain.writers import Row\n"
-        "ConsoleWriter().write(Row(9, 10, {'loss': (1.5, 9)}))\n"
+        "writer = ConsoleWriter()\n"
+        "writer.open(None)\n"
+        "writer.write(Row(9, 10, {}, new={'loss': (1.5, 9)}))\n"
         "assert not {'rich', 'torch', 'numpy'} & {*sys.modules}\n"
     )
     done = subprocess.run(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from writer_cases import Opened
 
 from distrain.writers.base import Row
 from distrain.writers.json_lines import JsonLinesWriter
@@ -23,7 +24,7 @@ def strict_lines(path: Path) -> list[dict[str, float | str]]:
 
 
 def test_a_line_holds_what_is_new(tmp_path: Path) -> None:
-    writer = JsonLinesWriter(tmp_path / "new folder" / "metrics.jsonl")
+    writer = Opened(JsonLinesWriter(tmp_path / "new folder" / "metrics.jsonl"))
     writer.write(Row(19, 100, {"loss": (0.5, 19), "eval/accuracy": (0.25, 9)}))
     writer.write(Row(39, 100, {"loss": (0.25, 38), "eval/accuracy": (0.25, 9)}))
     writer.write(Row(39, 100, {"loss": (0.25, 38), "eval/accuracy": (0.25, 9)}))  # nothing new
@@ -35,7 +36,7 @@ def test_a_line_holds_what_is_new(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_strings(tmp_path: Path) -> None:
-    writer = JsonLinesWriter(tmp_path / "m.jsonl")
+    writer = Opened(JsonLinesWriter(tmp_path / "m.jsonl"))
     writer.write(row(0, a=math.nan, b=math.inf, c=-math.inf, d=1.0))
     writer.close()
     (line,) = strict_lines(tmp_path / "m.jsonl")
@@ -44,7 +45,7 @@ def test_values_that_are_not_finite_are_strings(tmp_path: Path) -> None:
 
 
 def test_each_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    writer = JsonLinesWriter(tmp_path / "m.jsonl")
+    writer = Opened(JsonLinesWriter(tmp_path / "m.jsonl"))
     writer.write(row(0, a=1.0))
     assert strict_lines(tmp_path / "m.jsonl") == [{"iteration": 0, "a": 1.0}]
     writer.close()
@@ -52,11 +53,11 @@ def test_each_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
 
 def test_resume_drops_replayed_lines_and_old_values(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    first = JsonLinesWriter(path, start_iteration=0)
+    first = Opened(JsonLinesWriter(path), 0)
     for iteration in (9, 19, 29, 39):
         first.write(row(iteration, loss=float(iteration)))
     first.close()
-    resumed = JsonLinesWriter(path, start_iteration=20)
+    resumed = Opened(JsonLinesWriter(path), 20)
     assert [line["iteration"] for line in strict_lines(path)] == [9, 19]
     # the evaluation of iteration 19 was written by the first attempt
     resumed.write(Row(29, 100, {"loss": (-29.0, 29), "eval/accuracy": (0.5, 19)}))
@@ -71,9 +72,8 @@ def test_resume_drops_replayed_lines_and_old_values(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-@pytest.mark.parametrize("start", [None, 50])
 def test_torn_and_damaged_lines_are_removed(
-    tmp_path: Path, start: int | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(
@@ -85,7 +85,7 @@ def test_torn_and_damaged_lines_are_removed(
         b'{"iteration": 29, "loss": 3.0}'  # whole, but the next line would continue it
     )
     with caplog.at_level(logging.WARNING):
-        writer = JsonLinesWriter(path, start_iteration=start)
+        writer = Opened(JsonLinesWriter(path), 50)
     writer.write(row(59, loss=4.0))
     writer.close()
     assert [line["iteration"] for line in strict_lines(path)] == [9, 19, 59]
@@ -96,6 +96,6 @@ def test_an_intact_file_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"iteration": 9, "loss": 1.0}\n')
     inode = path.stat().st_ino
-    JsonLinesWriter(path, start_iteration=10).close()
+    Opened(JsonLinesWriter(path), 10).close()
     assert path.stat().st_ino == inode
     assert [each.name for each in path.parent.iterdir()] == [path.name]

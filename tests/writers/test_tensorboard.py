@@ -21,6 +21,7 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
+from writer_cases import Opened
 
 from distrain.events.histogram import Histogram
 from distrain.writers.base import Row
@@ -65,7 +66,7 @@ def test_record_format() -> None:
 
 
 def test_scalars_belong_to_their_iteration_and_share_an_event(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
+    writer = Opened(TensorBoardWriter(tmp_path))
     writer.write(Row(19, 100, {"a": (0.5, 19), "b": (1.5, 19), "eval/a": (2.5, 9)}))
     writer.write(Row(39, 100, {"a": (0.25, 39), "b": (math.nan, 38), "eval/a": (2.5, 9)}))
     writer.close()
@@ -83,7 +84,7 @@ def test_scalars_belong_to_their_iteration_and_share_an_event(tmp_path: Path) ->
 
 
 def test_a_row_can_be_read_at_once(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
+    writer = Opened(TensorBoardWriter(tmp_path))
     writer.write(row(0, loss=0.5))
     assert points(tmp_path, "loss") == [(0, 0.5)]
     writer.close()
@@ -92,7 +93,7 @@ def test_a_row_can_be_read_at_once(tmp_path: Path) -> None:
 def test_images(tmp_path: Path) -> None:
     colour = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(3, 2, 4) * 10
     grey = np.array([[0.0, 0.5, 1.0], [-1.0, 2.0, np.nan]], dtype=np.float32)
-    writer = TensorBoardWriter(tmp_path)
+    writer = Opened(TensorBoardWriter(tmp_path))
     images = [("colour", colour, 7), ("grey", grey, 8), ("one", grey[None], 8), ("grey", grey, 9)]
     writer.write(Row(9, 100, {}, images=images))
     writer.close()
@@ -118,7 +119,7 @@ def test_histogram(tmp_path: Path) -> None:
         sum_squares=31.0,
         num=4,
     )
-    writer = TensorBoardWriter(tmp_path)
+    writer = Opened(TensorBoardWriter(tmp_path))
     writer.write(Row(9, 100, {}, histograms=[("weights", histogram, 6)]))
     writer.close()
     (event,) = read(tmp_path).Histograms("weights")
@@ -135,28 +136,26 @@ def test_histogram(tmp_path: Path) -> None:
 
 
 def test_text(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path, purge_step=20)
-    writer.text("config", "```\nlr: 0.1\n```")
+    writer = Opened(TensorBoardWriter(tmp_path), 20, lr=0.1)
     writer.close()
     found = read_as_tensorboard(tmp_path)
     (event,) = found.Tensors("config")
-    assert (event.step, event.tensor_proto.string_val) == (20, [b"```\nlr: 0.1\n```"])
+    assert (event.step, event.tensor_proto.string_val) == (20, [b"```yaml\nlr: 0.1\n\n```"])
     assert found.PluginTagToContent("text").keys() == {"config"}
 
 
 def test_hparams_and_final_metrics(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
-    writer.hparams(
-        {
-            "seed": 1,
-            "optim": {"lr": 0.5, "nesterov": True, "name": "sgd"},
-            "milestones": [10, 20],
-            "nothing": None,
-            "bound": math.inf,
-        }
+    writer = Opened(
+        TensorBoardWriter(tmp_path),
+        seed=1,
+        optim={"lr": 0.5, "nesterov": True, "name": "sgd"},
+        milestones=[10, 20],
+        nothing=None,
+        bound=math.inf,
+        run={"name": "a"},  # changes nothing that is learned
     )
     writer.write(row(9, accuracy=0.5))
-    writer.finish({"accuracy": 0.75}, iteration=9)
+    writer.finish({"accuracy": 0.75})
     writer.close()
     content = read_as_tensorboard(tmp_path).PluginTagToContent("hparams")
     start = hparams_metadata.parse_session_start_info_plugin_data(
@@ -187,7 +186,7 @@ def layout_of(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def test_layout_follows_the_names(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
+    writer = Opened(TensorBoardWriter(tmp_path))
     for _ in range(3):
         writer.write(row(9, loss=1.0))
     writer.write(row(19, loss=1.0, accuracy=0.5))
@@ -197,9 +196,8 @@ def test_layout_follows_the_names(tmp_path: Path) -> None:
 
 
 def test_own_layout_stays(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
     mine = {"mine": {"both": ["loss", "accuracy"]}}
-    writer.layout(mine)
+    writer = Opened(TensorBoardWriter(tmp_path, layout=mine))
     writer.write(row(9, loss=1.0))
     writer.close()
     assert layout_of(tmp_path) == mine
@@ -233,7 +231,7 @@ def test_default_layout_shows_each_curve_where_it_belongs() -> None:
 
 def test_resume_shows_each_step_once_with_the_new_value(tmp_path: Path) -> None:
     for attempt, (start, end) in enumerate([(0, 60), (40, 80), (20, 50)]):
-        writer = TensorBoardWriter(tmp_path, purge_step=start)
+        writer = Opened(TensorBoardWriter(tmp_path), start)
         for iteration in range(start + 9, end, 10):
             writer.write(row(iteration, loss=float(iteration + 1000 * attempt)))
         writer.close()
@@ -248,51 +246,41 @@ def test_resume_shows_each_step_once_with_the_new_value(tmp_path: Path) -> None:
 
 
 def test_resume_drops_steps_that_are_not_written_again(tmp_path: Path) -> None:
-    first = TensorBoardWriter(tmp_path, purge_step=0)
+    first = Opened(TensorBoardWriter(tmp_path), 0)
     first.write(row(9, old=1.0))
     first.write(row(19, old=2.0))
     first.close()
-    TensorBoardWriter(tmp_path, purge_step=10).close()
+    Opened(TensorBoardWriter(tmp_path), 10).close()
     assert points(tmp_path, "old") == [(9, 1.0)]
 
 
-def test_without_purge_step_earlier_files_stay(tmp_path: Path) -> None:
-    for value in (1.0, 2.0):
-        writer = TensorBoardWriter(tmp_path)
-        writer.write(row(int(value), loss=value))
-        writer.close()
-    assert points(tmp_path, "loss") == [(1, 1.0), (2, 2.0)]
-    TensorBoardWriter(tmp_path, purge_step=2).close()
-    assert points(tmp_path, "loss") == [(1, 1.0)]
-
-
 def test_a_value_from_before_the_resume_is_not_written_again(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path, purge_step=20)
+    writer = Opened(TensorBoardWriter(tmp_path), 20)
     writer.write(Row(29, 100, {"loss": (1.0, 29), "eval/loss": (2.0, 19)}))
     writer.close()
     assert "eval/loss" not in read(tmp_path).Tags()["scalars"]
 
 
 def test_files_of_a_fast_clock_are_read_before(tmp_path: Path) -> None:
-    first = TensorBoardWriter(tmp_path, purge_step=0)
+    first = Opened(TensorBoardWriter(tmp_path), 0)
     first.write(row(9, loss=1.0))
     first.close()
     (path,) = tmp_path.iterdir()
     path.rename(tmp_path / "events.out.tfevents.9999999990.zzz.1.0")
-    second = TensorBoardWriter(tmp_path, purge_step=5)
+    second = Opened(TensorBoardWriter(tmp_path), 5)
     second.write(row(9, loss=2.0))
     second.close()
     assert points(tmp_path, "loss") == [(9, 2.0)]
 
 
 def test_torn_end_of_an_earlier_file_hides_nothing(tmp_path: Path) -> None:
-    first = TensorBoardWriter(tmp_path, purge_step=0)
+    first = Opened(TensorBoardWriter(tmp_path), 0)
     first.write(row(9, loss=1.0))
     first.write(row(19, loss=1.0))
     first.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    second = TensorBoardWriter(tmp_path, purge_step=10)
+    second = Opened(TensorBoardWriter(tmp_path), 10)
     second.write(row(19, loss=2.0))
     second.close()
     assert points(tmp_path, "loss") == [(9, 1.0), (19, 2.0)]
