@@ -47,7 +47,11 @@ def in_terminal(code: str, **env: str) -> str:
     """Run a program whose standard output is a terminal; return what it wrote there."""
     screen = Screen()
     more = {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "NO_COLOR": "", **env}
-    command = [sys.executable, "-c", "import time\nfrom distrain import progress as progressbar\n" + code]
+    command = [
+        sys.executable,
+        "-c",
+        "import time\nfrom distrain import progress as progressbar\n" + code,
+    ]
     done = subprocess.run(
         command, stdout=screen.stream, stderr=subprocess.PIPE, text=True, env=os.environ | more
     )
@@ -120,7 +124,11 @@ def test_a_file_gets_no_sign_and_starts_no_thread_and_no_rich() -> None:
         "import sys, threading\n" + code + "assert threads == 1\nassert 'rich' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "import time\nfrom distrain import progress as progressbar\n" + code],
+        [
+            sys.executable,
+            "-c",
+            "import time\nfrom distrain import progress as progressbar\n" + code,
+        ],
         capture_output=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
