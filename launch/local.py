@@ -140,15 +140,15 @@ def count_gpus() -> int:
     import pynvml
 
     try:
-        pynvml.nvmlInit()  # type: ignore[no-untyped-call]
+        pynvml.nvmlInit()
     except pynvml.NVMLError:
         return 0
     try:
-        count = int(pynvml.nvmlDeviceGetCount())  # type: ignore[no-untyped-call]
+        count = int(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:
         return 0
     finally:
-        pynvml.nvmlShutdown()  # type: ignore[no-untyped-call]
+        pynvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return count

@@ -56,7 +56,7 @@ class TorchMemoryStats(HookBase):
         values = {f"{MEMORY}host_rss_mib": host_rss_bytes() / 2**20}
         if self._on_cuda:
             values |= allocator_scalars(torch.cuda.memory_stats(trainer.device))
-        trainer.storage.put_scalars(smoothing_hint=False, reduce="max", count=None, **values)
+        trainer.storage.put_scalars(smoothing_hint=False, reduce="max", **values)
 
     def after_train(self) -> None:
         trainer = self.trainer

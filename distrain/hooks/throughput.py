@@ -146,51 +146,23 @@ class Throughput(HookBase):
         now_s = time.perf_counter()
         steps, elapsed_s = done - self._since, now_s - self._begin_s
         self._since, self._begin_s = done, now_s
-        if not is_first:
-            values = rates(
-                steps / elapsed_s,
-                samples_per_step=self._samples,
-                tokens_per_sample=self._tokens,
-                flops=self._flops,
-                peak_tflops=self._peak_tflops,
-            )
-            trainer.storage.put_scalars(smoothing_hint=False, reduce="mean", count=None, **values)
+        if is_first:
+            return
+        found = {}
+        steps_per_s = steps / elapsed_s
+        if self._samples is not None:
+            found["samples_per_s"] = steps_per_s * self._samples
+            if self._tokens is not None:
+                found["tokens_per_s"] = steps_per_s * self._samples * self._tokens
+        if self._flops is not None:
+            found["tflops_per_rank"] = steps_per_s * self._flops / 1e12
+            if self._peak_tflops is not None:
+                found["mfu"] = found["tflops_per_rank"] / self._peak_tflops
+        with trainer.storage.name_scope(PERF):
+            trainer.storage.put_scalars(smoothing_hint=False, reduce="mean", **found)
 
     def after_train(self) -> None:
         self._end_counting()  # where the first step failed
-
-
-def rates(
-    steps_per_s: float,
-    *,
-    samples_per_step: int | None,
-    tokens_per_sample: float | None,
-    flops: float | None,
-    peak_tflops: float | None,
-) -> dict[str, float]:
-    """Return the scalars of `Throughput` that are known.
-
-    Args:
-        steps_per_s: of the run.
-        samples_per_step: over all ranks.
-        tokens_per_sample: mean.
-        flops: of one rank per step.
-        peak_tflops: of its device.
-
-    Example:
-        2 steps per second of 50 samples of 10 tokens, 75e12 FLOPs per rank, a peak of 300 TFLOP/s:
-        100 samples/s, 1000 tokens/s, 150 TFLOP/s, MFU 0.5.
-    """
-    found: dict[str, float] = {}
-    if samples_per_step is not None:
-        samples_per_s = found[f"{PERF}samples_per_s"] = steps_per_s * samples_per_step
-        if tokens_per_sample is not None:
-            found[f"{PERF}tokens_per_s"] = samples_per_s * tokens_per_sample
-    if flops is not None:
-        tflops = found[f"{PERF}tflops_per_rank"] = steps_per_s * flops / 1e12
-        if peak_tflops is not None:
-            found[f"{PERF}mfu"] = tflops / peak_tflops
-    return found
 
 
 def _positive(key: str, value: float | None) -> float | None:

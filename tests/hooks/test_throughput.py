@@ -11,7 +11,7 @@ from distrain.data.loader import TrainLoader
 from distrain.errors import ConfigError
 from distrain.hooks import Throughput
 from distrain.hooks import throughput as module
-from distrain.hooks.throughput import PEAK_TFLOPS, peak_tflops, rates
+from distrain.hooks.throughput import PEAK_TFLOPS, peak_tflops
 
 B, IN, MIDDLE, OUT = 8, 5, 7, 3
 FORWARD = 2 * B * IN * MIDDLE + 2 * B * MIDDLE * OUT
@@ -143,19 +143,6 @@ def test_a_first_step_that_fails_leaves_no_counter(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train(hook=Throughput())
     assert torch._C._len_torch_dispatch_stack() == 0
-
-
-def test_rates():
-    assert rates(
-        2.0, samples_per_step=50, tokens_per_sample=10, flops=75e12, peak_tflops=300.0
-    ) == {
-        "perf/samples_per_s": 100.0,
-        "perf/tokens_per_s": 1000.0,
-        "perf/tflops_per_rank": 150.0,
-        "perf/mfu": 0.5,
-    }
-    nothing = {"samples_per_step": None, "tokens_per_sample": 10, "flops": None}
-    assert rates(2.0, **nothing, peak_tflops=1.0) == {}
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ class GpuStats(HookBase):
         if summary is not None:
             for count, values in summary.means.items():
                 storage.put_scalars(smoothing_hint=False, reduce="mean", count=count, **values)
-            storage.put_scalars(smoothing_hint=False, reduce="max", count=None, **summary.maxima)
+            storage.put_scalars(smoothing_hint=False, reduce="max", **summary.maxima)
             if self.trainer.where.world_size <= self._each_up_to:
-                storage.put_scalars(smoothing_hint=False, reduce="mean", count=None, **summary.each)
+                storage.put_scalars(smoothing_hint=False, reduce="mean", **summary.each)
         energy_j = sampler.energy_j
         if energy_j is not None:  # put in each window: the sum needs all nodes
             energy = {_ENERGY_J: self._energy_before_j + energy_j}
@@ -119,7 +119,7 @@ class GpuStats(HookBase):
             if self._samples_per_step is not None:
                 samples = steps * self._samples_per_step
                 energy[f"{GPU}energy_per_sample_j"] = energy_j / samples
-            storage.put_scalars(smoothing_hint=False, reduce="sum", count=None, **energy)
+            storage.put_scalars(smoothing_hint=False, reduce="sum", **energy)
 
 
 def _new_sampler(

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import pynvml
@@ -66,7 +65,7 @@ class Gpu:
     handle: Any
     parent: Any  # handle of the GPU that a MIG device is on; else equal to `handle`
     energy_j: float | None = None
-    _unsupported: set[str] = field(default_factory=set)
+    _unsupported: set[Callable[..., Any]] = field(default_factory=set)
     _power: tuple[float, float] | None = None  # time in s, power in W of the last reading
     _first_mj: int | None = None
     _links: tuple[float, int, int] | None = None  # time in s, KiB sent, KiB received
@@ -84,37 +83,37 @@ class Gpu:
             GpuLost: it no longer responds.
         """
         values: dict[str, float] = {}
-        for name, reader in _READERS.items():
-            values |= self._try(name, partial(reader, self)) or {}
-        self._try("energy", lambda: self._count_energy(values.get("power_w"), now_s))
-        values |= self._try("nvlink", lambda: self._link_traffic(now_s)) or {}
-        return Reading(values, self._try("throttle", self._throttle))
+        for reader in _READERS:
+            values |= self._try(reader, self) or {}
+        self._try(Gpu._count_energy, self, values.get("power_w"), now_s)
+        values |= self._try(Gpu._link_traffic, self, now_s) or {}
+        return Reading(values, self._try(Gpu._throttle, self))
 
-    def _try(self, name: str, reader: Callable[[], T]) -> T | None:
+    def _try(self, reader: Callable[..., T], *arguments: Any) -> T | None:
         """Call a reader; None on an error, and from then on if the value is unsupported."""
-        if name in self._unsupported:
+        if reader in self._unsupported:
             return None
         try:
-            return reader()
+            return reader(*arguments)
         except pynvml.NVMLError as error:
             if _code(error) in _LOST:
                 raise GpuLost(str(error)) from None
             if _code(error) in _UNSUPPORTED:
-                self._unsupported.add(name)
+                self._unsupported.add(reader)
         return None
 
     def _throttle(self) -> int:
         try:
-            return int(_ask("nvmlDeviceGetCurrentClocksEventReasons", self.parent))
+            return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self.parent))
         except pynvml.NVMLError as error:
             if _code(error) != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
                 raise
-            return int(_ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.parent))
+            return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.parent))
 
     def _count_energy(self, power_w: float | None, now_s: float) -> None:
         """Add to the energy: by the card's counter (mJ), else power times time."""
         try:
-            total_mj = int(_ask("nvmlDeviceGetTotalEnergyConsumption", self.handle))
+            total_mj = int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except pynvml.NVMLError as error:
             if _code(error) not in _UNSUPPORTED:
                 raise
@@ -134,10 +133,10 @@ class Gpu:
             pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
             pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
         )
-        answers = _ask("nvmlDeviceGetFieldValues", self.handle, [(f, _ALL_LINKS) for f in fields])
+        answers = pynvml.nvmlDeviceGetFieldValues(self.handle, [(f, _ALL_LINKS) for f in fields])
         for answer in answers:
             if answer.nvmlReturn != pynvml.NVML_SUCCESS:
-                raise _ask("NVMLError", answer.nvmlReturn)
+                raise pynvml.NVMLError(answer.nvmlReturn)
         sent, received = (int(answer.value.ullVal) for answer in answers)
         before, self._links = self._links, (now_s, sent, received)
         if before is None or now_s <= before[0]:
@@ -150,41 +149,44 @@ class Gpu:
 
 
 def _utilization(gpu: Gpu) -> dict[str, float]:
-    rates = _ask("nvmlDeviceGetUtilizationRates", gpu.handle)
+    rates = pynvml.nvmlDeviceGetUtilizationRates(gpu.handle)
     return {"utilization_percent": rates.gpu, "memory_busy_percent": rates.memory}
 
 
 def _memory(gpu: Gpu) -> dict[str, float]:
-    memory = _ask("nvmlDeviceGetMemoryInfo", gpu.handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(gpu.handle)
     return {"memory_used_mib": memory.used / 2**20, "memory_total_mib": memory.total / 2**20}
 
 
 def _pcie(gpu: Gpu) -> dict[str, float]:
-    sent = _ask("nvmlDeviceGetPcieThroughput", gpu.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)
-    received = _ask("nvmlDeviceGetPcieThroughput", gpu.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)
+    sent = pynvml.nvmlDeviceGetPcieThroughput(gpu.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)
+    received = pynvml.nvmlDeviceGetPcieThroughput(gpu.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)
     return {"pcie_tx_mb_per_s": sent / 1000, "pcie_rx_mb_per_s": received / 1000}  # of KB/s
 
 
-def _one(name: str, function: str, *arguments: int, per: float = 1) -> Callable[[Gpu], Any]:
-    """Return the reader of one number of the whole GPU."""
-    return lambda gpu: {name: _ask(function, gpu.parent, *arguments) / per}
+def _power(gpu: Gpu) -> dict[str, float]:
+    return {"power_w": pynvml.nvmlDeviceGetPowerUsage(gpu.handle) / 1000}
 
 
-_READERS: dict[str, Callable[[Gpu], dict[str, float]]] = {
-    "utilization": _utilization,
-    "memory": _memory,
-    "power": lambda gpu: {"power_w": _ask("nvmlDeviceGetPowerUsage", gpu.handle) / 1000},
-    "temperature": _one("temperature_c", "nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-    "sm_clock": _one("sm_clock_mhz", "nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
-    "memory_clock": _one("memory_clock_mhz", "nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
-    "ecc": _one(
-        "ecc_uncorrected",
-        "nvmlDeviceGetTotalEccErrors",
-        pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-        pynvml.NVML_VOLATILE_ECC,
-    ),
-    "pcie": _pcie,
-}
+def _temperature(gpu: Gpu) -> dict[str, float]:
+    sensor = pynvml.NVML_TEMPERATURE_GPU
+    return {"temperature_c": pynvml.nvmlDeviceGetTemperature(gpu.parent, sensor)}
+
+
+def _sm_clock(gpu: Gpu) -> dict[str, float]:
+    return {"sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu.parent, pynvml.NVML_CLOCK_SM)}
+
+
+def _memory_clock(gpu: Gpu) -> dict[str, float]:
+    return {"memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu.parent, pynvml.NVML_CLOCK_MEM)}
+
+
+def _ecc(gpu: Gpu) -> dict[str, float]:
+    kind, since_load = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+    return {"ecc_uncorrected": pynvml.nvmlDeviceGetTotalEccErrors(gpu.parent, kind, since_load)}
+
+
+_READERS = (_utilization, _memory, _power, _temperature, _sm_clock, _memory_clock, _ecc, _pcie)
 
 
 class Nvml:
@@ -196,7 +198,7 @@ class Nvml:
 
     def __init__(self) -> None:
         try:
-            _ask("nvmlInit")
+            pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise NoDriver(str(error)) from None
         self._events: Any = None
@@ -205,21 +207,21 @@ class Nvml:
     def close(self) -> None:
         with contextlib.suppress(pynvml.NVMLError):
             if self._events is not None:
-                _ask("nvmlEventSetFree", self._events)
+                pynvml.nvmlEventSetFree(self._events)
         with contextlib.suppress(pynvml.NVMLError):
-            _ask("nvmlShutdown")
+            pynvml.nvmlShutdown()
 
     def gpus(self) -> list[list[Gpu]]:
         """Return the CUDA devices of each GPU of this machine: itself, or its MIG devices."""
         try:
-            return [_on_gpu(index) for index in range(_ask("nvmlDeviceGetCount"))]
+            return [_on_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
         except pynvml.NVMLError as error:
             raise NoDriver(str(error)) from None
 
     def listen(self, gpus: Sequence[Gpu]) -> None:
         """Have the driver keep the Xid errors of GPUs for `xids`, where supported."""
         try:
-            self._events = _ask("nvmlEventSetCreate")
+            self._events = pynvml.nvmlEventSetCreate()
         except pynvml.NVMLError:
             return
         for gpu in gpus:
@@ -227,7 +229,7 @@ class Nvml:
             if handle not in self._by_handle:
                 with contextlib.suppress(pynvml.NVMLError):
                     kind = pynvml.nvmlEventTypeXidCriticalError
-                    _ask("nvmlDeviceRegisterEvents", gpu.parent, kind, self._events)
+                    pynvml.nvmlDeviceRegisterEvents(gpu.parent, kind, self._events)
                     self._by_handle[handle] = gpu
 
     def xids(self) -> list[tuple[Gpu, int]]:
@@ -237,7 +239,7 @@ class Nvml:
             return found
         for _ in range(_MAX_EVENTS):
             try:
-                event = _ask("nvmlEventSetWait_v2", self._events, 0)
+                event = pynvml.nvmlEventSetWait_v2(self._events, 0)
             except pynvml.NVMLError:  # usually a timeout: no event
                 break
             gpu = self._by_handle.get(_address(event.device))
@@ -249,14 +251,14 @@ class Nvml:
 def _on_gpu(index: int) -> list[Gpu]:
     """Return the GPU, or its MIG devices where that mode is on; empty if it is lost."""
     try:
-        parent = _ask("nvmlDeviceGetHandleByIndex", index)
-        name = _ask("nvmlDeviceGetName", parent)
-        whole = Gpu(index, _ask("nvmlDeviceGetUUID", parent), name, parent, parent)
+        parent = pynvml.nvmlDeviceGetHandleByIndex(index)
+        name = pynvml.nvmlDeviceGetName(parent)
+        whole = Gpu(index, pynvml.nvmlDeviceGetUUID(parent), name, parent, parent)
     except pynvml.NVMLError:
         return []
     try:
-        is_mig = _ask("nvmlDeviceGetMigMode", parent)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
-        num = _ask("nvmlDeviceGetMaxMigDeviceCount", parent) if is_mig else 0
+        is_mig = pynvml.nvmlDeviceGetMigMode(parent)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+        num = pynvml.nvmlDeviceGetMaxMigDeviceCount(parent) if is_mig else 0
     except pynvml.NVMLError:
         return [whole]
     if not is_mig:
@@ -264,8 +266,8 @@ def _on_gpu(index: int) -> list[Gpu]:
     devices = []
     for slot in range(num):
         with contextlib.suppress(pynvml.NVMLError):  # slots may be empty
-            handle = _ask("nvmlDeviceGetMigDeviceHandleByIndex", parent, slot)
-            devices.append(Gpu(index, _ask("nvmlDeviceGetUUID", handle), name, handle, parent))
+            handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, slot)
+            devices.append(Gpu(index, pynvml.nvmlDeviceGetUUID(handle), name, handle, parent))
     return devices
 
 
@@ -297,11 +299,6 @@ def visible(gpus: Sequence[Sequence[Gpu]], names: str | None) -> list[Gpu]:
             break
         found += matches
     return found if len(set(map(id, found))) == len(found) else []
-
-
-def _ask(function: str, *arguments: Any) -> Any:
-    """Call a function of pynvml, which has no types."""
-    return getattr(pynvml, function)(*arguments)
 
 
 def _code(error: Exception) -> int:
