@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from distrain.checks import wrong
 from distrain.data.loader import EvalLoader
@@ -45,7 +45,7 @@ class EvalHook(PeriodicHook):
         self._eval_loader = eval_loader
         self._function = function
         self._prefix = prefix
-        self._found: tuple[str, ...] | None = None
+        self._metrics: Sequence[str] = ()
         self.only_closes = eval_loader is None and function is None
 
     def before_train(self) -> None:
@@ -56,20 +56,21 @@ class EvalHook(PeriodicHook):
             raise wrong(f"hooks.{instead[1]}.evaluate", "instead", expected)
         if self._eval_loader is not None:
             # a mistake in the model's `metrics` is an error before anything is trained
-            self._found = self._dry_run(max_batches=1)
+            self._metrics = self._dry_run(max_batches=1)
 
-    def names(self, *, all_batches: bool = False) -> tuple[str, ...] | None:
-        """Return the full names of the metrics, after `before_train`; None if they are not known.
+    def has(self, metric: str) -> bool:
+        """Whether this evaluation has, or may have, a metric of that full name.
 
-        Args:
-            all_batches: evaluate the whole data set, as some batches only may have a metric. A
-                collective.
+        A collective if the first batch lacks it.
         """
-        if all_batches and self._eval_loader is not None:
-            self._found = self._dry_run()
-        if self._found is None:
-            return None
-        return tuple(f"{prefix}/{name}" for prefix in self.prefixes() for name in self._found)
+        if self._eval_loader is None or metric in self.names():
+            return True
+        self._metrics = self._dry_run()  # a metric may be in some batches only
+        return metric in self.names()
+
+    def names(self) -> list[str]:
+        """Return the full names of the metrics that are known after `before_train`."""
+        return [f"{prefix}/{name}" for prefix in self.prefixes() for name in self._metrics]
 
     def prefixes(self) -> list[str]:
         """Return the prefixes of the metrics' names: the model's, then those of averages."""
@@ -99,10 +100,10 @@ class EvalHook(PeriodicHook):
             results = self._evaluate()
         self.trainer.report_metrics({f"{prefix}/{name}": value for name, value in results.items()})
 
-    def _dry_run(self, max_batches: int | None = None) -> tuple[str, ...]:
+    def _dry_run(self, max_batches: int | None = None) -> Sequence[str]:
         """Evaluate without a trace; return the names over all ranks. A collective."""
         with no_trace(self.trainer.module):
-            return tuple(self._evaluate(max_batches))
+            return [*self._evaluate(max_batches)]
 
     def _evaluate(self, max_batches: int | None = None) -> dict[str, float]:
         trainer = self.trainer

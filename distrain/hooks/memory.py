@@ -55,7 +55,10 @@ class TorchMemoryStats(HookBase):
             return
         values = {f"{MEMORY}host_rss_mib": host_rss_bytes() / 2**20}
         if self._on_cuda:
-            values |= allocator_scalars(torch.cuda.memory_stats(trainer.device))
+            stats = torch.cuda.memory_stats(trainer.device)
+            for name, (key, unit) in _STATS.items():
+                if key in stats:
+                    values[name] = float(stats[key]) / unit
         trainer.storage.put_scalars(smoothing_hint=False, reduce="max", **values)
 
     def after_train(self) -> None:
@@ -67,11 +70,6 @@ class TorchMemoryStats(HookBase):
             hint = fragmentation_hint(torch.cuda.memory_stats(trainer.device))
             table = str(torch.cuda.memory_summary(trainer.device))
         logger.error(_OUT_OF_MEMORY, trainer.where.rank, 2 * trainer.accumulation, hint, table)
-
-
-def allocator_scalars(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of `torch.cuda.memory_stats`; missing ones are left out."""
-    return {name: float(stats[key]) / unit for name, (key, unit) in _STATS.items() if key in stats}
 
 
 def fragmentation_hint(stats: Mapping[str, Any]) -> str:

@@ -50,16 +50,9 @@ class MetricHook(HookBase):
             if isinstance(hook, EvalHook)
             and self.metric.startswith(tuple(f"{prefix}/" for prefix in hook.prefixes()))
         ]
-        names: list[str] = []
-        for hook in evaluations:
-            found = hook.names()
-            if found is not None and self.metric not in found:
-                found = hook.names(all_batches=True)
-            if found is None or self.metric in found:
-                return
-            names += found
-        if not evaluations:
+        if not evaluations or any(hook.has(self.metric) for hook in evaluations):
             return
+        names = [name for hook in evaluations for name in hook.names()]
         expected = f"a metric of an evaluation; {did_you_mean(self.metric, names)}"
         error = wrong(self.key, self.metric, expected)
         if not any(_may_put_any_scalar(hook) for hook in self.trainer.hooks.values()):

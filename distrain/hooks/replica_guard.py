@@ -25,17 +25,11 @@ _MAX_NAMES = 5  # in the error
 
 
 class _Checked(NamedTuple):
-    """Bit sums at the time of a checksum.
-
-    Attributes:
-        iteration: index of the iteration.
-        names: of the N tensors.
-        sums: (N,) int64, on the device.
-    """
+    """Bit sums at the time of a checksum."""
 
     iteration: int
-    names: tuple[str, ...]
-    sums: Tensor
+    names: tuple[str, ...]  # of the N tensors
+    sums: Tensor  # (N,) int64, on the device
 
 
 class ReplicaGuard(HookBase):

@@ -115,18 +115,11 @@ class StragglerWatch(HookBase):
 
 
 class _Clock:
-    """Time per phase of one iteration, measured from its beats.
-
-    Args:
-        on_gpu: time forward and backward by events on the GPU.
-
-    Attributes:
-        seconds: by name.
-    """
+    """Time per phase of one iteration, measured from its beats; on a GPU also by events."""
 
     def __init__(self, *, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # by name of the phase
         self._events: list[tuple[str, torch.cuda.Event]] = []
 
     def start(self) -> None:

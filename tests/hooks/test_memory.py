@@ -11,7 +11,7 @@ from torch import nn
 
 from distrain import Trainer
 from distrain.hooks import CallbackHook, TorchMemoryStats
-from distrain.hooks.memory import allocator_scalars, fragmentation_hint, host_rss_bytes
+from distrain.hooks.memory import fragmentation_hint, host_rss_bytes
 
 STATS = {
     "allocated_bytes.all.current": 3 * 2**20,
@@ -66,11 +66,6 @@ def test_a_process_grows_by_what_it_touches():
         assert host_rss_bytes() - before == pytest.approx(len(block), rel=0.2)
 
 
-def test_scalars_of_the_allocator():
-    assert allocator_scalars(STATS) == SCALARS
-    assert allocator_scalars({"num_alloc_retries": 1}) == {"memory/alloc_retries": 1.0}
-
-
 def test_fragmentation():
     assert fragmentation_hint(STATS) == ""
     stats = STATS | {"inactive_split_bytes.all.current": 4 * 2**20}
@@ -78,12 +73,16 @@ def test_fragmentation():
     assert fragmentation_hint({}) == ""
 
 
-def test_on_cuda_the_allocator_is_asked(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: STATS)
+@pytest.mark.parametrize(
+    ("stats", "scalars"),
+    [(STATS, SCALARS), ({"num_alloc_retries": 1}, {"memory/alloc_retries": 1.0})],
+)
+def test_on_cuda_the_allocator_is_asked(stats, scalars, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
     run = trainer(CallbackHook(before_train=lambda t: setattr(hook, "_on_cuda", True)))
     hook = run.hooks["TorchMemoryStats"]
     run.train(0, 2)
-    assert {n: h.latest() for n, h in run.storage.histories().items() if n in SCALARS} == SCALARS
+    assert {n: h.latest() for n, h in run.storage.histories().items() if n in SCALARS} == scalars
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyError("another")])

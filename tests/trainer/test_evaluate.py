@@ -408,4 +408,4 @@ def first_names(rank):
 @pytest.mark.ranks
 def test_a_rank_without_a_batch_has_the_names_too(monkeypatch):
     monkeypatch.setattr(Net, "metrics", lambda self, x: {"value": x})
-    assert run_ranks(first_names, 3) == [("eval/value", "eval_ema/value")] * 3
+    assert run_ranks(first_names, 3) == [["eval/value", "eval_ema/value"]] * 3

@@ -52,12 +52,14 @@ _XID_WORDS = {
 }
 
 
-def throttle_words(bits: int) -> str:
-    """Return the throttle reasons: `throttle_words(0x44)` names power limit and temperature.
+def throttle_values(bits: int) -> dict[str, float]:
+    """Return the scalars of throttle bits, 0 or 1 each; `throttled` is any of them."""
+    reasons = {f"throttle_{name}": float(bool(bits & bit)) for name, bit in THROTTLE_BITS.items()}
+    return {"throttled": max(reasons.values()), **reasons}
 
-    Args:
-        bits: of nvmlClocksEventReason*; others than throttle reasons are ignored.
-    """
+
+def throttle_words(bits: int) -> str:
+    """Return the throttle reasons: `throttle_words(0x44)` names power limit and temperature."""
     return " and ".join(words for bit, words in _THROTTLE_WORDS.items() if bits & bit)
 
 

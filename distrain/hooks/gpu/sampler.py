@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distrain.hooks.gpu.messages import THROTTLE_BITS, USUAL, throttle_words, xid_words
+from distrain.hooks.gpu.messages import USUAL, throttle_values, throttle_words, xid_words
 from distrain.log import logger
 from distrain.scalar_names import GPU
 
@@ -138,7 +137,12 @@ def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summa
     summary = Summary()
     over_gpus: dict[str, list[float]] = defaultdict(list)
     for rank, readings_of_gpu in readings.items():
-        for name, values in _over_time(readings_of_gpu, float(xids[rank])).items():
+        over_time: dict[str, list[float]] = defaultdict(list, xid_errors=[float(xids[rank])])
+        for reading in readings_of_gpu:
+            throttle = {} if reading.throttle is None else throttle_values(reading.throttle)
+            for name, value in {**reading.values, **throttle}.items():
+                over_time[name].append(float(value))
+        for name, values in over_time.items():
             value = max(values) if name in _MAX else sum(values) / len(values)
             if not name.startswith("throttle_"):
                 summary.each[f"{GPU}{rank}/{name}"] = value
@@ -149,18 +153,3 @@ def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summa
         else:
             summary.means[len(values)][f"{GPU}{name}"] = sum(values) / len(values)
     return summary
-
-
-def _over_time(readings: Sequence[Reading], xids: float) -> dict[str, list[float]]:
-    """Return the values of one GPU by name."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for reading in readings:
-        for name, value in reading.values.items():
-            found[name].append(float(value))
-        if reading.throttle is not None:
-            bits = reading.throttle
-            found["throttled"].append(float(any(bits & bit for bit in THROTTLE_BITS.values())))
-            for name, bit in THROTTLE_BITS.items():
-                found[f"throttle_{name}"].append(float(bool(bits & bit)))
-    found["xid_errors"].append(xids)
-    return found
