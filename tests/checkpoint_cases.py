@@ -8,13 +8,17 @@ import os
 import struct
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as fmt
+from distrain.checkpoint import writer_client
 from distrain.checkpoint.store import CheckpointStore
+from distrain.checkpoint.writer_client import Request
+from distrain.checkpoint.writer_process import perform
 
 
 def identical(a: Any, b: Any) -> bool:
@@ -60,10 +64,34 @@ def small_state(seed: int = 0) -> dict[str, Any]:
     }
 
 
+class InlineWriter:
+    """Stands for the writer process; runs requests in this process, where tests can patch them."""
+
+    def __init__(self, staging_fd: int) -> None:
+        self._staging_fd = staging_fd
+        self._answers: list[dict[str, Any]] = []
+
+    def send(self, request: dict[str, Any]) -> None:
+        self._answers.append(perform(request, self._staging_fd))
+
+    def answer(self, *, wait: bool) -> dict[str, Any]:
+        return self._answers.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+class InlineStore(CheckpointStore):
+    """A store without a writer process, whose saves are done when they return."""
+
+    def _send(self, request: Request) -> None:
+        with mock.patch.object(writer_client, "WriterProcess", InlineWriter):
+            super()._send(request)
+
+
 def checkpoints(folder: Path, *iterations: int, **options: Any) -> CheckpointStore:
     """Return a store with a checkpoint of `small_state(iteration)` for each iteration."""
-    options = {"background": False, "on_error": "raise", "keep_last": 100, **options}
-    store = CheckpointStore(folder, **options)
+    store = InlineStore(folder, **{"on_error": "raise", "keep_last": 100, **options})
     for iteration in iterations:
         store.save(iteration, small_state(iteration), world_size=2)
     return store

@@ -5,10 +5,10 @@ import torch
 import torch.distributed._composable.fsdp
 import torch.distributed.fsdp
 import torch.distributed.tensor
+from checkpoint_cases import InlineStore
 from torch import nn
 
 from distrain import Trainer
-from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed.fsdp import is_sharded
 from distrain.hooks import CallbackHook, PeriodicCheckpointer, ReplicaGuard
 from distrain.optim.optimizer import build_optimizer
@@ -68,7 +68,7 @@ def trained(rank, strategy, *, stop=6, folder=None, resume=None, **settings):
     norms = []
     hooks = [CallbackHook(after_step=lambda t: norms.append(t.grad_norm)), ReplicaGuard(2)]
     if folder:
-        store = CheckpointStore(folder, background=False)
+        store = InlineStore(folder)
         hooks.append(PeriodicCheckpointer(checkpoints=store))
     trainer = make(rank, strategy, hooks, **settings)
     if resume is not None:

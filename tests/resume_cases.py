@@ -139,7 +139,7 @@ def conf_of(
     return {
         "seed": 3,
         "resume": "auto",
-        "checkpoint": {"background": False},
+        "checkpoint": {},
         "init": init or {},
         "model": {"_target_": f"{HERE}.Net", **(model or {})},
         "data": {

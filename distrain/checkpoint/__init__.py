@@ -1,4 +1,4 @@
-"""Checkpoints: saved while training goes on, verified, kept and deleted."""
+"""Checkpoints: saved in the background, verified, loaded, kept and deleted."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Finding checkpoints in a run's folder. Standard library only: the command line starts fast."""
+"""Find and verify the checkpoints of a run. Standard library only: commands start fast."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from distrain.checkpoint import format as fmt
 from distrain.checkpoint.scratch import in_use, is_scratch, remove
 from distrain.files.retry import retried
 
-ORPHAN_PATIENCE_S = 60.0
+ORPHAN_PATIENCE_S = 60.0  # longest wait for the writer of a killed run
 
 _log = logging.getLogger("distrain")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint's folder says of itself.
+    """A checkpoint on disk.
 
     Attributes:
-        path: the folder.
-        iteration: how many iterations were finished.
-        valid: whether every file is what was written.
-        why_not: the file and the reason if it is not valid.
-        world_size: the number of ranks that wrote it; this and all below are empty if the manifest
-            cannot be trusted.
-        bytes: the size of its files together.
-        created: when, in UTC.
-        attempt: how often the run was started before.
-        best: the metrics, by name, that were the best so far in it.
-        run_id: the id of the run that wrote it.
-        digests: a sha256 of each part, equal for equal parts.
+        path: its folder.
+        iteration: number of finished iterations.
+        valid: whether no file differs from what was written.
+        why_not: file and reason if it is not valid.
+        world_size: number of ranks that wrote it; with a damaged manifest, this and all below are
+            empty.
+        bytes: total size of its files.
+        created: UTC time.
+        attempt: number of earlier starts of the run.
+        best: metrics by name that were the best so far.
+        run_id: id of the run that wrote it.
+        digests: sha256 of each part, equal for equal parts.
     """
 
     path: Path
@@ -52,17 +52,16 @@ class Found:
 
     @property
     def is_end_left(self) -> bool:
-        """Whether the end of the run, such as its final evaluation, was still to come."""
+        """Whether the end of the run (final evaluation, ...) was still to be done."""
         return self.path.name.endswith(fmt.TRAINED_SUFFIX)
 
 
 def find_all(folder: str | Path, *, with_trained: bool = False) -> list[Path]:
-    """Return the folders of all checkpoints in a folder, oldest iteration first, unverified.
+    """Return the paths of all checkpoints in a folder, oldest iteration first, unverified.
 
     Args:
-        folder: the folder of a run's checkpoints.
-        with_trained: with trained states whose run has not ended, each before the checkpoint of
-            its iteration.
+        folder: of a run's checkpoints.
+        with_trained: include trained states, each before the checkpoint of its iteration.
     """
     try:
         names = os.listdir(folder)
@@ -77,10 +76,7 @@ def find_all(folder: str | Path, *, with_trained: bool = False) -> list[Path]:
 
 
 def describe(path: str | Path) -> Found:
-    """Verify a checkpoint and return what it says of itself.
-
-    Args:
-        path: its folder.
+    """Verify the checkpoint in folder `path` and return its description.
 
     Raises:
         OSError: it cannot be read, after retries: it may be valid or not.
@@ -111,13 +107,12 @@ def describe(path: str | Path) -> Found:
 
 
 def newest_valid(folder: str | Path) -> Found | None:
-    """Return the newest valid checkpoint in a folder; None if there is none.
+    """Return the newest valid checkpoint or trained state in a folder, None without one.
 
-    A damaged one is named in a warning and passed over. It may be a trained state whose run has not
-    ended, see `Found.is_end_left`.
+    Damaged ones are skipped with a warning.
 
     Raises:
-        OSError: one cannot be read; an older one in its place would lose what it holds.
+        OSError: one cannot be read; resuming from an older one would lose its iterations.
     """
     for path in reversed(retried(lambda: find_all(folder, with_trained=True))):
         found = describe(path)
@@ -128,14 +123,14 @@ def newest_valid(folder: str | Path) -> Found | None:
 
 
 def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S) -> None:
-    """Remove what killed processes were writing or deleting in a folder.
+    """Remove the scratch files of dead processes from a folder.
 
-    The writer of a run that was killed may still be at work, on the newest checkpoint there is. It
-    is waited for; what is in use after that is left alone.
+    The writer of a killed run may still be writing its newest checkpoint: it is waited for. Scratch
+    files that are in use after that are left alone.
 
     Args:
-        folder: the folder of a run's checkpoints.
-        patience_s: how long to wait at most.
+        folder: of a run's checkpoints.
+        patience_s: longest wait.
     """
     deadline = time.monotonic() + patience_s
     for path in _scratch_paths(folder):
@@ -144,13 +139,13 @@ def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S
                 time.sleep(0.05)
             if not in_use(path):
                 remove(path)
-        except OSError as error:  # a live writer may be at work on it
+        except OSError as error:  # a live writer may use it
             _log.warning("%s is left as it is: %s", path, error.strerror)
 
 
 def _scratch_paths(folder: str | Path) -> list[str]:
     try:
         names = sorted(retried(lambda: os.listdir(folder)))
-    except OSError:  # without a list nothing is removed; what must be read is found unreadable then
+    except OSError:  # a caller that must read the folder gets the error itself
         return []
     return [os.path.join(folder, name) for name in names if is_scratch(name)]

@@ -1,4 +1,4 @@
-"""Checkpoints read back: every byte checked against its sha256, nothing ever executed."""
+"""Load checkpoints: every byte is checked against its sha256, and no code is executed."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d+")
 def load_checkpoint(
     path: str | Path, *, map_location: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Return the state that a checkpoint holds, as it was saved.
+    """Return the state in a checkpoint.
 
     Args:
         path: the checkpoint's folder.
-        map_location: the device of all torch tensors; numpy arrays are always on the host.
+        map_location: device of all torch tensors.
 
     Raises:
-        CheckpointDamaged: a file is not what was written.
+        CheckpointDamaged: a file differs from what was written.
         OSError: a file cannot be read, after retries.
     """
     folder = os.fspath(path)
@@ -56,7 +56,7 @@ def load_checkpoint(
     try:
         for name in (fmt.MODEL_FILE, fmt.TRAINING_FILE):
             readers[name] = retried(partial(_open_tensors, os.path.join(folder, name)))
-        # what safe_open gives lies in the file; a copy outlives changes to the file
+        # tensors of safe_open are views of the file; a copy outlives changes to it
         return decode(
             tree,
             lambda file, name: readers[file].get_tensor(name).clone(),
@@ -64,9 +64,9 @@ def load_checkpoint(
         )
     except OSError:
         raise
-    except Exception as error:  # whatever a forged file provokes, it is damage
+    except Exception as error:  # a forged file may raise anything
         raise fmt.CheckpointDamaged(
-            f"{folder} cannot be put together: {type(error).__name__}: {error}"
+            f"{folder} cannot be decoded: {type(error).__name__}: {error}"
         ) from error
     finally:
         readers.clear()
@@ -76,7 +76,7 @@ def _open_tensors(path: str) -> Any:
     try:
         return safe_open(path, framework="pt")
     except OSError as error:
-        # safetensors reports every failure of open(2) as a missing file; it was verified just now
+        # safetensors reports every failure of open(2) as a missing file, but it was just verified
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         raise OSError(errno.EIO, str(error), path) from error
 
@@ -84,15 +84,15 @@ def _open_tensors(path: str) -> Any:
 def decode(
     tree: Mapping[str, Any], tensor: Callable[[str, str], Tensor], device: torch.device
 ) -> dict[str, Any]:
-    """Put a state together; the inverse of `encode`.
+    """Decode a state; the inverse of `encode`.
 
     Args:
-        tree: the parts by name.
-        tensor: gives a tensor on the host, its memory its own, by its file's and its own name.
-        device: where the torch tensors go.
+        tree: parts by name.
+        tensor: (file, name) -> tensor on the CPU that owns its memory.
+        device: of all torch tensors.
 
     Raises:
-        ValueError, TypeError, KeyError, RuntimeError: the tree is not one that `encode` made.
+        ValueError, TypeError, KeyError, RuntimeError: `encode` cannot have made this tree.
     """
     state = {}
     for part, node in tree.items():
@@ -102,19 +102,14 @@ def decode(
 
 
 class _Decoder:
-    """Puts one part together.
-
-    Args:
-        tensor: gives a tensor by its name in the part's file.
-        device: where the torch tensors go.
-    """
+    """Recursive decoder of one part."""
 
     def __init__(self, tensor: Callable[[str], Tensor], device: torch.device) -> None:
         self._tensor = tensor
         self._device = device
 
     def decode(self, node: Any) -> Any:
-        """Return the value that a JSON value stands for."""
+        """Return the value encoded by a JSON value."""
         if isinstance(node, list):
             return [self.decode(item) for item in node]
         if not isinstance(node, dict):
@@ -157,7 +152,7 @@ def _decode_atom(tag: str, body: str) -> Any:
         return b64decode(body, validate=True)
     if tag == "$str":
         return b64decode(body, validate=True).decode("utf-8", "surrogatepass")
-    raise ValueError(f"{tag!r} is not known")
+    raise ValueError(f"unknown tag {tag!r}")
 
 
 def _decode_tensor(

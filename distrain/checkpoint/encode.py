@@ -1,7 +1,7 @@
-"""A nested training state taken apart into a JSON tree and named tensors (back: `restore`).
+"""Encode a nested training state as a JSON tree and named tensors; inverse: `decode`.
 
-In the tree a list is a JSON array, a dict whose keys are all str a JSON object, and the rest an
-object with one key that begins with "$": {"$tuple": [...]}, {"$tensor": name, ...} and so on.
+In the tree a list is a JSON array, a dict whose keys are all str a JSON object, and any other type
+an object with one key that begins with "$": {"$tuple": [...]}, {"$tensor": name, ...} and so on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ INT64 = range(-(1 << 63), 1 << 63)
 KEY_TYPES = {str, int}
 TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 UNCOPIED_DTYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)}
-# names of https://github.com/huggingface/safetensors by the names of torch and numpy; what is not
-# among them is kept as a row of bytes
+# names of https://github.com/huggingface/safetensors by the names of torch and numpy; other dtypes
+# are stored as bytes
 SAFETENSORS_DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -57,14 +57,9 @@ SAFETENSORS_DTYPES = {
 
 
 class NamedTensor(NamedTuple):
-    """One tensor of a state and its place in a checkpoint.
+    """A tensor of a state: file, name, dtype and shape in safetensors, size and values.
 
     Attributes:
-        file: the safetensors file that holds it.
-        name: its name there.
-        dtype: its dtype there.
-        shape: its shape there.
-        nbytes: the size of its values.
         source: the tensor, or a contiguous numpy array of its bytes.
     """
 
@@ -78,11 +73,11 @@ class NamedTensor(NamedTuple):
 
 @dataclass
 class Snapshot:
-    """A state taken apart.
+    """An encoded state.
 
     Attributes:
-        tree: the parts (top-level keys of the state) by name, as JSON values.
-        tensors: what the tree refers to, in the tree's order; not copied yet.
+        tree: JSON values of the parts (top-level keys of the state), by name.
+        tensors: those that the tree refers to, in its order; not copied.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
@@ -90,13 +85,10 @@ class Snapshot:
 
 
 def encode(state: Mapping[str, Any]) -> Snapshot:
-    """Take a state apart.
-
-    Args:
-        state: parts by name, such as model, optimizer, rng; nested as `ALLOWED` says.
+    """Encode a state: parts by name, such as model, optimizer, rng.
 
     Raises:
-        TypeError: a value of another type; the text has its dotted path.
+        TypeError: a value's type is not one of `ALLOWED`; the text has its dotted path.
     """
     encoder = _Encoder()
     for part, value in state.items():
@@ -107,14 +99,14 @@ def encode(state: Mapping[str, Any]) -> Snapshot:
 
 
 class _Encoder:
-    """Walks through a state and fills a snapshot."""
+    """Recursive encoder that fills a snapshot."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
         self._names: set[tuple[str, str]] = set()
 
     def encode(self, value: Any, path: tuple[str, ...]) -> Any:
-        """Return the JSON value for `value`, which lies at `path`."""
+        """Return the JSON value of `value` at `path`."""
         if len(path) > MAX_DEPTH:
             raise TypeError(f"checkpoint state at {'.'.join(path[:8])}...: nested in itself?")
         kind = type(value)
@@ -148,7 +140,7 @@ class _Encoder:
 
     def _encode_items(self, value: Sequence[Any], path: tuple[str, ...]) -> list[Any]:
         if set(map(type, value)) == {int} and min(value) in INT64 and max(value) in INT64:
-            return list(value)  # fast, for the 625 numbers of each rank's random generator
+            return list(value)  # fast for the 625 numbers of a random generator
         return [self.encode(item, (*path, str(i))) for i, item in enumerate(value)]
 
     def _encode_dict(self, value: dict[Any, Any], path: tuple[str, ...]) -> Any:
@@ -171,8 +163,8 @@ class _Encoder:
         dtype = _dtype_name(value.dtype)
         unknown = value.is_quantized or value.is_meta or value.is_nested or dtype in UNCOPIED_DTYPES
         if value.layout != torch.strided or unknown:
-            what = f"a {dtype} tensor of layout {value.layout} on {value.device}"
-            raise _refused(what, path)
+            kind = f"a {dtype} tensor of layout {value.layout} on {value.device}"
+            raise _refused(kind, path)
         shape = tuple(value.shape)
         source = value.detach() if value.requires_grad else value
         name = self._add(source, dtype, shape, value.nbytes, path)
@@ -194,12 +186,12 @@ class _Encoder:
         nbytes: int,
         path: tuple[str, ...],
     ) -> str:
-        """List a tensor under a name of its own in its file, and return the name."""
+        """Append a tensor under a unique name in its file; return the name."""
         in_model = path[0] == MODEL_PART
         file = MODEL_FILE if in_model else TRAINING_FILE
         text = ".".join(path[1:] if in_model and len(path) > 1 else path)
         if not text.isascii():
-            text = text.encode(errors="replace").decode()  # other readers want valid Unicode
+            text = text.encode(errors="replace").decode()  # other readers require valid Unicode
         name = text
         count = 1
         while (file, name) in self._names or name == "__metadata__":
@@ -215,18 +207,18 @@ class _Encoder:
 
 
 def _is_plain_storage(tensor: Tensor) -> bool:
-    """Whether a subclass of Tensor keeps its values as a plain tensor does.
+    """Return whether a subclass of Tensor stores its values like a plain tensor.
 
-    Those that override `__torch_dispatch__` (DTensor, quantized weights) may keep them elsewhere;
-    lazy ones have none yet.
+    Subclasses that override `__torch_dispatch__` (DTensor, quantized weights) may store them
+    elsewhere; lazy ones have none yet.
     """
     dispatch = type(tensor).__torch_dispatch__
     return dispatch is Tensor.__torch_dispatch__ and not is_lazy(tensor)
 
 
-def _refused(what: str, path: tuple[str, ...]) -> TypeError:
+def _refused(value: str, path: tuple[str, ...]) -> TypeError:
     return TypeError(
-        f"checkpoint state at {'.'.join(path)}: {what} cannot be saved; allowed: {ALLOWED}"
+        f"checkpoint state at {'.'.join(path)}: {value} cannot be saved; allowed: {ALLOWED}"
     )
 
 
@@ -240,7 +232,7 @@ def _is_plain_key(key: str) -> bool:
 
 
 def _is_plain(text: str) -> bool:
-    """Say whether JSON gives the text back: halves of surrogate pairs may join there."""
+    """Return whether text survives JSON: halves of surrogate pairs may join there."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
@@ -251,9 +243,9 @@ def _encode_str(text: str) -> Any:
 
 
 def _memory_order(tensor: Tensor) -> list[int] | None:
-    """Return the dimensions, outermost in memory first, if it is dense but permuted.
+    """Return the dimensions, outermost in memory first, of a dense but permuted tensor.
 
-    So a channels-last tensor comes back as one, and what uses it stays as fast.
+    A channels-last tensor is restored as one: its kernels stay as fast.
     """
     if tensor.is_contiguous():
         return None
@@ -263,7 +255,7 @@ def _memory_order(tensor: Tensor) -> list[int] | None:
 
 
 def state_digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digest of each part of a state, as its checkpoint's manifest has them."""
+    """Return the digest of each part of a state, as in the manifest of its checkpoint."""
     snapshot = encode(state)
     hashes = {(t.file, t.name): hashlib.sha256(bytes_of(t.source).data) for t in snapshot.tensors}
     return part_digests(snapshot.tree, lambda file, name: hashes[file, name].hexdigest())

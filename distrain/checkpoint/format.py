@@ -1,18 +1,18 @@
-"""A checkpoint on disk: its files, its manifest, how both are verified. Standard library only.
+"""Checkpoint format: files, manifest, verification. Standard library only.
 
 ::
 
-    iter_0000000100.trained/    the same, while the end of the run is still to come: the final
-                                evaluation and the like; gone when the next one is there
-    iter_0000000100/            the state after 100 finished iterations
-        model.safetensors       the tensors of the part "model" under their own names
+    iter_0000000100/            state after 100 finished iterations
+        model.safetensors       tensors of the part "model" under their own names
         training.safetensors    all other tensors
-        state.json              the nested rest, one part a line; names the tensors
-        manifest.json           what the checkpoint holds, with the sha256 of each file and part;
-                                "best": the metrics that were never better before, by name
+        state.json              the nested rest, one part per line; refers to tensors by name
+        manifest.json           content, with the sha256 of each file and part;
+                                "best": metrics by name that were never better before
+    iter_0000000100.trained/    the same, while the end of the run (final evaluation, ...) is left;
+                                deleted after the next save
 
-The writer process imports this module, so it imports nothing slow: `pathlib`, `typing` and
-`dataclasses` would double the 25 ms in which that process starts.
+The writer process imports this module; `pathlib` and `dataclasses` would double its start-up time
+of 25 ms.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ import hashlib
 import json
 import os
 import re
-import stat
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
+from distrain.files.regular import open_regular
 from distrain.files.retry import is_definite, retried
 from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, TypeVar
-
-    T = TypeVar("T")
+T = TypeVar("T")
 
 FORMAT = "distrain checkpoint"
 VERSION = 1
@@ -61,7 +58,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint is not what was written; the text names the file and the reason."""
+    """A checkpoint differs from what was written; the text has the file and the reason."""
 
 
 def folder_name(iteration: int) -> str:
@@ -70,52 +67,28 @@ def folder_name(iteration: int) -> str:
 
 
 def iteration_of(name: str) -> int | None:
-    """Return the iteration that a folder name says, None if it is not a checkpoint's."""
+    """Return the iteration in a checkpoint's folder name, None for other names."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def trained_iteration_of(name: str) -> int | None:
-    """Return the iteration in the folder name of a trained state, None if it is none."""
+    """Return the iteration in a folder name with the suffix of a trained state, else None."""
     return iteration_of(name.removesuffix(TRAINED_SUFFIX)) if TRAINED_SUFFIX in name else None
 
 
-def open_regular(path: str) -> int:
-    """Open a file for reading.
-
-    Returns:
-        The file descriptor; the caller closes it.
-
-    Raises:
-        CheckpointDamaged: it is missing, or a link, a device or a pipe is in its place.
-        OSError: it cannot be opened, so that nothing is known of it.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{path} is missing") from None
-    except OSError as error:
-        if not is_definite(error):
-            raise
-        raise CheckpointDamaged(f"{path} is not a regular file: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointDamaged(f"{path} is not a regular file")
-    return fd
-
-
 def render_manifest(fields: dict[str, Any]) -> bytes:
-    """Return the bytes of a manifest; its last key is the sha256 of the rest."""
+    """Return the bytes of a manifest; its last key is the sha256 of the others."""
     fields = {"format": FORMAT, "version": VERSION, **fields}
     fields["sha256"] = hashlib.sha256(json.dumps(fields, allow_nan=False).encode()).hexdigest()
     return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """Read the manifest of the checkpoint in folder `path`, and check it against itself.
+    """Return the verified manifest of the checkpoint in folder `path`.
 
     Raises:
-        CheckpointDamaged: it is missing, altered, of another version, or names strange files.
+        CheckpointDamaged: it is missing, altered, of another version, or names unknown files.
         OSError: it cannot be read, after retries.
     """
     name = os.path.join(path, MANIFEST_FILE)
@@ -131,7 +104,7 @@ def read_manifest(path: str) -> dict[str, Any]:
             f"{name} has format version {fields.get('version')!r}; this distrain reads {VERSION}"
         )
     without_hash = {k: v for k, v in fields.items() if k not in ("format", "version", "sha256")}
-    # to render it again and compare finds every altered byte, white space included
+    # rendered again, it shows every altered byte, white space included
     try:
         unaltered = render_manifest(without_hash) == raw
     except (ValueError, RecursionError):
@@ -143,7 +116,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def _check_fields(fields: dict[str, Any], name: str) -> None:
-    """Refuse a manifest that lacks a field or names a file that no checkpoint has."""
+    """Raise CheckpointDamaged for a missing field, a wrong type or an unknown file."""
     for key, kind in _FIELDS.items():
         if not isinstance(fields.get(key), kind) or isinstance(fields.get(key), bool):
             raise CheckpointDamaged(f"{name}: field {key!r} is missing or of the wrong type")
@@ -173,39 +146,48 @@ def verify(path: str, *, contents: bool = True) -> dict[str, Any]:
 
     Args:
         path: the folder.
-        contents: also read every file and compare its sha256; otherwise compare sizes only.
+        contents: compare the sha256 of every file, not only its size.
 
     Raises:
-        CheckpointDamaged: the first thing that is not as the manifest says.
+        CheckpointDamaged: a file differs from the manifest.
         OSError: a file cannot be read, after retries.
     """
     manifest = read_manifest(path)
-    said = iteration_of(os.path.basename(os.path.abspath(path)))
-    if said is not None and said != manifest["iteration"]:
-        raise CheckpointDamaged(f"{path} holds iteration {manifest['iteration']}, not {said}")
+    expected = iteration_of(os.path.basename(os.path.abspath(path)))
+    if expected not in (None, manifest["iteration"]):
+        raise CheckpointDamaged(f"{path} holds iteration {manifest['iteration']}, not {expected}")
     for name, entry in manifest["files"].items():
         _check_file(os.path.join(path, name), entry, contents=contents)
     return manifest
 
 
 def _check_file(path: str, entry: dict[str, Any], *, contents: bool) -> None:
-    """Compare a file with its entry in the manifest."""
-
     def check(file: Any) -> None:
         size = os.fstat(file.fileno()).st_size
         if size != entry["bytes"]:
             raise CheckpointDamaged(f"{path} has {size} bytes, not {entry['bytes']}")
-        if contents and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+        digest = hashlib.sha256()
+        while contents and (chunk := file.read(1 << 20)):
+            digest.update(chunk)
+        if contents and digest.hexdigest() != entry["sha256"]:
             raise CheckpointDamaged(f"{path} was altered: its sha256 is another")
 
     _with_file(path, check)
 
 
 def _with_file(path: str, use: Callable[[Any], T]) -> T:
-    """Return what `use` makes of an open file; after an error it is opened and read again."""
+    """Return `use(file)` of an open file, with retries."""
 
     def attempt() -> T:
-        with open(open_regular(path), "rb") as file:
+        try:
+            fd = open_regular(path, follow=False)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{path} is missing") from None
+        except OSError as error:
+            if not is_definite(error):
+                raise
+            raise CheckpointDamaged(f"{path} is not a regular file") from error
+        with open(fd, "rb") as file:
             try:
                 return use(file)
             except OSError as error:
@@ -216,16 +198,16 @@ def _with_file(path: str, use: Callable[[Any], T]) -> T:
 
 
 def part_digests(tree: dict[str, Any], sha256_of: Callable[[str, str], str]) -> dict[str, str]:
-    """Return a sha256 digest of each part of a state, whatever the layout of its files.
+    """Return a sha256 digest of each part of a state, independent of the layout of its files.
 
     A digest is the sha256 of the part's tree as compact JSON with sorted keys, where every tensor
-    is given by its dtype, shape and the sha256 of its bytes. The order in which a dict was filled
-    and the order of a tensor's dimensions in memory do not count; nor do, in the part "histories",
-    the names that begin with one of `NONDETERMINISTIC_PREFIXES`.
+    is given by its dtype, shape and the sha256 of its bytes. The insertion order of dicts, the
+    memory order of dimensions and, in the part "histories", names with one of
+    `NONDETERMINISTIC_PREFIXES` do not count.
 
     Args:
-        tree: the parts by name, as `snapshot.encode` makes them.
-        sha256_of: gives the sha256 of a tensor's bytes from its file's and its own name.
+        tree: parts by name, see `encode`.
+        sha256_of: (file, name) -> sha256 of a tensor's bytes.
     """
     digests = {}
     for part, node in tree.items():
@@ -252,7 +234,7 @@ def _is_nondeterministic(name: object) -> bool:
 
 
 def _canonical(node: Any, sha256_of: Callable[[str], str]) -> Any:
-    """Return a node of the tree with its tensors as hashes and its pairs in a fixed order."""
+    """Return a node of the tree with tensors as hashes and pairs in a fixed order."""
     if isinstance(node, list):
         return [_canonical(child, sha256_of) for child in node]
     if not isinstance(node, dict):

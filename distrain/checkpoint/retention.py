@@ -1,36 +1,36 @@
-"""Which checkpoints a run keeps; it deletes none that it did not write. Standard library only."""
+"""Retention: keep the last, every n-th and the best checkpoints. Standard library only.
+
+A run deletes only checkpoints that it wrote itself: their manifests have its run id.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.scratch import remove, scratch_name, write_small
 from distrain.files.regular import read_regular
 from distrain.files.retry import read_file
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-    from typing import Any
-
 BEST_FILE = "best.json"
 RUN_ID_FILE = "run_id"
 
 
 def run_id_of(folder: str) -> str:
-    """Return the id of the run that owns the folder; make one for a new folder."""
+    """Return the id of the run that owns the folder; create it in a new folder."""
     run_id = read_run_id(folder)
-    if run_id is None:  # what the run wrote before is no longer known as its own
+    if run_id is None:  # after damage, earlier checkpoints count as foreign
         run_id = os.urandom(16).hex()
         write_small(folder, RUN_ID_FILE, run_id + "\n")
     return run_id
 
 
 def read_run_id(folder: str) -> str | None:
-    """Return the id of the run that owns the folder; None if there is none, or a damaged one.
+    """Return the id of the run that owns the folder; None if it is missing or damaged.
 
     Raises:
         OSError: it cannot be read, after retries.
@@ -43,10 +43,10 @@ def read_run_id(folder: str) -> str | None:
 
 
 def _is_ours(path: str, run_id: str) -> bool:
-    """Whether this run wrote the checkpoint: its manifest is whole and has the run's id.
+    """Return whether this run wrote the checkpoint: a valid manifest has its id.
 
     Raises:
-        OSError: the manifest cannot be read; the checkpoint is to be left alone then.
+        OSError: the manifest cannot be read: leave the checkpoint alone.
     """
     try:
         return not os.path.islink(path) and fmt.read_manifest(path)["run_id"] == run_id
@@ -55,7 +55,7 @@ def _is_ours(path: str, run_id: str) -> bool:
 
 
 def set_aside(path: str, run_id: str, notes: list[str]) -> None:
-    """Clear the name of a damaged checkpoint: delete it if this run wrote it, or rename it."""
+    """Free the name of a damaged checkpoint: delete it if this run wrote it, else rename it."""
     if not os.path.lexists(path):
         return
     if _is_ours(path, run_id):
@@ -63,13 +63,13 @@ def set_aside(path: str, run_id: str, notes: list[str]) -> None:
         return
     other = f"{path}.damaged-{os.urandom(3).hex()}"
     os.rename(path, other)
-    notes.append(f"{path} was damaged and not known as this run's own; it is now {other}")
+    notes.append(f"{path} was damaged and not written by this run; renamed to {other}")
 
 
 def step_aside(path: str) -> None:
-    """Take the name from a valid checkpoint that a newer one of its iteration is to replace.
+    """Free the name of a valid checkpoint for a newer one of the same iteration.
 
-    Until that one has the name, it is found as a trained state would be; then `prune` deletes it.
+    Renamed to a trained state, it can still be resumed from until `prune` deletes it.
     """
     aside = path + fmt.TRAINED_SUFFIX
     if os.path.lexists(aside):
@@ -78,7 +78,7 @@ def step_aside(path: str) -> None:
 
 
 def _delete(path: str) -> None:
-    """Delete a checkpoint; killed on the way it leaves no half of it under its name."""
+    """Delete a checkpoint; a kill leaves no part of it under its name."""
     folder, name = os.path.split(path)
     scratch = os.path.join(folder, scratch_name(name, delete=True))
     os.rename(path, scratch)
@@ -86,10 +86,9 @@ def _delete(path: str) -> None:
 
 
 def read_best(folder: str) -> dict[str, dict[str, Any]]:
-    """Return `{"iteration": ..., "metric": ...}` of the best checkpoint by the metric's name.
+    """Return `{"iteration": ..., "metric": ...}` of the best checkpoint by each metric's name.
 
-    The manifests decide: a metric's best checkpoint is the newest one marked as such. `best.json`
-    repeats it for people and tools.
+    The newest one that the manifests mark as best; `best.json` is a copy for users and tools.
 
     Raises:
         OSError: a manifest or the run's id cannot be read, after retries.
@@ -102,7 +101,7 @@ def _own(folder: str, run_id: str) -> list[tuple[int, str, dict[str, Any]]]:
     """Return iteration, path and manifest of each checkpoint that the run wrote, newest first.
 
     Raises:
-        OSError: one cannot be read, so that nothing is known of it; nothing may be deleted then.
+        OSError: a manifest cannot be read: delete nothing.
     """
     own = []
     for name in os.listdir(folder):
@@ -128,28 +127,25 @@ def _best_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, dict[str, 
 
 
 def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
-    """Bring `best.json` up to date: `{"metrics": {name: {"iteration", "metric"}}}`.
+    """Update `best.json`: `{"metrics": {name: {"iteration", "metric"}}}`.
 
-    Of a single metric, "iteration" and "metric" are there at the top as well.
+    With a single metric, "iteration" and "metric" are at the top as well.
     """
     if not best:
         return
     fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
     text = json.dumps(fields) + "\n"
-    try:
-        old = read_regular(os.path.join(folder, BEST_FILE), max_bytes=len(text))
-        if old == text.encode():
+    with contextlib.suppress(OSError):
+        if read_regular(os.path.join(folder, BEST_FILE), max_bytes=len(text)) == text.encode():
             return
-    except OSError:
-        pass  # it is written, whatever is in its place
     write_small(folder, BEST_FILE, text)
 
 
 def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: list[str]) -> None:
-    """Note which checkpoints are the best, then delete those that are no longer kept.
+    """Update `best.json`, then delete the checkpoints that are no longer kept.
 
     Those after `newest` neither count nor are deleted: a run that resumed before a damaged
-    checkpoint will replace it, and must not take it for one of its last good ones until then.
+    checkpoint will replace it, and must not count it as one of the last valid ones until then.
     """
     own = [each for each in _own(folder, run_id) if each[0] <= newest]
     best = _best_of(own)
@@ -159,15 +155,12 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
         notes.append(f"{BEST_FILE} could not be written: {error}")
     kept = 0
     for iteration, path, _ in own:
-        if kept < keep["last"] and _is_whole(path):
+        is_best = any(iteration == one["iteration"] for one in best.values())
+        if kept < keep["last"] and _has_right_sizes(path):
             kept += 1
-        elif (keep["every"] and iteration % keep["every"] == 0) or any(
-            iteration == one["iteration"] for one in best.values()
-        ):
-            continue
-        else:
+        elif not is_best and (not keep["every"] or iteration % keep["every"]):
             _delete(path)
-    for name in os.listdir(folder):  # trained states that a checkpoint has taken the place of
+    for name in os.listdir(folder):  # trained states, replaced by a checkpoint
         trained = fmt.trained_iteration_of(name)
         if trained is not None and trained <= newest:
             path = os.path.join(folder, name)
@@ -175,7 +168,7 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
                 _delete(path)
 
 
-def _is_whole(path: str) -> bool:
+def _has_right_sizes(path: str) -> bool:
     try:
         fmt.verify(path, contents=False)
     except fmt.CheckpointDamaged:
@@ -183,21 +176,16 @@ def _is_whole(path: str) -> bool:
     return True
 
 
-def known_best(folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Return the best checkpoint by the name of the metric; none where one cannot be read."""
+def known_best(folder: str | os.PathLike[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Return `read_best`, empty if a file cannot be read."""
     try:
-        return read_best(str(folder))
+        return read_best(os.fspath(folder))
     except OSError:
         return {}
 
 
 def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
-    """Return " (best)" for the best checkpoint; of several metrics, with their names.
-
-    Args:
-        best: see `read_best`.
-        iteration: of the checkpoint.
-    """
+    """Return " (best)" if the checkpoint is in `read_best`, with the names of several metrics."""
     names = [name for name, one in best.items() if one["iteration"] == iteration]
     if not names:
         return ""

@@ -1,4 +1,4 @@
-"""The memory into which a checkpoint is copied, shared with the process that writes it."""
+"""Staging memory: a checkpoint is copied to it, and the writer process reads it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from torch import Tensor
 from distrain.checkpoint.encode import NamedTensor, Snapshot
 from distrain.checkpoint.format import MODEL_FILE, TRAINING_FILE
 
-ALIGNMENT = 64  # bytes; any dtype can lie there, and copies start at a cache line
-GRANULE = 1 << 21  # grow in steps, so that histories that grow do not move the memory at each save
+ALIGNMENT = 64  # bytes, a cache line; a multiple of the size of any element
+GRANULE = 1 << 21  # bytes; histories grow, and must not remap the memory at each save
 CUDA_HOST_REGISTER_PORTABLE = 1
 
 _log = logging.getLogger("distrain")
 
 
 class Staging:
-    """A memory file that another process can map, reused from save to save and grown when needed.
-
-    A memory file rather than /dev/shm, whose size containers limit to 64 MB by default.
+    """An anonymous file in memory, shared with another process and reused by all saves.
 
     Attributes:
         fd: its file descriptor.
     """
 
     def __init__(self) -> None:
+        # not in /dev/shm, whose size containers limit to 64 MB by default
         self.fd = os.memfd_create("distrain-staging")
         self._memory: Tensor = torch.empty(0, dtype=torch.uint8)  # (bytes,) once it is mapped
         self._places: list[tuple[str, tuple[int, ...], int]] = []
@@ -41,11 +40,11 @@ class Staging:
         self._pinned: bool | None = None  # None: not tried
 
     def fill(self, snapshot: Snapshot, job: dict[str, Any]) -> tuple[int, int]:
-        """Copy a state and the job that saves it; when this returns, training may change the state.
+        """Copy a state and the job that saves it; training may then change the state.
 
         Args:
             snapshot: the state.
-            job: what the writer process gets, see `checkpoint_writer`; files and tree are added.
+            job: fields for `writer_process`; files and tree are added.
 
         Returns:
             Offset and length of the job's JSON text in the memory.
@@ -56,8 +55,7 @@ class Staging:
         tensors = snapshot.tensors
         offsets, end = place(tensors)
         files: dict[str, list[list[Any]]] = {MODEL_FILE: [], TRAINING_FILE: []}
-        # in a safetensors file nothing lies between the tensors: wide elements first keeps each
-        # aligned to its own size
+        # safetensors has no padding: wide elements first, so that each is aligned to its size
         for row in sorted(range(len(tensors)), key=lambda row: -_element_bytes(tensors[row])):
             file, name, dtype, shape, nbytes, _ = tensors[row]
             files[file].append([name, dtype, shape, offsets[row], nbytes])
@@ -68,7 +66,6 @@ class Staging:
         return end, len(text)
 
     def _map(self, size: int) -> None:
-        """Map at least `size` bytes."""
         if size <= self._memory.numel():
             return
         self._unpin()
@@ -86,7 +83,7 @@ class Staging:
         ]
         num_same = min(len(places), len(self._places))
         num_same = next((n for n in range(num_same) if places[n] != self._places[n]), num_same)
-        # what grows, as histories do, lies behind the model and the optimizer: those views stay
+        # histories grow, but come after the model and the optimizer, whose views are reused
         rest = zip(tensors[num_same:], offsets[num_same:], strict=True)
         self._views[num_same:] = [_view(self._memory, t, offset) for t, offset in rest]
         self._places = places
@@ -103,7 +100,7 @@ class Staging:
             torch.cuda.current_stream(device).synchronize()
 
     def _pin(self) -> None:
-        """Pin the memory's pages, so that devices copy to it directly and all at once."""
+        """Pin the pages: devices copy to them directly and in parallel."""
         code = _cudart().cudaHostRegister(
             self._memory.data_ptr(), self._memory.numel(), CUDA_HOST_REGISTER_PORTABLE
         )
@@ -117,7 +114,7 @@ class Staging:
         self._pinned = None
 
     def close(self) -> None:
-        """Give the memory back; a writer process that has mapped it keeps it until it ends."""
+        """Free the memory; a writer process that has mapped it keeps it until it ends."""
         self._unpin()
         self._places, self._views = [], []
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -129,7 +126,7 @@ def _cudart() -> Any:
 
 
 def place(tensors: Sequence[NamedTensor]) -> tuple[list[int], int]:
-    """Return the offset of each tensor in the staging memory, and the end of the last."""
+    """Return the offset of each tensor in the memory, and the end of the last."""
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
@@ -138,7 +135,7 @@ def place(tensors: Sequence[NamedTensor]) -> tuple[list[int], int]:
 
 
 def size_with_headroom(size: int) -> int:
-    """Return how large the memory is made when `size` bytes are needed: a sixteenth more."""
+    """Return the size to allocate for `size` bytes: a sixteenth more."""
     return -(-(size + size // 16) // GRANULE) * GRANULE
 
 
@@ -147,7 +144,7 @@ def _element_bytes(tensor: NamedTensor) -> int:
 
 
 def _view(memory: Tensor, tensor: NamedTensor, offset: int) -> Tensor:
-    """Return the place of a tensor in the memory, as a tensor like its source."""
+    """Return a view of the memory with the dtype and shape of a tensor's source."""
     place = memory[offset : offset + tensor.nbytes]
     if isinstance(tensor.source, Tensor):
         return place.view(tensor.source.dtype).view(tensor.source.shape)

@@ -1,7 +1,6 @@
-"""Checkpoints of a run: saved while training goes on, verified, kept and deleted.
+"""CheckpointStore: save in the background, verify, load and delete the checkpoints of a run.
 
-`python -m distrain.checkpoint RUN` lists them, without torch, which takes a second to import: the
-methods that need it import it. See `checkpoint_format` for what lies in a checkpoint's folder.
+Methods that need torch import it: it takes a second. Files of a checkpoint: see `format`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from distrain.checkpoint.format import CheckpointDamaged
 from distrain.checkpoint.retention import read_best
 from distrain.checkpoint.scratch import remove, scratch_name
 from distrain.checkpoint.writer_client import Outcome, Request, Requests
-from distrain.checks import refuse_url
+from distrain.checks import one_of, refuse_url, whole
 from distrain.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
@@ -35,82 +34,77 @@ _log = logging.getLogger("distrain")
 
 
 class SaveFailed(RunFailed):
-    """A checkpoint could not be saved; older ones are untouched. Raised if `on_error="raise"`."""
+    """A save failed with `on_error="raise"`; older checkpoints are untouched."""
 
 
 class Stall(NamedTuple):
-    """Seconds that training waited for one save: for the save before it, and for its own copy."""
+    """Seconds that training waited in one save: for the save before it, and for its own copy."""
 
     wait_s: float
     copy_s: float
 
 
 class Best(NamedTuple):
-    """The best checkpoint of a metric so far, and its value."""
+    """Best checkpoint by a metric, and the metric's value."""
 
     iteration: int
     metric: float
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Rank 0 saves; any rank may find and load. Not for many threads.
+    """Checkpoints of one run. Rank 0 saves, any rank may load. Not thread-safe.
 
     A save that fails (disk full, writer killed, ...) leaves all older checkpoints as they are.
 
     Args:
-        folder: the folder of the run's checkpoints, `RUN/checkpoints`; made by the first save.
-        background: write in a process of its own; otherwise `save` returns when it is done.
-        keep_last: how many of the newest checkpoints are kept, 1 or more.
+        folder: `RUN/checkpoints`; created by the first save.
+        keep_last: number of newest checkpoints to keep, at least 1.
         keep_every: also keep each whose iteration is a multiple of this.
-        on_error: what a save that fails does: "warn" logs one warning and training goes on,
-            "raise" raises `SaveFailed` from the next `save`, `poll`, `wait` or `close`.
-        attempt: how often the run was started before; only noted.
+        on_error: after a failed save, "warn" logs a warning and training goes on; "raise" raises
+            `SaveFailed` from the next `save`, `poll`, `wait` or `close`.
+        attempt: number of earlier starts of the run, for the manifest.
 
     Attributes:
-        last_error: why the newest save failed; None if it did not.
-        last_saved: the iteration of the newest checkpoint that this object saved, None at first.
+        last_error: reason of the newest save's failure; None if it succeeded.
+        last_saved: iteration of the newest checkpoint saved by this object; None without one.
 
     Raises:
-        ConfigError: an argument out of its range.
+        ConfigError: an argument is out of its range.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        background: bool = True,
         keep_last: int = 3,
         keep_every: int | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         attempt: int = 0,
     ) -> None:
-        if keep_last < 1:
-            raise ConfigError(f"keep_last={keep_last}: at least 1 checkpoint must be kept")
-        if keep_every is not None and keep_every < 1:
-            raise ConfigError(f"keep_every={keep_every}: give a number of iterations, or null")
-        if on_error not in ("warn", "raise"):
-            raise ConfigError(f"on_error={on_error!r}: give 'warn' or 'raise'")
+        whole("keep_last", keep_last, least=1)
+        if keep_every is not None:
+            whole("keep_every", keep_every, least=1)
+        one_of("on_error", on_error, ("warn", "raise"))
         refuse_url("folder", folder)
         self.folder = Path(os.path.abspath(folder))
         self.last_error: str | None = None
         self.last_saved: int | None = None
-        # a folder that is gone later must not be made again, nor another one in its place be used
+        # a run folder deleted or replaced while training must not be written to
         around = self.folder.parent
         self._parent = around.stat().st_ino if around.is_dir() else None
-        self._background = background
         self._keep = {"last": keep_last, "every": keep_every}
         self._on_error = on_error
         self._attempt = attempt
         self._staging: Staging | None = None
         self._requests: Requests | None = None
-        self._newest = -1  # the iteration of the newest save, unless it failed
+        self._newest = -1  # iteration of the newest save, unless it failed
         self._to_raise: SaveFailed | None = None
 
     def check(self, state: Mapping[str, Any]) -> Snapshot:
-        """Take a state apart as a save does, without copying a tensor.
+        """Encode a state as a save does, without a copy.
 
         Raises:
-            ConfigError: it holds something that cannot be saved; the text has its place and type.
+            ConfigError: a value cannot be saved; the text has its dotted path and type.
         """
         from distrain.checkpoint.encode import encode
 
@@ -120,10 +114,12 @@ class CheckpointStore:
             raise ConfigError(str(error)) from error
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Let the writer start and get memory for such a state, so that the first save is fast too.
+        """Start the writer and allocate memory in the background: the first save is fast, too.
 
-        Best called after the first iteration, when the optimizer has its state. Returns at once;
-        ConfigError if the state holds something that cannot be saved.
+        Best called after the first iteration, when the optimizer has its state.
+
+        Raises:
+            ConfigError: a value cannot be saved.
         """
         from distrain.checkpoint.staging import place, size_with_headroom
 
@@ -142,23 +138,23 @@ class CheckpointStore:
         best: Mapping[str, float] | None = None,
         is_end_left: bool = False,
     ) -> Stall:
-        """Save the state after `iteration` finished iterations; only its copy is waited for.
+        """Copy the state after `iteration` iterations, and write it in the background.
 
-        Returns how long that took. A valid checkpoint of that iteration is left as it is.
+        A valid checkpoint of that iteration is left as it is.
 
         Args:
-            iteration: how many iterations are finished.
-            state: parts by name: model, optimizer, ...; see `snapshot.ALLOWED` for what they may
-                hold. It may change as soon as this returns.
-            world_size: the number of ranks; noted in the manifest.
-            best: the metrics, by name, that are better than ever before. The checkpoint and that it
-                is their best one are published together, and it is kept until a better one is.
-            is_end_left: the iterations are done, but not what comes after the last one: a run that
-                starts from here is not finished. The next save that is takes its place.
+            iteration: number of finished iterations.
+            state: parts by name: model, optimizer, ...; allowed values: `encode.ALLOWED`. It may
+                change as soon as this returns.
+            world_size: number of ranks, for the manifest.
+            best: metrics by name that were never better. They are published with the checkpoint,
+                which is kept until a better one is.
+            is_end_left: all iterations are done, the end of the run (final evaluation, ...) is not:
+                a run that resumes here still has to do it. Replaced by the next complete save.
 
         Raises:
             ValueError: a metric is not finite.
-            TypeError: the state holds something that cannot be saved.
+            TypeError: a value of the state cannot be saved.
             SaveFailed: this save or the one before it failed, see `on_error`.
         """
         from distrain.checkpoint.encode import encode
@@ -196,24 +192,24 @@ class CheckpointStore:
             self._send(Request(kind, {"save": place}, iteration, scratch))
         except OSError as error:
             self._save_failed(iteration, f"{type(error).__name__}: {error}")
-        self._settle(wait=not self._background)
+        self._settle(wait=False)
         return Stall(waited - start, time.perf_counter() - waited)
 
     def best(self) -> dict[str, Best]:
-        """Return which checkpoint is the best by the name of the metric; OSError if unreadable."""
+        """Return the best checkpoint by each metric's name; OSError if unreadable."""
         return {name: Best(**best) for name, best in read_best(str(self.folder)).items()}
 
     def poll(self) -> bool:
-        """Take note of what the writer has done, without waiting; True if it has done all."""
+        """Collect outcomes of saves without waiting; return whether all have one."""
         return self._settle(wait=False)
 
     def wait(self) -> bool:
-        """Wait until the newest save is on the disk; True if it is, False if it failed."""
+        """Wait until the newest save is on the disk; return whether it succeeded."""
         self._settle(wait=True)
         return self.last_error is None
 
     def close(self) -> None:
-        """Wait until the newest save is on the disk, end the writer and give back its memory."""
+        """Wait until the newest save is on the disk; end the writer and free its memory."""
         try:
             self.wait()
         finally:
@@ -225,14 +221,10 @@ class CheckpointStore:
                 self._staging = None
 
     def newest_valid(self) -> Found | None:
-        """Return the newest checkpoint that is what was written; None if there is none.
+        """Return the newest valid checkpoint, None without one; see `catalog.newest_valid`.
 
-        A damaged one is named in a warning and passed over. What dead processes left behind is
-        removed. The writer of a run that was killed may still be at work, on the newest one: it is
-        waited for, up to a minute.
-
-        Raises:
-            OSError: one cannot be read, after retries.
+        Leftovers of dead processes are removed first; the writer of a killed run, which may still
+        write the newest checkpoint, is waited for, up to a minute.
         """
         self.wait()
         clear_leftovers(self.folder)
@@ -241,23 +233,16 @@ class CheckpointStore:
     def load(
         self, which: int | str | Path, *, map_location: str | torch.device = "cpu"
     ) -> dict[str, Any]:
-        """Return the state of a checkpoint, as it was saved.
+        """Return the state of a checkpoint; see `decode.load_checkpoint`.
 
         Args:
             which: its iteration, or the path of any checkpoint's folder.
-            map_location: the device of all torch tensors.
-
-        Raises:
-            CheckpointDamaged: a file is not what was written.
-            OSError: a file cannot be read, after retries.
+            map_location: device of all torch tensors.
         """
         from distrain.checkpoint.decode import load_checkpoint
 
-        path = self._path(which) if isinstance(which, int) else Path(which)
+        path = self.folder / fmt.folder_name(which) if isinstance(which, int) else Path(which)
         return load_checkpoint(path, map_location=map_location)
-
-    def _path(self, iteration: int) -> Path:
-        return self.folder / fmt.folder_name(iteration)
 
     def _staged(self) -> Staging:
         from distrain.checkpoint.staging import Staging
@@ -268,11 +253,11 @@ class CheckpointStore:
 
     def _send(self, request: Request) -> None:
         if self._requests is None:
-            self._requests = Requests(self._staged().fd, background=self._background)
+            self._requests = Requests(self._staged().fd)
         self._requests.send(request)
 
     def _settle(self, *, wait: bool) -> bool:
-        """Take note of what became of the requests; True if none is left."""
+        """Collect outcomes of requests; return whether all have one."""
         if self._requests is not None:
             for outcome in self._requests.settle(wait=wait):
                 self._take(outcome)
@@ -291,10 +276,10 @@ class CheckpointStore:
                 self.last_saved = iteration
             _log.debug("checkpoint %d was written in %.2f s", iteration, outcome.write_s)
         elif kind != "reserve":
-            remove(str(self.folder / scratch))  # a writer that was killed leaves it,
-            clear_leftovers(self.folder, patience_s=0.0)  # or what it was deleting
+            remove(str(self.folder / scratch))  # left by a killed writer
+            clear_leftovers(self.folder, patience_s=0.0)
             self._save_failed(iteration, outcome.error)
-        # memory that could not be reserved is reported by the save that needs it
+        # a failed reservation is reported by the save that needs the memory
 
     def _save_failed(self, iteration: int, why: str | None) -> None:
         self._newest, self.last_error = -1, why

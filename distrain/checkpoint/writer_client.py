@@ -1,4 +1,4 @@
-"""The writer process seen from the training process."""
+"""Client of the writer process: starts it, sends requests, collects their outcomes."""
 
 from __future__ import annotations
 
@@ -10,54 +10,18 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-from distrain.checkpoint.writer_process import IGNORED_SIGNALS, perform
+from distrain.checkpoint.writer_process import IGNORED_SIGNALS
 
 _CODE = (
-    "import sys; sys.path.append(sys.argv[1]); "  # behind the standard library, which it is to use
+    "import sys; sys.path.append(sys.argv[1]); "  # after the standard library
     "from distrain.checkpoint.writer_process import main; main(sys.argv[2:])"
 )
 
 
-class Writer(Protocol):
-    """What carries out requests (see `checkpoint_writer`), in their order."""
-
-    def send(self, request: dict[str, Any]) -> None:
-        """Hand over a request; OSError if there is nobody to take it."""
-
-    def answer(self, *, wait: bool) -> dict[str, Any] | None:
-        """Return the answer to the oldest request not answered yet, None if it is not there."""
-
-    def close(self) -> None:
-        """Let it finish what it was asked for, and end."""
-
-
-class InlineWriter:
-    """Carries out requests at once in the process of the caller.
-
-    Args:
-        staging_fd: the staging memory.
-    """
-
-    def __init__(self, staging_fd: int) -> None:
-        self._staging_fd = staging_fd
-        self._answers: deque[dict[str, Any]] = deque()
-
-    def send(self, request: dict[str, Any]) -> None:
-        """Carry out a request."""
-        self._answers.append(perform(request, self._staging_fd))
-
-    def answer(self, *, wait: bool) -> dict[str, Any] | None:
-        """Return the answer to the oldest request not answered yet."""
-        return self._answers.popleft()
-
-    def close(self) -> None:
-        """Do nothing: nothing is left to do."""
-
-
 class WriterProcess:
-    """Carries out requests in a process of its own, which outlives this one until they are done.
+    """A process that carries out requests, and outlives this one until they are done.
 
     Args:
         staging_fd: the staging memory, which the process shares.
@@ -71,7 +35,7 @@ class WriterProcess:
         package_parent = str(Path(__file__).resolve().parents[2])
         arguments = ["-c", _CODE, package_parent, str(staging_fd), str(os.getpid())]
         self._errors = os.memfd_create("distrain-checkpoint-writer-errors")
-        # blocked signals stay blocked in the child until it ignores them: none kills it before
+        # signals stay blocked in the child until it ignores them: none kills it before
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -80,7 +44,7 @@ class WriterProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 pass_fds=(staging_fd,),
-                start_new_session=True,  # what ends the group of the rank lets it finish
+                start_new_session=True,  # it survives a kill of the rank's process group
                 bufsize=0,
             )
         except BaseException:
@@ -91,11 +55,11 @@ class WriterProcess:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """Process id."""
         return self._process.pid
 
     def send(self, request: dict[str, Any]) -> None:
-        """Hand over a request; BrokenPipeError if the process died."""
+        """Send a request, see `writer_process`; BrokenPipeError if the process died."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
@@ -103,10 +67,10 @@ class WriterProcess:
         """Return the answer to the oldest request not answered yet.
 
         Args:
-            wait: wait for it; otherwise None comes back if it is not there yet.
+            wait: wait for it; otherwise return None if it has not arrived.
 
         Raises:
-            EOFError: the process died; the text says how.
+            EOFError: the process died; the text has its exit status and last line of stderr.
         """
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
@@ -129,7 +93,7 @@ class WriterProcess:
         return f"the writer process (pid {self.pid}) {how}{last}"
 
     def close(self) -> None:
-        """Let the process finish what it was asked for, and wait until it has ended."""
+        """Wait until the process has finished its requests and ended."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()
@@ -140,13 +104,13 @@ class WriterProcess:
 
 
 class Request(NamedTuple):
-    """Something that the writer is asked for.
+    """A request to the writer process.
 
     Attributes:
-        kind: what it is.
-        message: what the writer gets.
-        iteration: the checkpoint that it is about.
-        scratch: the name of the folder that the writer works in.
+        kind: "trained" is a save of a state whose end of the run is left, see `format`.
+        message: as sent.
+        iteration: of the checkpoint.
+        scratch: name of the scratch folder that the writer uses.
     """
 
     kind: Literal["reserve", "save", "trained"]
@@ -156,13 +120,13 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a request.
+    """Outcome of a request.
 
     Attributes:
         request: the request.
-        error: why it failed, None if it did not.
-        notes: what went wrong without harm.
-        write_s: the seconds that it took.
+        error: None, or the reason of its failure.
+        notes: problems that did not make it fail.
+        write_s: duration in seconds.
     """
 
     request: Request
@@ -172,78 +136,64 @@ class Outcome(NamedTuple):
 
 
 class Requests:
-    """The requests that a writer was given; it is started when needed, and again if it died.
+    """Queue of requests to a writer process, which is started on demand, and again if it died.
 
     Args:
         staging_fd: the staging memory.
-        background: use a process; otherwise a request is carried out when it is sent.
+
+    Attributes:
+        writer: None while there is no process.
     """
 
-    def __init__(self, staging_fd: int, *, background: bool) -> None:
+    def __init__(self, staging_fd: int) -> None:
+        self.writer: WriterProcess | None = None
         self._staging_fd = staging_fd
-        self._background = background
-        self._writer: Writer | None = None
-        self._waiting: deque[Request] = deque()
+        self._sent: deque[Request] = deque()
         self._outcomes: list[Outcome] = []
 
-    @property
-    def writer(self) -> Writer | None:
-        """The writer, None if there is none now."""
-        return self._writer
-
     def send(self, request: Request) -> None:
-        """Give the writer a request.
+        """Send a request to the writer.
 
         Raises:
             OSError: no writer could be started.
         """
-        if self._writer is not None:
+        if self.writer is not None:
             try:
-                self._writer.send(request.message)
-                self._waiting.append(request)
+                self.writer.send(request.message)
+                self._sent.append(request)
                 return
-            except BrokenPipeError:
-                self._collect(wait=True)  # it died: learn what became of the requests before
-                self._drop_writer()
-        started = (WriterProcess if self._background else InlineWriter)(self._staging_fd)
-        self._writer = started
-        started.send(request.message)
-        self._waiting.append(request)
+            except BrokenPipeError:  # it died: its earlier requests get their outcomes first
+                self._collect(wait=True)
+                self.close()
+        self.writer = WriterProcess(self._staging_fd)
+        self.writer.send(request.message)
+        self._sent.append(request)
 
     def settle(self, *, wait: bool) -> list[Outcome]:
-        """Return the outcomes that were not returned yet.
-
-        Args:
-            wait: wait for those of all requests; otherwise return those that are there.
-        """
+        """Return the outcomes not returned yet; with `wait`, those of all requests sent."""
         self._collect(wait=wait)
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def idle(self) -> bool:
-        """Say whether nothing was asked for that has no outcome yet."""
-        return not self._waiting
+        """Return whether every request has its outcome."""
+        return not self._sent
 
     def _collect(self, *, wait: bool) -> None:
-        while self._waiting and self._writer is not None:
+        while self._sent and self.writer is not None:
             try:
-                answer = self._writer.answer(wait=wait)
+                answer = self.writer.answer(wait=wait)
             except EOFError as death:
-                self._outcomes += [
-                    Outcome(request, str(death), [], 0.0) for request in self._waiting
-                ]
-                self._waiting.clear()
-                self._drop_writer()
+                self._outcomes += [Outcome(request, str(death), [], 0.0) for request in self._sent]
+                self._sent.clear()
+                self.close()
                 return
             if answer is None:
                 return
-            self._outcomes.append(Outcome(self._waiting.popleft(), **answer))
-
-    def _drop_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            self._outcomes.append(Outcome(self._sent.popleft(), **answer))
 
     def close(self) -> None:
-        """Let the writer finish what it was asked for, and end."""
-        self._drop_writer()
+        """Wait until the writer has finished its requests and ended."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None

@@ -1,14 +1,14 @@
-"""The process that writes checkpoints, so that training waits for a copy and not for a disk.
+"""Writer process: training waits for a copy in memory, never for a disk.
 
-It is started by `checkpoint_process`, shares the staging memory with the training process, reads
-requests from its standard input and answers on its standard output, one JSON object a line each:
+It is started by `writer_client`, shares the staging memory with the training process, and reads
+requests on its standard input and answers on its standard output, one JSON object per line:
 
-    {"reserve": bytes}                    make the staging memory that large, its pages in place
-    {"save": [offset, length]}            write the checkpoint that the job, JSON text at that
-                                          place of the staging memory, describes
+    {"reserve": bytes}          enlarge the staging memory, with its pages in place
+    {"save": [offset, length]}  write the checkpoint described by the JSON text at that place of the
+                                staging memory, see `_save`
 
-When the training process dies it finishes what it was asked for, and ends. Standard library only:
-it starts in 30 ms and needs a few MB.
+When the training process dies, it finishes its requests and ends. Standard library only: it starts
+in 30 ms and needs a few MB.
 """
 
 from __future__ import annotations
@@ -20,36 +20,27 @@ import mmap
 import os
 import select
 import signal
-import sys
 import time
+from typing import Any
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import retention
 from distrain.checkpoint.scratch import create, lock, remove
 from distrain.files.atomic import sync_folder
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-CHUNK_BYTES = 1 << 20  # stays in the cache while two hashes and the file take it
+CHUNK_BYTES = 1 << 20  # stays in the CPU cache for two hashes and the write
 NICE = 10
 
 
 def perform(request: dict[str, Any], staging_fd: int) -> dict[str, Any]:
-    """Do what a request asks for and return the answer; every failure is an answer too.
-
-    Returns:
-        `error`: None, or one line; `notes`: lines about what went wrong without harm;
-        `write_s`: the seconds that it took.
-    """
+    """Carry out a request; return the fields of an `Outcome`. A failure is an answer too."""
     start = time.perf_counter()
     notes: list[str] = []
     error = None
     try:
         if "reserve" in request:
-            reserve(staging_fd, request["reserve"])
+            _reserve(staging_fd, request["reserve"])
         else:
             offset, length = request["save"]
             with mmap.mmap(staging_fd, 0, prot=mmap.PROT_READ) as memory:
@@ -60,33 +51,29 @@ def perform(request: dict[str, Any], staging_fd: int) -> dict[str, Any]:
     return {"error": error, "notes": notes, "write_s": time.perf_counter() - start}
 
 
-def reserve(staging_fd: int, size: int) -> None:
-    """Make the staging memory at least `size` bytes large and put its pages in place.
-
-    Raises:
-        OSError: there is not so much memory.
-    """
+def _reserve(staging_fd: int, size: int) -> None:
+    """Enlarge the staging memory to `size` bytes, with its pages in place."""
     if os.fstat(staging_fd).st_size < size:
         os.posix_fallocate(staging_fd, 0, size)
         mmap.mmap(staging_fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE).close()
 
 
 def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
-    """Write one checkpoint and give it its name; then delete the ones no longer kept.
+    """Write and publish a checkpoint, then delete those no longer kept.
 
-    A valid one of that name stays, unless the new one is the best of something that it is not.
+    A valid one of that name stays, unless the new one is the best by a metric and it is not.
     """
     folder = job["folder"]
     _make_folder(folder, job["parent"])
     run_id = retention.run_id_of(folder)
     path = os.path.join(folder, job["name"])
-    marks = _marks(path)
+    marks = _best_marks(path)
     if marks is None or not job["manifest"]["best"].items() <= marks.items():
         scratch = os.path.join(folder, job["scratch"])
         os.mkdir(scratch, 0o755)
         try:
             with open(create(os.path.join(scratch, fmt.MANIFEST_FILE)), "wb") as manifest:
-                lock(manifest.fileno())  # until the checkpoint has its name: see `in_use`
+                lock(manifest.fileno())  # until the checkpoint has its name
                 fields = _write_files(scratch, job, memory)
                 manifest.write(fmt.render_manifest({**fields, "run_id": run_id}))
                 manifest.flush()
@@ -110,7 +97,7 @@ def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
 
 
 def _write_files(scratch: str, job: dict[str, Any], memory: mmap.mmap) -> dict[str, Any]:
-    """Write and fsync all files but the manifest; return the manifest's fields."""
+    """Write and fsync all files but the manifest; return the manifest's fields without run id."""
     files: dict[str, Any] = {}
     sha256: dict[tuple[str, str], str] = {}
     with memoryview(memory) as buffer:
@@ -137,7 +124,7 @@ def _write_tensors(
 
     Args:
         path: the new file.
-        tensors: for each its name, dtype, shape, offset in the buffer and size in bytes.
+        tensors: name, dtype, shape, offset in the buffer and size in bytes of each.
         buffer: the staging memory.
 
     Returns:
@@ -168,14 +155,14 @@ def _write_tensors(
 
 
 def _make_folder(folder: str, parent: int | None) -> None:
-    """Make the folder of the checkpoints.
+    """Create the folder of the checkpoints.
 
     Args:
         folder: its path.
-        parent: the inode of the folder around it, the run's; None if that may be made, too.
+        parent: the inode of the run folder around it; None if that may be created, too.
 
     Raises:
-        FileNotFoundError: the run's folder is gone; neither it nor one in its place is written to.
+        FileNotFoundError: the run folder was deleted or replaced.
     """
     around = os.path.dirname(folder)
     if parent is not None and (not os.path.isdir(around) or os.stat(around).st_ino != parent):
@@ -185,8 +172,8 @@ def _make_folder(folder: str, parent: int | None) -> None:
         sync_folder(around)
 
 
-def _marks(path: str) -> dict[str, float] | None:
-    """Return the metrics that a checkpoint is the best of; None if it is not there, or damaged."""
+def _best_marks(path: str) -> dict[str, float] | None:
+    """Return the metrics by which a checkpoint is the best; None if it is missing or damaged."""
     try:
         marks: dict[str, float] = fmt.verify(path)["best"]
     except fmt.CheckpointDamaged:
@@ -195,19 +182,19 @@ def _marks(path: str) -> dict[str, float] | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Answer requests until the training process closes the pipe or is gone.
+    """Answer requests until the training process closes the pipe or dies.
 
     Args:
-        arguments: the file descriptor of the staging memory; the training process's id.
+        arguments: file descriptor of the staging memory; id of the training process.
     """
     staging_fd, parent = map(int, arguments)
-    for number in IGNORED_SIGNALS:  # the launcher and SLURM signal every process of a job
+    for number in IGNORED_SIGNALS:  # launchers and SLURM signal all processes of a job
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     os.nice(NICE)
     pending = b""
     while True:
-        # loader workers that were forked may hold the pipe open longer than the parent lives
+        # forked loader workers may hold the pipe open after the parent died
         while not select.select([0], [], [], 1.0)[0]:
             if os.getppid() != parent:
                 return
@@ -220,8 +207,4 @@ def main(arguments: list[str]) -> None:
             try:
                 os.write(1, answer.encode())
             except BrokenPipeError:
-                continue  # nobody waits for the answer any more; do the rest all the same
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+                continue  # the training process died; finish the other requests

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, *, scratch: str = "", sync: bool = True) -> Iterator[str]:
+def replacing(
+    path: str | os.PathLike[str], *, scratch: str = "", sync: bool = True
+) -> Iterator[str]:
     """Yield a scratch path; its file takes the place of `path` at the end of the `with`.
 
     An exception in the `with` removes the scratch file and leaves the old file as it is.
@@ -38,7 +36,9 @@ def replacing(path: str | Path, *, scratch: str = "", sync: bool = True) -> Iter
         raise
 
 
-def write(path: str | Path, data: bytes, *, mode: int = 0o666, sync: bool = True) -> None:
+def write(
+    path: str | os.PathLike[str], data: bytes, *, mode: int = 0o666, sync: bool = True
+) -> None:
     """Create or replace a file with `data`; see `replacing`.
 
     Args:

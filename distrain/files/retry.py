@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from distrain.files.regular import open_regular
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
-
-    T = TypeVar("T")
+T = TypeVar("T")
 
 PAUSES_S = (0.1, 0.5, 2.0)
-"""Seconds between the tries: a server of files comes back, other threads close their files."""
+"""Pauses between attempts: a file server recovers, other threads close descriptors."""
 
-# These report what is at a path; every other error reports that it could not be found out.
+# Only these errors say something of the path; after the others its content is unknown.
 _DEFINITE = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENXIO,
-        errno.EEXIST,
-        errno.ENAMETOOLONG,
-    }
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "EEXIST", "ENAMETOOLONG")
 )
 
 
 def is_definite(error: OSError) -> bool:
-    """Whether an error reports what is at a path: missing, a folder, a link, a socket.
+    """Return whether an error says what is at a path: nothing, a folder, a link, a socket.
 
-    After any other error, such as EIO, ESTALE, EACCES or EMFILE, nothing is known of the content.
+    After any other error, such as EIO, ESTALE, EACCES or EMFILE, the content is unknown.
     """
     return error.errno in _DEFINITE
 
 
 def retried(call: Callable[[], T]) -> T:
-    """Return what `call` returns; repeat it after errors that are not definite.
+    """Return the result of `call`; retry after errors that are not definite.
 
     Raises:
-        OSError: a definite one at once, any other from the last try.
+        OSError: a definite one at once, any other after the last attempt.
     """
     for pause_s in PAUSES_S:
         try:
@@ -59,7 +49,7 @@ def read_file(path: str, limit: int = -1) -> bytes:
     """Return the content of a regular file, at most `limit` bytes of it.
 
     Raises:
-        OSError: it cannot be read, after retries, or is no regular file; the error has the path.
+        OSError: it cannot be read, after retries, or is not a regular file; it has the path.
     """
 
     def read() -> bytes:
@@ -74,6 +64,6 @@ def read_file(path: str, limit: int = -1) -> bytes:
 
 
 def unreadable(path: object, error: Exception) -> str:
-    """Return the line about a file of a run that cannot be read."""
+    """Return the message about a file of a run that cannot be read."""
     name, why = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
     return f"{name} cannot be read: {why}; nothing was changed, run it again when it can be read"

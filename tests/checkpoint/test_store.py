@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from checkpoint_cases import (
+    InlineStore,
     checkpoints,
     identical,
     iterations_in,
@@ -28,11 +29,11 @@ from distrain.checkpoint.store import CheckpointStore, SaveFailed, describe
 from distrain.errors import ConfigError
 
 
-@pytest.fixture(params=[True, False], ids=["background", "inline"])
+@pytest.fixture(params=[CheckpointStore, InlineStore], ids=["background", "inline"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CheckpointStore]:
     """Return an empty store of each kind; none may leave an open file behind."""
     before = len(os.listdir("/proc/self/fd"))
-    store = CheckpointStore(tmp_path / "checkpoints", background=request.param)
+    store = request.param(tmp_path / "checkpoints")
     yield store
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -50,7 +51,7 @@ def test_the_state_may_change_as_soon_as_save_returns(store: CheckpointStore) ->
 
 
 def test_the_manifest_notes_what_save_was_given(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, background=False, attempt=3)
+    store = InlineStore(tmp_path, attempt=3)
     store.save(100, small_state(1), world_size=7, best={"accuracy": 0.5})
     store.save(200, small_state(1), world_size=7)
     one, two = describe(path_of(tmp_path, 100)), describe(path_of(tmp_path, 200))
@@ -253,7 +254,7 @@ def test_on_error_raise_in_the_background(tmp_path: Path) -> None:
 
 def test_on_error_raise_inline(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    store = CheckpointStore(tmp_path / "run" / "c", background=False, on_error="raise")
+    store = InlineStore(tmp_path / "run" / "c", on_error="raise")
     with pytest.raises(SaveFailed, match="checkpoint 100 in .* was not saved: NotADirectoryError"):
         store.save(100, small_state(), world_size=1)
     store.close()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from checkpoint_cases import iterations_in
+from checkpoint_cases import InlineStore, iterations_in
 
 from distrain import HookBase, Trainer, TrainerBase
 from distrain.checkpoint.store import CheckpointStore
@@ -56,7 +56,7 @@ def scores(*values, names=("score",)):
 
 def train(folder, *, iters=30, keep_last=1, period=None, metrics=("eval/score",), **hooks):
     """Train with a writer, which drains the storage before the best checkpoint is looked for."""
-    store = CheckpointStore(folder / "checkpoints", background=False, keep_last=keep_last)
+    store = InlineStore(folder / "checkpoints", keep_last=keep_last)
     best = {f"best_{m}": BestCheckpointer(m, checkpoints=store) for m in metrics}
     trainer = Steps(
         {

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from checkpoint_cases import InlineStore
 from ranks import run_ranks
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
@@ -45,7 +46,7 @@ class Kill(HookBase):
 
 def train(rank, folder, *, writer=PeriodicWriter, kill_at=None, iters=ITERS):
     """Go on from the newest checkpoint; return the iteration that it is of."""
-    checkpoints = CheckpointStore(folder / "checkpoints", background=False)
+    checkpoints = InlineStore(folder / "checkpoints")
     newest = checkpoints.newest_valid()
     trainer = Steps(
         {
@@ -180,7 +181,7 @@ class Count(HookBase):
 
 def evaluated(rank, folder, *, harm=None, iters=ITERS, stop_at=None, seen=None, keep_last=3):
     """Go on from the newest checkpoint, with evaluation, statistics of it and a best checkpoint."""
-    store = CheckpointStore(folder / "checkpoints", background=False, keep_last=keep_last)
+    store = InlineStore(folder / "checkpoints", keep_last=keep_last)
     newest = store.newest_valid()
     hooks = {
         "writer": PeriodicWriter(run_dir=str(folder)),
@@ -262,7 +263,7 @@ class Slow(Writer):
 
 def test_the_rows_are_written_before_the_trained_state_is_saved(tmp_path):
     writer, seen = Slow(), []
-    checkpoints = CheckpointStore(tmp_path / "checkpoints", background=False)
+    checkpoints = InlineStore(tmp_path / "checkpoints")
     hooks = {
         "writer": PeriodicWriter([writer]),
         "eval": EvalHook(function=lambda: seen.extend(writer.rows) or {}),

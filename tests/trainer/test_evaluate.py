@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import identical
+from checkpoint_cases import InlineStore, identical
 from ranks import run_ranks
 from torch import nn
 
@@ -276,7 +276,7 @@ class Draws(HookBase):
 
 def local_norm(rank, folder):
     """Train with statistics of each rank's own; return what was logged, and those of this rank."""
-    store = CheckpointStore(folder, background=False)
+    store = InlineStore(folder)
     hooks = {
         "checkpoint": PeriodicCheckpointer(checkpoints=store),
         "best": BestCheckpointer("eval/value", checkpoints=store),

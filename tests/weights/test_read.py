@@ -4,18 +4,18 @@ import pickle
 
 import pytest
 import torch
+from checkpoint_cases import InlineStore
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distrain.checkpoint.store import CheckpointStore
 from distrain.errors import ConfigError
 from distrain.weights.read import locate_weights, main, read_weights
 
 
 def saved(folder, *iterations, average=False):
     """Save checkpoints whose weights are their iteration; return the run's folder."""
-    store = CheckpointStore(folder / "checkpoints", background=False)
+    store = InlineStore(folder / "checkpoints")
     for iteration in iterations:
         weights = {"w": torch.full((2, 3), float(iteration)), "count": torch.tensor(iteration)}
         hooks = {"timer": {}}
@@ -138,7 +138,7 @@ def test_the_command_writes_a_file_for_inference(tmp_path, capfd):
 
 
 def test_channels_last_weights_are_written_dense(tmp_path):
-    store = CheckpointStore(tmp_path / "checkpoints", background=False)
+    store = InlineStore(tmp_path / "checkpoints")
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     store.save(1, {"model": {"w": weight}}, world_size=1)
     store.close()
