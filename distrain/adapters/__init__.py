@@ -1,4 +1,4 @@
-"""Models written for other trainers, trained as they are; neither library is imported."""
+"""Adapters for models of Lightning and Hugging Face; neither library is imported."""
 
 from distrain.adapters.huggingface import HuggingFaceModel
 from distrain.adapters.lightning import LightningModel

@@ -1,4 +1,4 @@
-"""A model of Hugging Face's transformers, or of that shape, as a model of ours."""
+"""HuggingFaceModel: train a model of transformers, or of its interface."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distrain.errors import ConfigError
 class HuggingFaceModel(nn.Module):
     """Trains a model whose `forward(**batch)` returns an output with a `loss`.
 
-    A sample of the data set is a dict with the arguments of the model's forward, its labels among
-    them. Evaluation shows the loss as `eval/loss`: the mean over batches, weighted by their size.
+    A sample of the data set is a dict with the arguments of the model's forward, labels included.
+    Evaluation reports `eval/loss`: the mean over batches, weighted by their size.
 
     Args:
-        model: called as `model(**batch)`; kept as the attribute `model`, so that
-            `trainer.module.model.save_pretrained(folder)` writes it in its library's format.
+        model: called as `model(**batch)`; `trainer.module.model.save_pretrained(folder)` writes it
+            in the format of its library.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class HuggingFaceModel(nn.Module):
         """Return the loss () of a batch.
 
         Raises:
-            ConfigError: the batch is no dict, or the model returned no loss for it.
+            ConfigError: the batch is not a dict, or the model returned no loss.
         """
         if not isinstance(batch, Mapping):
             raise ConfigError(

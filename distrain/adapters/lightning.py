@@ -1,4 +1,4 @@
-"""A LightningModule, or what has its shape, as a model of ours."""
+"""LightningModel: train a LightningModule, or a module with its interface."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
+from distrain.checks import whole
 from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
 from distrain.events.pending import OPERATIONS, Operation
@@ -19,25 +20,24 @@ from distrain.events.storage import get_event_storage
 
 
 class LightningModel(nn.Module):
-    """Trains a module that has `training_step(batch, batch_idx)` and returns its loss there.
+    """Trains a module whose `training_step(batch, batch_idx)` returns the loss.
 
-    `self.log` and `self.log_dict` of the module put scalars: `reduce_fx` is the operation over
-    ranks and `batch_size` the weight in the mean. What is logged as "loss" is left to the trainer,
-    which puts the loss itself. `batch_idx` is the current iteration. In the evaluation, what
-    `validation_step` logs, or else its loss, is shown as `eval/<name>`: the mean over batches,
-    weighted by their size.
+    `self.log` and `self.log_dict` put scalars: `reduce_fx` is the operation over ranks, and
+    `batch_size` the weight in the mean. "loss" is skipped: the trainer puts it. `batch_idx` is the
+    iteration. Evaluation reports the scalars logged by `validation_step`, or else its loss, as
+    `eval/<name>`: the mean over batches, weighted by their size.
 
-    `self.global_step`, `self.current_epoch` and ranks are right, also by `self.trainer`, which has
-    nothing else. A hook that the module overrides is called, or refused by name: `lightning_hooks`.
+    `self.global_step`, `self.current_epoch` and ranks are correct, also in `self.trainer`, which
+    has no other attributes. Overridden hooks are called, or refused by name: `lightning_hooks`.
 
     Args:
-        module: kept as the attribute `module`.
-        epoch_iters: iterations of one epoch, for `self.current_epoch` and for a schedule with
+        module: the module; also the attribute `module`.
+        epoch_iters: iterations per epoch, for `self.current_epoch` and for a schedule with
             `interval: epoch`.
 
     Raises:
-        ConfigError: the module has no `training_step`, optimizes by itself, or overrides a hook
-            that would not be called.
+        ConfigError: the module has no `training_step`, uses manual optimization, or overrides a
+            hook that would not be called.
     """
 
     def __init__(self, module: nn.Module, *, epoch_iters: int | None = None) -> None:
@@ -50,14 +50,14 @@ class LightningModel(nn.Module):
                 "steps as a distrain.TrainerBase with a run_step of its own"
             )
         check_hooks(module)
-        if epoch_iters is not None and epoch_iters < 1:
-            raise ConfigError(f"epoch_iters={epoch_iters}; it is at least 1 iteration")
+        if epoch_iters is not None:
+            whole("epoch_iters", epoch_iters, least=1)
         self.module = module
         self._epoch_iters = epoch_iters
-        self._evaluated: dict[str, Any] | None = None  # what an evaluation step logs
+        self._evaluated: dict[str, Any] | None = None  # scalars logged by a validation step
         self._eval_batches = 0
         self._trainer = TrainerView(epoch_iters)
-        self._trained = -1  # the last iteration of a training step
+        self._trained = -1  # iteration of the last training step
         vars(module).update(log=self._log, log_dict=self._log_dict)
         module.trainer = self._trainer  # type: ignore[assignment]
         self._show_progress(0)
@@ -66,14 +66,7 @@ class LightningModel(nn.Module):
                 getattr(module, hook)(*arguments)
 
     def forward(self, batch: Any) -> Tensor:
-        """Return the loss () of a training step.
-
-        Args:
-            batch: whole, as the data set and its collation made it.
-
-        Raises:
-            ConfigError: the step returned no loss.
-        """
+        """Return the loss () of a training step; ConfigError if it returned none."""
         self._trained = get_event_storage().iter
         self._show_progress(self._trained)
         return self._training_loss(batch)
@@ -88,7 +81,7 @@ class LightningModel(nn.Module):
         return loss
 
     def metrics(self, batch: Any) -> dict[str, Tensor]:
-        """Return what a validation step logs, each value once for every sample: (B,) by name."""
+        """Return the scalars of a validation step by name, repeated for each sample: (B,)."""
         self._evaluated = {}
         try:
             if self._trained >= 0:
@@ -109,7 +102,7 @@ class LightningModel(nn.Module):
         }
 
     def _call(self, name: str, batch: Any, index: int) -> Any:
-        """Call a step of the module, which may leave `batch_idx` out, as Lightning allows."""
+        """Call a step of the module, whose argument `batch_idx` is optional, as in Lightning."""
         if overrides(self.module, "on_after_batch_transfer"):
             transfer = cast("Callable[[Any, int], Any]", self.module.on_after_batch_transfer)
             batch = transfer(batch, 0)
@@ -117,7 +110,7 @@ class LightningModel(nn.Module):
         return step(batch, index) if len(inspect.signature(step).parameters) > 1 else step(batch)
 
     def _show_progress(self, step: int) -> None:
-        """Set `global_step` and `current_epoch`, on the module where it has no properties."""
+        """Set `global_step` and `current_epoch`; on the module, too, if it has no properties."""
         self._trainer.global_step = step
         kind = type(self.module)
         if not hasattr(kind, "global_step"):
@@ -126,15 +119,16 @@ class LightningModel(nn.Module):
             vars(self.module)["current_epoch"] = self._trainer.current_epoch
 
     def train(self, mode: bool = True) -> LightningModel:
-        """Count the batches of an evaluation from 0; otherwise as `Module.train`."""
+        """Reset the batch count of evaluations; otherwise as `Module.train`."""
         self._eval_batches = 0
         return super().train(mode)
 
     def configure_optimizers(self) -> tuple[Optimizer, LRScheduler | EveryNth | None]:
-        """Return the module's own optimizer and its schedule, one that steps once an iteration.
+        """Return the module's own optimizer and its schedule, which steps once per iteration.
 
         Raises:
-            ConfigError: there is not exactly one optimizer, or a schedule that cannot be followed.
+            ConfigError: not exactly one optimizer, more than one schedule, or a schedule that
+                depends on a metric.
         """
         configure = cast("Callable[[], Any]", self.module.configure_optimizers)
         optimizer, schedules = _parts(configure())
@@ -170,7 +164,7 @@ class LightningModel(nn.Module):
         batch_size: int | None = None,
         **ignored: Any,
     ) -> None:
-        """Stand for the module's `log`; flags of a progress bar or a logger mean nothing here."""
+        """Replacement of the module's `log`; flags of progress bars and loggers are ignored."""
         if self._evaluated is not None:
             self._evaluated[name] = value
         elif name != "loss":
@@ -183,7 +177,7 @@ class LightningModel(nn.Module):
             self._log(name, value, *flags, **keywords)
 
     def _apply(self, *args: Any, **keywords: Any) -> LightningModel:
-        """Tell the module of a new device or dtype by its own `to`, which notes it."""
+        """Move the module by its own `to` as well, which records the device and dtype."""
         super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]
         first = next(self.module.parameters(), None)
         if first is not None:
@@ -192,13 +186,13 @@ class LightningModel(nn.Module):
 
 
 def _loss(output: Any) -> Tensor | None:
-    """Return the loss that a step returned: alone, or under its name beside other things."""
+    """Return the loss in the output of a step: a tensor, or the item "loss" of a mapping."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 
 
 def _parts(configured: Any) -> tuple[Optimizer, list[Any]]:
-    """Return the optimizer and the schedules in any of the forms that Lightning takes."""
+    """Return the optimizer and the schedules from any form that Lightning accepts."""
     schedules: Any = []
     if isinstance(configured, Mapping):
         schedules = configured.get("lr_scheduler", [])
@@ -208,19 +202,14 @@ def _parts(configured: Any) -> tuple[Optimizer, list[Any]]:
     optimizers = [*configured] if isinstance(configured, list | tuple) else [configured]
     if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
         raise ConfigError(
-            f"configure_optimizers gives {', '.join(type(o).__name__ for o in optimizers)}; one "
-            "optimizer is needed"
+            f"configure_optimizers gives {', '.join(type(o).__name__ for o in optimizers)}; "
+            "expected one optimizer"
         )
     return optimizers[0], schedules if isinstance(schedules, list) else [schedules]
 
 
 class EveryNth:
-    """A schedule that takes one step of its own in `num` steps: epochs, counted in iterations.
-
-    Args:
-        schedule: any of torch's.
-        num: how many, at least 1.
-    """
+    """A schedule that takes one step every `num` iterations, for schedules of epochs."""
 
     def __init__(self, schedule: LRScheduler, num: int) -> None:
         self.optimizer = schedule.optimizer
@@ -229,21 +218,21 @@ class EveryNth:
         self._done = 0
 
     def step(self) -> None:
-        """Count one step, and take one when they are enough."""
+        """Step the schedule in every `num`-th call."""
         self._done += 1
         if self._done % self._num == 0:
             self._schedule.step()
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """Return the rate of each group."""
+        """Return the learning rate of each group."""
         return self._schedule.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state and the steps counted."""
+        """Return the state of the schedule, and the number of calls."""
         return {"schedule": self._schedule.state_dict(), "done": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self._done = state["done"]
         self._schedule.load_state_dict(state["schedule"])
 

@@ -1,4 +1,4 @@
-"""Hooks of a LightningModule: called, replaced, or refused by name; none is silently ignored.
+"""Hooks of a LightningModule: each is called, replaced or refused by name; none is ignored.
 
 The names are those of Lightning 2.6: ModelHooks, DataHooks, CheckpointHooks and the methods of
 LightningModule that its Trainer calls.
@@ -13,13 +13,12 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 
 _LIBRARY = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "torch.")
-_HOOK = "write it as a hook, with {}"
 
 CALLED = {
     "configure_model": "when it is built",
     "setup": "when it is built, with `fit`",
     "configure_optimizers": "with `optim: null`, for the optimizer and its schedule",
-    "on_after_batch_transfer": "in front of the training step and the validation step",
+    "on_after_batch_transfer": "before the training step and the validation step",
     "training_step": "as the forward",
     "validation_step": "in the evaluation",
 }
@@ -27,73 +26,63 @@ REPLACED = {
     "train_dataloader": "by `data.train`",
     "val_dataloader": "by `data.eval`",
 }
-OTHER_COMMANDS = (  # Lightning's fit does not call them either
-    "test_step",
-    "test_dataloader",
-    "on_test_start",
-    "on_test_end",
-    "on_test_batch_start",
-    "on_test_batch_end",
-    "on_test_epoch_start",
-    "on_test_epoch_end",
-    "on_test_model_eval",
-    "on_test_model_train",
-    "predict_step",
-    "predict_dataloader",
-    "on_predict_start",
-    "on_predict_end",
-    "on_predict_batch_start",
-    "on_predict_batch_end",
-    "on_predict_epoch_start",
-    "on_predict_epoch_end",
-    "on_predict_model_eval",
+# Lightning's fit does not call them either
+OTHER_COMMANDS = (
+    *("test_step", "test_dataloader", "predict_step", "predict_dataloader"),
+    *(
+        f"on_{command}_{moment}"
+        for command in ("test", "predict")
+        for moment in (
+            *("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_end"),
+            *("model_eval", "model_train"),
+        )
+    ),
 )
 _STEP = "write the step as a distrain.TrainerBase with a run_step of its own"
 _EVALUATION = "the evaluation is that of hooks.eval; write a hook"
+_STATE = "keep the state in buffers, or in a hook's state_dict"
 REFUSED = {
-    "backward": _STEP,
-    "optimizer_step": _STEP,
-    "optimizer_zero_grad": _STEP,
+    **dict.fromkeys(
+        ("backward", "optimizer_step", "optimizer_zero_grad", "on_before_backward"), _STEP
+    ),
+    **{
+        name: f"write it as a hook, with {moment}"
+        for moment, names in {
+            "before_train": ("on_fit_start", "on_train_start"),
+            "before_step": ("on_train_batch_start", "on_train_epoch_start"),
+            "after_backward": (
+                *("on_before_optimizer_step", "on_before_zero_grad", "on_after_backward"),
+            ),
+            "after_step": ("on_train_batch_end", "on_train_epoch_end"),
+            "after_train": ("on_fit_end", "on_train_end", "teardown"),
+        }.items()
+        for name in names
+    },
+    **{
+        f"on_validation_{moment}": _EVALUATION
+        for moment in (
+            *("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_end"),
+            *("model_zero_grad", "model_eval", "model_train"),
+        )
+    },
     "lr_scheduler_step": "give a schedule that steps once per iteration",
     "configure_gradient_clipping": "trainer.clip_norm or trainer.clip_value clips",
-    "on_before_optimizer_step": _HOOK.format("after_backward"),
-    "on_before_zero_grad": _HOOK.format("after_backward"),
-    "on_before_backward": _STEP,
-    "on_after_backward": _HOOK.format("after_backward"),
-    "on_fit_start": _HOOK.format("before_train"),
-    "on_fit_end": _HOOK.format("after_train"),
-    "on_train_start": _HOOK.format("before_train"),
-    "on_train_end": _HOOK.format("after_train"),
-    "on_train_batch_start": _HOOK.format("before_step"),
-    "on_train_batch_end": _HOOK.format("after_step"),
-    "on_train_epoch_start": _HOOK.format("before_step"),
-    "on_train_epoch_end": _HOOK.format("after_step"),
-    "on_validation_start": _EVALUATION,
-    "on_validation_end": _EVALUATION,
-    "on_validation_batch_start": _EVALUATION,
-    "on_validation_batch_end": _EVALUATION,
-    "on_validation_epoch_start": _EVALUATION,
-    "on_validation_epoch_end": _EVALUATION,
-    "on_validation_model_zero_grad": _EVALUATION,
-    "on_validation_model_eval": _EVALUATION,
-    "on_validation_model_train": _EVALUATION,
     "configure_callbacks": "name hooks in the configuration",
     "configure_sharded_model": "trainer.strategy=fsdp shards the model",
     "prepare_data": "prepare the data before training",
-    "teardown": _HOOK.format("after_train"),
     "on_before_batch_transfer": "let the data set collate, by get_batch",
     "transfer_batch_to_device": "a batch of tensors in lists and dicts is moved by the trainer",
-    "on_save_checkpoint": "keep the state in buffers, or in a hook's state_dict",
-    "on_load_checkpoint": "keep the state in buffers, or in a hook's state_dict",
+    "on_save_checkpoint": _STATE,
+    "on_load_checkpoint": _STATE,
 }
 
 
 def check_hooks(module: object) -> None:
-    """Raise ConfigError for the first hook that a module overrides and that would not be called."""
+    """Raise ConfigError for the first overridden hook that would not be called."""
     base = {n for c in type(module).__mro__ if _is_of_library(c) for n in vars(c)}
     known = {*CALLED, *REPLACED, *OTHER_COMMANDS, *REFUSED}
     found = sorted(name for name in base - known if name.startswith("on_") and name != "on_gpu")
-    unknown = dict.fromkeys(found, "this version of the hooks is not known")
+    unknown = dict.fromkeys(found, "this version of the hooks is unknown")
     for name, advice in (REFUSED | unknown).items():
         if overrides(module, name):
             raise ConfigError(
@@ -102,7 +91,7 @@ def check_hooks(module: object) -> None:
 
 
 def overrides(module: object, name: str) -> bool:
-    """Whether a module has a method that is not the one of its library."""
+    """Return whether a module overrides a method of its library."""
     if name in vars(module):
         return True
     owner = next((c for c in type(module).__mro__ if name in vars(c)), None)
@@ -114,7 +103,7 @@ def _is_of_library(cls: type) -> bool:
 
 
 class TrainerView:
-    """Stands for `self.trainer` of a module: progress and place among the ranks, read-only.
+    """`self.trainer` of a module: progress and ranks, read-only.
 
     Attributes:
         global_step: optimizer steps done.
@@ -129,12 +118,12 @@ class TrainerView:
 
     @property
     def loggers(self) -> list[Any]:
-        """None: scalars are logged by `self.log`, images by `distrain.get_event_storage()`."""
+        """Empty: `self.log` takes scalars, `distrain.get_event_storage()` images."""
         return []
 
     @property
     def current_epoch(self) -> int:
-        """Epochs done: `global_step // epoch_iters`.
+        """Finished epochs: `global_step // epoch_iters`.
 
         Raises:
             ConfigError: `epoch_iters` was not given.
@@ -167,21 +156,20 @@ class TrainerView:
         return topology().is_main
 
     def __getattr__(self, name: str) -> Any:
-        """Raise: nothing else of Lightning's Trainer exists."""
         if name.startswith("__"):
             raise AttributeError(name)
-        raise _NotThere(
+        raise _Missing(
             f"module: self.trainer.{name} does not exist here; available: global_step, "
             "current_epoch, global_rank, local_rank, world_size, is_global_zero"
         )
 
 
-class _NotThere(ConfigError, AttributeError):
-    """An attribute of the trainer that does not exist; `getattr(..., default)` works."""
+class _Missing(ConfigError, AttributeError):
+    """Missing attribute of the trainer; `getattr(..., default)` works."""
 
 
 def table() -> Mapping[str, str]:
-    """Return what becomes of each hook, by name."""
+    """Return the treatment of each hook, by name."""
     return {
         **{name: f"called {when}" for name, when in CALLED.items()},
         **{name: f"replaced {by}" for name, by in REPLACED.items()},

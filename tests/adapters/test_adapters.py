@@ -157,7 +157,7 @@ def test_a_schedule_of_epochs_resumes_where_it_was():
     [
         (lambda: LightningModel(nn.Linear(1, 1)), "Linear has no training_step"),
         (lambda: LightningModel(Line(automatic=False)), "automatic_optimization=False"),
-        (lambda: LightningModel(Line(), epoch_iters=0), "epoch_iters=0; it is at least 1"),
+        (lambda: LightningModel(Line(), epoch_iters=0), "epoch_iters=0: expected an integer >= 1"),
         (
             lambda: LightningModel(Line(scheduler={})).configure_optimizers(),
             "epoch_iters: expected a value",
@@ -172,8 +172,8 @@ def test_what_cannot_be_followed_is_said(make, text):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (lambda a, b: [a, b], "SGD, SGD; one optimizer is needed"),
-        (lambda a, b: None, "NoneType; one optimizer"),
+        (lambda a, b: [a, b], "SGD, SGD; expected one optimizer"),
+        (lambda a, b: None, "NoneType; expected one optimizer"),
         (
             lambda a, b: {
                 "optimizer": a,
