@@ -232,7 +232,7 @@ def test_a_command(line, compose, capfd):
         code = compose(*argv)
     elif module == "distrain.weights":
         Path(argv[-1]).unlink(missing_ok=True)
-        code = distrain.weights.read.main(argv)
+        code = distrain.cli.weights.main(argv)
     elif module == "distrain.checkpoint":
         from distrain.cli.checkpoint import main
 

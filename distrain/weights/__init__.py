@@ -1,1 +1,1 @@
-"""Model weights alone: read from anywhere, loaded into a model."""
+"""Model weights without the rest of a run: read, and load into a model."""

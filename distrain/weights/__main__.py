@@ -1,6 +1,6 @@
 """`python -m distrain.weights`."""
 
-from distrain.weights.read import main
+from distrain.cli.weights import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

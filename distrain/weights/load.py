@@ -1,4 +1,4 @@
-"""A new run that starts from the weights of another."""
+"""Load weights into a model: prefix, submodule, skipped and missing names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distrain.log import logger
 from distrain.weights.read import locate_weights, read_weights
 
 _SHOWN = 5  # names in an error
-_WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DDP and torch.compile
 
 
 def start_from(
@@ -32,18 +32,18 @@ def start_from(
     strict: bool = True,
     skip: Sequence[str] = (),
 ) -> None:
-    """Load a model's weights, of another run or of a file, and log on rank 0 what was taken.
+    """Load the weights of a run or file into a model; log a summary on rank 0.
 
-    Called by all ranks: rank 0 decides which checkpoint is the newest valid one.
+    A collective: rank 0 chooses the newest valid checkpoint.
 
     Args:
-        model: before it is wrapped; takes the weights in place.
-        weights: see `weights.locate_weights`.
-        ema: see `weights.read_weights`.
-        prefix: take the tensors whose names begin with it, without it: "model." of Lightning's.
-        into: the module of the model that takes them, such as "backbone"; None is the model.
-        strict: False lets tensors be that only one side has.
-        skip: patterns for names of tensors that are not taken, such as those of a new head.
+        model: not wrapped yet; loaded in place.
+        weights: path, see `locate_weights`.
+        ema: see `read_weights`.
+        prefix: load only tensors with this prefix, and remove it: "model." of Lightning.
+        into: submodule to load into, such as "backbone"; None for the model.
+        strict: False ignores missing and unexpected names.
+        skip: name patterns of tensors that are not loaded, such as those of a new head.
 
     Raises:
         ConfigError: there are no such weights, or they do not fit; one line with the names.
@@ -73,20 +73,20 @@ def start_from(
     target = _submodule(model, into) if into else model
     num, left = load_tensors(target, tensors, strict=strict, skip=skip)
     if topology().is_main:
-        rest = f"; as they were initialised: {_shown(left)}" if left else ""
+        rest = f"; not loaded, as initialised: {_shown(left)}" if left else ""
         logger.info("weights from %s: %d tensors%s", found, num, rest)
 
 
 def load_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool, skip: Sequence[str]
 ) -> tuple[int, list[str]]:
-    """Copy tensors into a model where names and shapes fit.
+    """Copy tensors into a model.
 
     Returns:
-        how many, and the names of the model's tensors that stay as they are.
+        Number of tensors copied, and names of the model's tensors that were not.
 
     Raises:
-        ConfigError: they do not fit; nothing was copied then.
+        ConfigError: names or shapes do not fit; nothing was copied.
     """
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     tensors = _unwrapped(tensors, own)
@@ -100,38 +100,38 @@ def load_tensors(
     if other_shape:
         shapes = [f"{n} {[*tensors[n].shape]} for {[*own[n].shape]}" for n in other_shape]
         raise ConfigError(
-            f"init.weights: tensors of another shape: {_shown(shapes)}; leave those of a new head "
-            f"as they are: init.skip=['{other_shape[0].rpartition('.')[0] or other_shape[0]}*']"
+            f"init.weights: tensors of another shape: {_shown(shapes)}; skip those of a new head: "
+            f"init.skip=['{other_shape[0].rpartition('.')[0] or other_shape[0]}*']"
         )
-    there = {own[name].data_ptr() for name in common if not is_lazy(own[name])}
-    # a shared tensor has several names, and files may hold one of them
+    loaded = {own[name].data_ptr() for name in common if not is_lazy(own[name])}
+    # a shared tensor has several names; the file may have only one of them
     missing = [
         name
         for name, tensor in own.items()
-        if name not in common | skipped and (is_lazy(tensor) or tensor.data_ptr() not in there)
+        if name not in common | skipped and (is_lazy(tensor) or tensor.data_ptr() not in loaded)
     ]
     unexpected = [name for name in tensors if name not in common | skipped]
     if not common or (strict and (missing or unexpected)):
         raise ConfigError(_mismatch(missing, unexpected, any_fits=bool(common)))
     if unexpected and topology().is_main:
-        logger.info("init.weights: not taken: %s", _shown(unexpected))
+        logger.info("init.weights: unexpected, not loaded: %s", _shown(unexpected))
     with torch.no_grad():
         model.load_state_dict({name: tensors[name] for name in common}, strict=False)
     return len(common), [name for name in own if name in skipped or name in missing]
 
 
 def _mismatch(missing: Sequence[str], unexpected: Sequence[str], *, any_fits: bool) -> str:
-    """Return the one line that says which names have no partner, and which are near."""
+    """Return the error about missing and unexpected names, with similar names."""
     parts = []
     if missing:
-        told = [f"{name} ({did_you_mean(name, unexpected, most=1)})" for name in missing]
-        parts.append(f"the model has, but they have not: {_shown(told if unexpected else missing)}")
+        hints = [f"{name} ({did_you_mean(name, unexpected, most=1)})" for name in missing]
+        parts.append(f"missing: {_shown(hints if unexpected else missing)}")
     if unexpected:
-        parts.append(f"they have, but the model has not: {_shown(unexpected)}")
-    hint = "init.skip=[PATTERN] leaves tensors out, init.strict=false all of these"
+        parts.append(f"unexpected: {_shown(unexpected)}")
+    hint = "init.skip=[PATTERN] skips tensors, init.strict=false all of these"
     if not any_fits:
-        hint = "no name is in both: see init.prefix and init.into"
-    return f"init.weights: {'; '.join(parts) or 'there are no tensors'}; {hint}"
+        hint = "no name is common: see init.prefix and init.into"
+    return f"init.weights: {'; '.join(parts) or 'it holds no tensors'}; {hint}"
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -145,7 +145,9 @@ def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> Mapping
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not found:
-        raise ConfigError(f"init.prefix={prefix!r} begins no name; {did_you_mean(prefix, tensors)}")
+        raise ConfigError(
+            f"init.prefix={prefix!r}: no name begins with it; {did_you_mean(prefix, tensors)}"
+        )
     return found
 
 

@@ -87,8 +87,8 @@ def renamed(given, old, new):
         (
             renamed(tensors(), "head.", "fc.head."),
             {},
-            ["they have not: head.weight (did you mean fc.head.weight?), head.bias (did you mean",
-             "the model has not: fc.head.weight, fc.head.bias", "init.strict=false"],
+            ["missing: head.weight (did you mean fc.head.weight?), head.bias (did you mean",
+             "unexpected: fc.head.weight, fc.head.bias", "init.strict=false"],
         ),
         (
             tensors(Model(classes=5)),
@@ -102,7 +102,7 @@ def renamed(given, old, new):
             {"skip": ["haed.*"]},
             ["init.skip='haed.*' matches no tensor; did you mean head."],
         ),
-        ({}, {}, ["they have not: body.0.weight"]),
+        ({}, {}, ["missing: body.0.weight"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line_and_copies_nothing(given, keywords, words):
@@ -130,7 +130,9 @@ def test_a_part_of_the_file_into_a_part_of_the_model(tmp_path):
     where = {"weights": str(tmp_path / "a.safetensors"), "prefix": "net.", "into": "backbone"}
     start_from(model, **where)
     assert torch.equal(model.backbone.head.bias, tensors()["head.bias"])
-    with pytest.raises(ConfigError, match="init.prefix='net_' begins no name; available: net."):
+    with pytest.raises(
+        ConfigError, match="init.prefix='net_': no name begins with it; available: net."
+    ):
         start_from(model, **{**where, "prefix": "net_"})
     with pytest.raises(
         ConfigError, match="init.into=backbon: the model has .*did you mean backbone"

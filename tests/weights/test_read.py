@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distrain.cli.weights import main
 from distrain.errors import ConfigError
-from distrain.weights.read import locate_weights, main, read_weights
+from distrain.weights.read import locate_weights, read_weights
 
 
 def saved(folder, *iterations, average=False):
@@ -95,7 +96,7 @@ def write_bad_files(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "there is no such file or folder; give a run's folder"),
+        ("nowhere", "there is no such file or folder; expected a run folder"),
         ("empty", "this folder holds no checkpoint"),
         ("a.safetensors", "not a safetensors file"),
         ("b.pt", "b.pt: "),
@@ -129,7 +130,7 @@ def test_the_command_writes_a_file_for_inference(tmp_path, capfd):
             assert opened.metadata() == {"format": "pt"}
     assert "2 tensors, 0.0 MB, of" in capfd.readouterr().out
     assert main([str(run), "-o", str(file)]) == 2
-    assert "is there already; give another name" in capfd.readouterr().err
+    assert "exists; give another name" in capfd.readouterr().err
     assert main([str(tmp_path / "none"), "-o", str(tmp_path / "x.safetensors")]) == 2
     assert main([str(run), "-o", str(tmp_path / "no" / "x.safetensors")]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -1,0 +1,66 @@
+"""`python -m distrain.weights`: write the weights of a run into one safetensors file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distrain.errors import ConfigError
+from distrain.files.atomic import replacing
+from distrain.weights.read import locate_weights, read_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distrain.weights",
+        description="Write the weights of a run's checkpoint into one safetensors file.",
+        epilog="Exit status: 0 written, 2 failed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run folder (its newest valid checkpoint), or a checkpoint folder",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--ema", metavar="NAME", help="take the average of this EMA hook")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = build_parser().parse_args(arguments)
+    output: Path = options.output
+    try:
+        if output.exists():
+            raise ConfigError(f"{output} exists; give another name")
+        source = locate_weights(options.run)
+        weights = read_weights(source, ema=options.ema)
+        _write(output, weights)
+    except (ConfigError, OSError) as error:
+        print(f"distrain: {error}", file=sys.stderr)
+        return 2
+    average = "" if options.ema is None else f", the average {options.ema}"
+    num_bytes = sum(t.numel() * t.itemsize for t in weights.values())
+    print(f"{output}: {len(weights)} tensors, {num_bytes / 1e6:.1f} MB, from {source}{average}")
+    return 0
+
+
+def _write(output: Path, weights: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # other libraries require this key and contiguous tensors
+    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
+    try:
+        with replacing(output) as scratch:
+            save_file(plain, scratch, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ConfigError(f"{output}: cannot be written: {error}") from error
