@@ -1,4 +1,4 @@
-"""Mask passwords, tokens and other secrets, found by the names of their keys, in what is shown."""
+"""Mask passwords, tokens and other secrets, recognised by their keys, in output and files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ MASK = "***"
 _SECRET = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|api_?key|access_key|private_key|credentials?)(_|$)"
 )
-# `token` and `auth` also name what is no secret: pad_token, token_dropout, auth: true
+# `token` and `auth` are not always secret: pad_token, token_dropout, auth: true
 _SECRET_TEXT = re.compile(r"(^|_)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)"
                           r"(token$|auth(_|$)|authorization(_|$))")  # fmt: skip
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _VALUE = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\$\{[^}]*\}|[^\s,{}\[\])'\"][^\s,}\])'\"]*"
 _PAIR = re.compile(rf"([\w.\-]+)(=|(?<=\w)['\"]?\s*:\s*)({_VALUE})")
-_LOOKED_UP = re.compile(r"['\"]?\$\{[^{}]*\}['\"]?")  # ${oc.env:NAME} names a secret, it is none
+_LOOKED_UP = re.compile(r"['\"]?\$\{[^{}]*\}['\"]?")  # ${oc.env:NAME} is only a reference
 
 
 def is_secret(key: str, value: Any = "") -> bool:
-    """Return whether the value of a dotted key is to be masked.
+    """Return whether the value of a dotted key must be masked; None and bools are no secrets.
 
     Example: `hooks.tracker.api_key` and `data.hf_token` are, `max_tokens` and `tokenizer` are not.
-
-    Args:
-        key: dotted.
-        value: None and bools are no secrets.
     """
     if value is None or isinstance(value, bool):
         return False
@@ -40,11 +36,11 @@ def is_secret(key: str, value: Any = "") -> bool:
 
 
 def masked(node: Any, key: str = "") -> Any:
-    """Return a configuration with its secrets, and those in URLs, masked. Tuples become lists.
+    """Return a configuration with its secrets, and those in URLs, masked; tuples become lists.
 
     Args:
         node: mappings, lists and values.
-        key: the dotted key of the node.
+        key: dotted key of the node.
     """
     if isinstance(node, Mapping):
         return {k: masked(v, f"{key}.{k}" if key else str(k)) for k, v in node.items()}
@@ -68,13 +64,13 @@ def masked_overrides(argv: Iterable[str]) -> list[str]:
 
 
 def masked_text(text: str, secrets: Iterable[str] = ()) -> str:
-    """Return a text in which secrets are masked: `secrets`, `key=value`, `key: value`, in URLs."""
+    """Return a text with its secrets masked: `secrets`, `key=value`, `key: value`, in URLs."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
 
     def hide(match: re.Match[str]) -> str:
         key, sign, value = match.groups()
-        # of a message that names a key, `api_key: expected a text`, nothing is hidden
+        # nothing is masked in a message about a key: `api_key: expected a text`
         is_message = ":" in sign and not value.startswith(("'", '"')) and "{" not in text
         if is_message or not is_secret(key, value):
             return f"{key}{sign}{_PAIR.sub(hide, value)}"  # as in `cannot log in: password=...`
@@ -86,7 +82,7 @@ def masked_text(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def secrets_of(argv: Iterable[str], conf: Mapping[str, Any] | None = None) -> set[str]:
-    """Return the secrets in arguments and in a configuration that are long enough to be found."""
+    """Return the secrets of at least 4 characters in arguments and in a configuration."""
     found: set[str] = set()
     for argument in argv:
         key, _, value = argument.partition("=")

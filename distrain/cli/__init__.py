@@ -1,1 +1,1 @@
-"""Commands; the only package that joins configuration, job and launcher."""
+"""Commands; the only package that combines configuration, job and launcher."""

@@ -13,16 +13,16 @@ VERIFY = "--verify-resume"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="python -m distrain.checkpoint",
         description="List and verify the checkpoints of a run, or compare those of two runs; with "
-        "--verify-resume, see whether an experiment resumes bit for bit.",
-        epilog="Exit status: 0 valid (and equal), 1 damaged or different, 2 nothing to look at.",
+        "--verify-resume, test whether an experiment resumes bit for bit.",
+        epilog="Exit status: 0 valid (and equal), 1 damaged or different, 2 no checkpoint.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/first")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/first")
     parser.add_argument(
-        "other", type=Path, metavar="RUN2", nargs="?", help="another run, to compare with"
+        "other", type=Path, metavar="RUN2", nargs="?", help="another run to compare with"
     )
     parser.add_argument(
         "--iteration",
@@ -34,25 +34,21 @@ def build_parser() -> argparse.ArgumentParser:
         VERIFY,
         action="store_true",
         help="instead of RUN, take the arguments of `python -m distrain`, train straight and "
-        f"interrupted, and compare; `{VERIFY} --help` says more",
+        f"interrupted, and compare; see `{VERIFY} --help`",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the command line asks for and return the exit status.
-
-    Args:
-        arguments: the command line, `sys.argv` if it is None.
-    """
+    """Run the command; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "unequal"
+        sys.stdout.reconfigure(errors="replace")  # terminals without "≠"
     try:
         if VERIFY in arguments:
-            from distrain.cli import verify_resume as verify
+            from distrain.cli import verify_resume
 
-            return verify.main([each for each in arguments if each != VERIFY])
+            return verify_resume.main([each for each in arguments if each != VERIFY])
         options = build_parser().parse_args(arguments)
         if options.other is None:
             return show(options.run, iteration=options.iteration)

@@ -1,8 +1,8 @@
-"""Checkpoints of one run as a table; digests of two checkpoints side by side."""
+"""Tables of checkpoints: all of a run, or the digests of two side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from distrain.checkpoint.format import iteration_of
 from distrain.checkpoint.retention import best_mark, known_best
 from distrain.run_layout import CHECKPOINTS
 
-DIGITS = 12  # of a digest: enough to tell parts apart
+DIGITS = 12  # of a digest
 
 
 class NothingFound(ValueError):
-    """A run has no checkpoint of the kind asked for; the text is one line for the user."""
+    """A run has no such checkpoint; the text is one line for the user."""
 
 
 def show(run: Path, *, iteration: int | None = None) -> int:
-    """Print all checkpoints of a run, and the digests of one; 1 if none is valid, else 0."""
+    """Print the checkpoints of a run and the digests of one; return 1 if none is valid, else 0."""
     folder = checkpoint_folder(run)
     found = [_describe(path) for path in find_all(folder, with_trained=True)]
     if not found:
@@ -28,9 +28,8 @@ def show(run: Path, *, iteration: int | None = None) -> int:
     print(f"{'iteration':>12} {'ranks':>6} {'size':>10}  state")
     for one in found:
         state = "valid" if one.valid else one.why_not
-        state += (
-            ", the end of the run is left" if one.is_end_left else best_mark(best, one.iteration)
-        )
+        left = ", the end of the run is left"
+        state += left if one.is_end_left else best_mark(best, one.iteration)
         print(f"{one.iteration:>12} {one.world_size or '?':>6} {_size(one.bytes):>10}  {state}")
     if iteration is None and not any(one.valid for one in found):
         return 1
@@ -42,14 +41,14 @@ def show(run: Path, *, iteration: int | None = None) -> int:
 
 
 def compare(run: Path, other: Path, *, iteration: int | None = None) -> int:
-    """Print the digests of two runs' checkpoints side by side; 0 if all are equal, else 1."""
-    left, right = (the_checkpoint(one, iteration=iteration) for one in (run, other))
+    """Print the digests of two runs side by side; return 0 if all are equal, else 1."""
+    left, right = (find_checkpoint(one, iteration=iteration) for one in (run, other))
     print_comparison(left, right, names=(str(run), str(other)))
     return 1 if differing(left, right) else 0
 
 
 def print_comparison(left: Found, right: Found, *, names: tuple[str, str]) -> None:
-    """Print the digests of two checkpoints side by side, under the names of their runs."""
+    """Print the digests of two checkpoints side by side."""
     rows = [("iteration", str(left.iteration), str(right.iteration))]
     for part in dict.fromkeys([*left.digests, *right.digests]):
         rows.append((part, left.digests.get(part, "-"), right.digests.get(part, "-")))
@@ -59,27 +58,28 @@ def print_comparison(left: Found, right: Found, *, names: tuple[str, str]) -> No
 
 
 def differing(left: Found, right: Found) -> list[str]:
-    """Return the names of what differs between two checkpoints: parts, or their iteration."""
+    """Return the names of the parts that differ, after "iteration" if that differs."""
     parts = dict.fromkeys([*left.digests, *right.digests])
     changed = [part for part in parts if left.digests.get(part) != right.digests.get(part)]
     return changed if left.iteration == right.iteration else ["iteration", *changed]
 
 
-def the_checkpoint(run: Path, *, iteration: int | None = None) -> Found:
-    """Return the newest valid checkpoint of a run, or the one of an iteration; see `choose`."""
-    return choose(run, _newest_first(run), iteration=iteration)
+def find_checkpoint(run: Path, *, iteration: int | None = None) -> Found:
+    """Return a checkpoint of a run, see `choose`; verify no more of them than needed."""
+    newest_first = map(_describe, reversed(find_all(checkpoint_folder(run))))
+    return choose(run, newest_first, iteration=iteration)
 
 
 def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found:
-    """Return the newest valid checkpoint, or the one of an iteration.
+    """Return the newest valid checkpoint, or that of an iteration.
 
     Args:
-        run: the run's folder.
+        run: folder of the run, for the error.
         found: its checkpoints, newest first.
-        iteration: the iteration; None for the newest valid one.
+        iteration: None for the newest valid one.
 
     Raises:
-        NothingFound: there is none, or it is damaged.
+        NothingFound: it is missing or damaged.
     """
     for one in found:
         if iteration is None and one.valid:
@@ -89,15 +89,15 @@ def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found
                 return one
             kind = one.why_not.partition(":")[0]
             raise NothingFound(f"{run}: the checkpoint of iteration {iteration} is {kind}")
-    what = "valid checkpoint" if iteration is None else f"checkpoint of iteration {iteration}"
-    raise NothingFound(f"{run}: no {what}")
+    missing = "valid checkpoint" if iteration is None else f"checkpoint of iteration {iteration}"
+    raise NothingFound(f"{run}: no {missing}")
 
 
 def checkpoint_folder(run: Path) -> Path:
-    """Return where a run's checkpoints are; `run` may also be that folder itself.
+    """Return the folder of a run's checkpoints; `run` may be that folder itself.
 
     Raises:
-        NothingFound: there is no such folder.
+        NothingFound: the folder of the run does not exist.
     """
     if not run.is_dir():
         raise NothingFound(f"{run}: no such run folder")
@@ -105,13 +105,8 @@ def checkpoint_folder(run: Path) -> Path:
     return folder if folder.is_dir() or not find_all(run) else run
 
 
-def _newest_first(run: Path) -> Iterator[Found]:
-    """Verify a run's checkpoints one after the other, for as long as the caller asks for more."""
-    return (_describe(path) for path in reversed(find_all(checkpoint_folder(run))))
-
-
 def _describe(path: Path) -> Found:
-    """Return the description of a checkpoint, or why it is damaged or cannot be read."""
+    """Describe a checkpoint; `why_not` begins with "damaged: " or "unreadable: "."""
     try:
         found = describe(path)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Completion of groups and keys in bash, for `distrain` and for `python -m distrain`.
+"""Bash completion of groups and keys for `distrain` and `python -m distrain`.
 
-Hydra's own script knows commands and scripts, but no `python -m`; what it offers is asked of it.
+Hydra's own script does not support `python -m`; this one queries Hydra for the candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INSTALL = r"""_distrain_complete()
     if [[ ${words[1]} == -m && ${words[2]} == distrain ]]; then
         command+=(-m distrain)
     elif [[ ${words[0]##*/} != distrain ]]; then
-        return  # python with something else: the files here
+        return  # python with another module: complete files
     fi
     [[ $line == *[[:space:]] ]] && words+=("")
     words=("${words[@]:${#command[@]}}")
@@ -49,11 +49,7 @@ unset -f _distrain_complete
 
 
 def script(argv: Sequence[str]) -> str | None:
-    """Return what bash is to evaluate; None if the arguments do not ask for that.
-
-    Args:
-        argv: of the command line.
-    """
+    """Return the bash script that the arguments ask for, None for other arguments."""
     if not any(flag in argv for flag in _FLAGS):
         return None
     if "install=bash" in argv:

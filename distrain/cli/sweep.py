@@ -1,4 +1,4 @@
-"""A sweep: the folder name of each of its runs, and one exit code for all."""
+"""Sweeps: folder names of their runs, and the exit code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SEVERITY = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.BAD_CONFIG, ExitCode.
 
 
 def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
-    """Return the name of a run's folder in its sweep, "" without a sweep.
+    """Return the folder name of a run in its sweep, "" without a sweep.
 
     Example: `-m +experiment=digits optim.lr=0.1,0.2` gives `optim.lr=0.1` and `optim.lr=0.2`.
 
     Args:
         hydra_conf: Hydra's own configuration of this run.
-        argv: the command's arguments; what they hold fixed is left out.
+        argv: arguments of the command; keys with one value are left out of the name.
     """
     from hydra.types import RunMode
 
@@ -35,13 +35,13 @@ def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
 
 
 def folder_name(text: str, *, shown: str | None = None) -> str:
-    """Return the text as a folder name: other signs than letters, digits and `._=,+-` are gone.
+    """Return a text as a folder name of letters, digits and `._=,+-`.
 
-    A hash keeps apart what would become equal. Example: "a/b=1" gives "a_b=1-5d0c5a".
+    A changed name ends in a hash of the text: "a/b=1" gives "a_b=1-5d0c5a".
 
     Args:
-        text: that is named.
-        shown: what of it may be seen; None: all.
+        text: to encode.
+        shown: the text with its secrets masked; None if there are none.
     """
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text if shown is None else shown)
     name = name[:_MAX_NAME].lstrip(".-")
@@ -51,12 +51,12 @@ def folder_name(text: str, *, shown: str | None = None) -> str:
 
 
 def worst(codes: Sequence[ExitCode]) -> ExitCode:
-    """Return the exit code that tells most about several runs; FINISHED for none."""
+    """Return the most severe exit code of several runs; FINISHED for none."""
     return max(codes, key=_SEVERITY.index, default=ExitCode.FINISHED)
 
 
 def _fixed_key(argument: str) -> str:
-    """Return the key of an argument such as `a.b=1`; "" for `a.b=1,2` and for anything else."""
+    """Return the key of an argument such as `a.b=1`; "" for `a.b=1,2` and others."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -165,7 +165,9 @@ def test_a_pickle_does_not_run(store: CheckpointStore, tmp_path: Path, stem: str
     for data in (pickle.dumps(Hostile(flag)), zipped.getvalue()):
         forge(path_of(store.folder, 200), **{stem: data})
         assert describe(path_of(store.folder, 200)).valid  # the forger made a manifest that fits
-        with pytest.raises(CheckpointDamaged, match=stem if stem == "state" else "cannot be decoded"):
+        with pytest.raises(
+            CheckpointDamaged, match=stem if stem == "state" else "cannot be decoded"
+        ):
             store.load(200)
     assert not flag.exists()
     pickle.loads(pickle.dumps(Hostile(flag)))  # the control: unpickled, it does run
