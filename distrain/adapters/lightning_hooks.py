@@ -26,16 +26,15 @@ REPLACED = {
     "train_dataloader": "by `data.train`",
     "val_dataloader": "by `data.eval`",
 }
+_MOMENTS = ("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_end")
 # Lightning's fit does not call them either
 OTHER_COMMANDS = (
-    *("test_step", "test_dataloader", "predict_step", "predict_dataloader"),
+    *("test_step", "test_dataloader", "on_test_model_train"),
+    *("predict_step", "predict_dataloader"),
     *(
         f"on_{command}_{moment}"
         for command in ("test", "predict")
-        for moment in (
-            *("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_end"),
-            *("model_eval", "model_train"),
-        )
+        for moment in (*_MOMENTS, "model_eval")
     ),
 )
 _STEP = "write the step as a distrain.TrainerBase with a run_step of its own"
@@ -60,10 +59,7 @@ REFUSED = {
     },
     **{
         f"on_validation_{moment}": _EVALUATION
-        for moment in (
-            *("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_end"),
-            *("model_zero_grad", "model_eval", "model_train"),
-        )
+        for moment in (*_MOMENTS, "model_zero_grad", "model_eval", "model_train")
     },
     "lr_scheduler_step": "give a schedule that steps once per iteration",
     "configure_gradient_clipping": "trainer.clip_norm or trainer.clip_value clips",

@@ -128,7 +128,7 @@ def test_the_command_writes_a_file_for_inference(tmp_path, capfd):
         assert load_file(file)["w"].tolist() == [[value] * 3] * 2
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-    assert "2 tensors, 0.0 MB, of" in capfd.readouterr().out
+    assert "2 tensors, 0.0 MB, from" in capfd.readouterr().out
     assert main([str(run), "-o", str(file)]) == 2
     assert "exists; give another name" in capfd.readouterr().err
     assert main([str(tmp_path / "none"), "-o", str(tmp_path / "x.safetensors")]) == 2
