@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def short_windows(monkeypatch):
     """Scalars are combined, and a stop is agreed on, after each period: not after a second."""
-    monkeypatch.setattr("distrain.events.reduction._TOGETHER_S", 0.0)
+    monkeypatch.setattr("distrain.events.reduction._TARGET_WINDOW_S", 0.0)
 
 
 @pytest.fixture(autouse=True)

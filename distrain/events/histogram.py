@@ -1,4 +1,4 @@
-"""Histograms of tensors: counted on their device, read back when they are written."""
+"""Histograms of tensors: counted on the device, read back when they are written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Histogram:
     """Counts of a tensor's values in bins of equal width.
 
     Attributes:
-        counts: (bins,) how many values fell into each bin.
-        edges: (bins + 1,) the borders of the bins, rising.
-        min: the smallest value. max: the largest. sum: of all values.
-        sum_squares: of all values. num: how many values.
+        counts: (bins,) number of values per bin.
+        edges: (bins + 1,) rising.
+        min, max, sum, sum_squares: of all values.
+        num: number of values.
     """
 
     counts: Floats
@@ -33,18 +33,18 @@ class Histogram:
 
 @dataclass(frozen=True)
 class PendingHistogram:
-    """A histogram still on its device.
+    """A histogram on its device.
 
     Attributes:
         packed: (bins + 5,) counts, then low edge, high edge, largest value, sum, sum of squares.
-        num: how many values were counted.
+        num: number of values.
     """
 
     packed: Tensor
     num: int
 
     def read(self) -> Histogram:
-        """Read it back from the device."""
+        """Copy the counts to the host."""
         packed = self.packed.cpu().double().numpy()
         counts, (low, high, largest, total, squares) = packed[:-5], packed[-5:].tolist()
         edges = np.linspace(low, high, len(counts) + 1)
@@ -52,16 +52,11 @@ class PendingHistogram:
 
 
 def count_values(values: Tensor, *, bins: int) -> PendingHistogram:
-    """Count the values of a tensor on its device, without reading anything back.
-
-    Args:
-        values: any shape, floating or integer, not empty.
-        bins: how many bins of equal width between the smallest and the largest value.
-    """
+    """Count the values of a tensor, which is not empty, on its device, without a read-back."""
     flat = values.detach().flatten().to(torch.float32)
     low, high = torch.aminmax(flat)
     width = torch.where(high > low, high - low, torch.ones_like(low))
-    # torch.histc would read a range given as tensors back to the host; scaled to [0, 1] it need not
+    # scaled to [0, 1], as torch.histc reads a range given as tensors back to the host
     counts = torch.histc((flat - low) / width, bins=bins, min=0.0, max=1.0)
     sums = torch.stack([low, low + width, high, flat.sum(), flat.square().sum()])
     return PendingHistogram(torch.cat([counts, sums]), flat.numel())

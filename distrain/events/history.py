@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain.checks import whole
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -16,14 +18,12 @@ class HistoryBuffer:
     """The values of one scalar with their iterations, newest last, bounded in length.
 
     Args:
-        max_length: how many of the newest values are kept for `values`, `avg` and `median`;
-            `global_avg` counts the older ones too.
+        max_length: number of newest values kept for `values`, `avg` and `median`; `global_avg`
+            includes the older ones.
     """
 
     def __init__(self, max_length: int = 10_000) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length={max_length}; a history keeps at least one value")
-        self._max_length = max_length
+        self._max_length = whole("max_length", max_length, least=1)
         self._values: Floats = np.empty(16)
         self._iterations: Ints = np.empty(16, dtype=np.int64)
         self._end = 0  # values lie in [max(0, end - max_length), end) of the arrays
@@ -31,12 +31,7 @@ class HistoryBuffer:
         self._sum = 0.0
 
     def update(self, value: float, iteration: int | None = None) -> None:
-        """Append one value; O(1) on average.
-
-        Args:
-            value: the value.
-            iteration: the iteration that it belongs to; None continues the count.
-        """
+        """Append one value of an iteration, None: the next one; O(1) on average."""
         if iteration is None:
             iteration = int(self._iterations[self._end - 1]) + 1 if self._end else 0
         self._reserve(1)
@@ -47,15 +42,10 @@ class HistoryBuffer:
         self._sum += value
 
     def extend(self, values: Floats, iterations: Ints) -> None:
-        """Append many values.
-
-        Args:
-            values: (n,) floats, oldest first.
-            iterations: (n,) their iterations.
-        """
+        """Append (n,) values, oldest first, with their (n,) iterations."""
         num = len(values)
         self._count += num
-        # one by one, so that the sum does not depend on how values were bundled
+        # one by one, so that the sum does not depend on the lengths of the appended parts
         self._sum = float(np.add.accumulate(np.concatenate([[self._sum], values]))[-1])
         values, iterations = values[-self._max_length :], iterations[-self._max_length :]
         self._reserve(len(values))
@@ -64,7 +54,7 @@ class HistoryBuffer:
         self._end += len(values)
 
     def _reserve(self, num: int) -> None:
-        """Make room behind the end: grow up to twice the bound, then drop what is out of it."""
+        """Make room at the end: grow up to twice the bound, then drop older values."""
         if self._end + num <= len(self._values):
             return
         start = max(0, self._end - self._max_length)
@@ -84,15 +74,16 @@ class HistoryBuffer:
 
     def latest(self) -> float:
         """Return the newest value; IndexError if there is none."""
-        if not self._end:
-            raise IndexError("the history is empty")
-        return float(self._values[self._end - 1])
+        return float(self._values[self._last()])
 
     def latest_iteration(self) -> int:
         """Return the iteration of the newest value; IndexError if there is none."""
+        return int(self._iterations[self._last()])
+
+    def _last(self) -> int:
         if not self._end:
             raise IndexError("the history is empty")
-        return int(self._iterations[self._end - 1])
+        return self._end - 1
 
     def values(self) -> list[tuple[float, int]]:
         """Return the kept `(value, iteration)` pairs, oldest first."""
@@ -108,11 +99,11 @@ class HistoryBuffer:
         return float(np.median(self.arrays()[0][-window_size:]))
 
     def global_avg(self) -> float:
-        """Return the mean of all values ever put, those no longer kept included."""
+        """Return the mean of all values ever put."""
         return self._sum / self._count
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the kept values and the sums over all."""
+        """Return the kept values, and count and sum of all."""
         values, iterations = self.arrays()
         return {
             "values": values.copy(),
@@ -122,7 +113,7 @@ class HistoryBuffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the place of the buffer whose `state_dict` this is."""
+        """Restore the state of `state_dict`."""
         self._end = 0
         self.extend(np.asarray(state["values"]), np.asarray(state["iterations"]))
         self._count, self._sum = state["count"], state["sum"]

@@ -1,4 +1,4 @@
-"""Names of scalars that one rank has and others may not, told through a key-value store."""
+"""Exchange new scalar names between ranks through the key-value store of the process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _instances = itertools.count()
 
 
 class Store(Protocol):
-    """What is used of torch.distributed's key-value stores."""
+    """The methods used of a torch.distributed.Store."""
 
     def add(self, key: str, amount: int, /) -> int:
         """Add to a counter and return it."""
@@ -26,12 +26,8 @@ class Store(Protocol):
         """Get a key, waiting until it is set."""
 
 
-class SharedNames:
-    """What all ranks tell each other of new names; each builds the same number of these.
-
-    Args:
-        store: that of the process group.
-    """
+class NameExchange:
+    """New names of all ranks. Every rank creates the same number of these, in the same order."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -42,7 +38,7 @@ class SharedNames:
         return "/".join([self._prefix, str(self._num_read), *map(str, parts)])
 
     def publish(self, kinds: Mapping[str, ScalarKind]) -> None:
-        """Tell this rank's new names; equal lists of many ranks are stored once."""
+        """Publish this rank's new names; equal lists of several ranks are stored once."""
         text = json.dumps(kinds, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         if self._store.add(self._key(digest), 1) == 1:
@@ -50,10 +46,10 @@ class SharedNames:
             self._store.set(self._key("list", slot), text)
 
     def read(self) -> dict[str, ScalarKind]:
-        """Return what any rank told since the last `read`.
+        """Return the names that any rank published since the last `read`.
 
-        Called by all ranks after a collective that each entered after its `publish`, so all is
-        there and all read the same.
+        Called by all ranks after a collective that each entered after its `publish`, so all lists
+        are stored and all ranks read the same.
 
         Raises:
             ValueError: two ranks put one name with different settings.

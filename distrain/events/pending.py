@@ -1,4 +1,4 @@
-"""What one rank puts, a row an iteration, before it is combined over ranks."""
+"""Scalars recorded on this rank, one row per iteration, not reduced yet."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DTYPE = attrgetter("dtype")
 
 
 class ScalarKind(NamedTuple):
-    """How one scalar is treated.
+    """The settings of one scalar.
 
     Attributes:
         reduce: its operation over ranks.
         smoothing_hint: whether writers may show a median over iterations.
-        is_loss: whether training stops when it is not finite on any rank.
+        is_loss: training stops if it is not finite on any rank.
     """
 
     reduce: Operation
@@ -43,12 +43,12 @@ class ScalarRow:
     """The scalars of one iteration; a name is in `floats` or in `tensors`.
 
     Attributes:
-        iteration: the iteration.
-        floats: by name.
-        tensors: by name, which of the elements of all blocks, one block behind the other.
-        blocks: detached tensors that are our own, in the order in which they were put.
+        iteration: of all its values.
+        floats: values by name.
+        tensors: positions by name, among the elements of all concatenated blocks.
+        blocks: detached tensors without aliases, in the order in which they were put.
         num_elements: of all blocks.
-        counts: by name, the weight in the mean where one was given.
+        counts: weights in the mean by name, where given.
     """
 
     iteration: int
@@ -62,20 +62,20 @@ class ScalarRow:
         return name in self.floats or name in self.tensors
 
     def is_empty(self) -> bool:
-        """Whether nothing was put."""
+        """Return whether nothing was put."""
         return not self.floats and not self.tensors
 
     def put_float(self, name: str, value: float) -> None:
-        """Put a float; it takes the place of what had the name."""
+        """Put a float; an earlier value of the name is replaced."""
         self.floats[name] = value
         if self.tensors:
             self.tensors.pop(name, None)
 
     def put_block(self, block: Tensor, *names: str) -> None:
-        """Put the elements of a tensor; they take the place of what had the names.
+        """Put the elements of a tensor; earlier values of the names are replaced.
 
         Args:
-            block: (num_names,), or () for one name; detached, and nobody else's.
+            block: (num_names,), or () for one name; detached and without aliases.
             names: of its elements, in order.
         """
         begin = self.num_elements
@@ -87,36 +87,25 @@ class ScalarRow:
                 del self.floats[name]
 
     def read(self) -> dict[str, float]:
-        """Return all values by name; tensors are read back for it."""
+        """Return all values by name; tensors are read back."""
         elements = [value for block in self.blocks for value in block.flatten().tolist()]
         return self.floats | {name: float(elements[at]) for name, at in self.tensors.items()}
 
 
 class RowGroup(NamedTuple):
-    """Rows of one rank that hold the same names, oldest first.
-
-    Attributes:
-        names: of n scalars.
-        rows: there are R.
-        values: (R, n).
-    """
+    """R rows of one rank that hold the same n names, oldest first; `values` is (R, n)."""
 
     names: tuple[str, ...]
     rows: Sequence[ScalarRow]
     values: Floats
 
 
-def read_blocks(rows: Iterable[ScalarRow]) -> list[Tensor]:
-    """Return all blocks that the rows point into, in order."""
-    return [block for row in rows for block in row.blocks]
-
-
 def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
-    """Bundle rows of the same names: in most windows that is one group, or two.
+    """Group rows by their names: in most windows that is one group, or two.
 
     Args:
         rows: of one rank.
-        host: the elements of all their blocks, one after the other.
+        host: the concatenated elements of all their blocks.
     """
     bundles: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[ScalarRow, int]]] = {}
     begin = 0
@@ -135,49 +124,39 @@ def group_rows(rows: Sequence[ScalarRow], host: Floats) -> list[RowGroup]:
             ).reshape(len(bundle), -1)
         if tensors:
             places: Ints | list[list[int]] = np.arange(len(tensors), dtype=np.int64)
-            if any(row.num_elements != len(tensors) for row in bundle):  # something was put twice
+            if any(row.num_elements != len(tensors) for row in bundle):  # a name was put twice
                 places = [list(row.tensors.values()) for row in bundle]
             values[:, len(floats) :] = host[np.array(begins)[:, None] + places]
         groups.append(RowGroup((*floats, *tensors), bundle, values))
     return groups
 
 
-def own_copy(name: str, value: Tensor) -> Tensor:
-    """Copy a tensor of one element into a detached tensor of its shape on its device.
-
-    Raises:
-        ValueError: it has more elements, or none.
-    """
+def detached_copy(name: str, value: Tensor) -> Tensor:
+    """Copy a tensor on its device; ValueError if it has not exactly one element."""
     return _detached(name, value).clone()
 
 
 def _detached(name: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
-        raise ValueError(f"{name}: a scalar has one element, not shape {[*value.shape]}")
+        raise ValueError(f"{name}: expected a tensor with one element, not shape {[*value.shape]}")
     return value.detach()
 
 
-def meeting_device(tensors: Iterable[Tensor]) -> torch.device:
-    """Return where to bring tensors together: the host only if all are there.
-
-    A copy to it that nobody waits for may be read before it has arrived.
-    """
+def common_device(tensors: Iterable[Tensor]) -> torch.device:
+    """Return a CUDA device if any tensor is on one, else the CPU."""
+    # a non-blocking copy to the CPU could be read before it has arrived
     return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 
 
 def stack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Copy tensors of one element into a detached (n,) tensor; one operation if they are alike.
-
-    Raises:
-        ValueError: one has more elements, or none.
-    """
+    """Copy tensors into a detached (n,) tensor; ValueError if one has not exactly one element."""
     alike = list(tensors.values())
     if len(set(map(_DTYPE, alike))) == 1:
-        with suppress(RuntimeError):  # of several shapes, or on several devices
+        with suppress(RuntimeError):  # several shapes or devices
             block = torch.stack(alike).detach()
             if block.numel() == len(alike):
                 return block.flatten()
-    device = meeting_device(alike)
+    device = common_device(alike)
     alike = [_detached(name, tensor).reshape(()) for name, tensor in tensors.items()]
     return torch.stack([t.to(device, torch.float64, non_blocking=True) for t in alike])
 
@@ -188,5 +167,5 @@ def flatten(blocks: Sequence[Tensor]) -> Tensor:
         if len({block.shape for block in blocks}) == 1:
             return torch.stack(list(blocks)).to(torch.float64).flatten()
         return torch.cat([block.flatten() for block in blocks]).to(torch.float64)
-    device = meeting_device(blocks)
+    device = common_device(blocks)
     return torch.cat([b.flatten().to(device, torch.float64, non_blocking=True) for b in blocks])

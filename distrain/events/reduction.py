@@ -1,19 +1,18 @@
-"""Scalars over ranks: nothing on an ordinary step, two small collectives a window.
+"""Windowed reduction: no collective on most steps, two asynchronous all-reduces per window.
 
-A window is a run of iterations that all ranks agree on. At its end every rank packs the scalars of
-all its iterations into two vectors (see `packing`) and starts two asynchronous all-reduces, a sum
-and a maximum. Nothing grows with the number of ranks. The stages are a step apart, so that nobody
-waits: copy to the host, send, read. Stop requests ride in the maximum, and so does the time of a
-step, from which all ranks compute the same length for the next window: as many periods as pass in
-a second, so that short steps are charged as little as long ones, or part of a slow period.
+A window is a range of iterations that all ranks agree on. At its end every rank packs the scalars
+of all its iterations into two buffers (see `columns`) and starts two all-reduces, a sum and a
+maximum, whose size does not grow with the number of ranks. The stages are one step apart, so that
+none waits: copy to the host, send, read. The maximum also carries stop requests and the time of a
+step, from which all ranks compute the same length of the next window: the periods that pass in one
+second, or a part of a slow period.
 
-Whatever a window's length depends on, training does not. An early stop, which code sets by what it
-finds in training, is agreed on where a period ends, by a maximum of its own that all wait for; a
-stop request that is there by then rides along.
+The length of a window depends on the clock, training does not: an early stop, which code sets by
+results of training, is agreed on at the end of a period, by a blocking maximum of its own.
 
-Ranks may put different names. A name travels from the window after the one in which it was first
-put, for all ranks must pack alike: whoever has new names publishes them in the process group's
-key-value store and sets a bit in the maximum; when the bit comes back all ranks read the same list.
+Ranks may put different names, but must pack alike. So a name is sent from the window after its
+first one on: a rank with new names publishes them in the key-value store and sets a bit in the
+maximum; when the bit is received, all ranks read the same list.
 """
 
 from __future__ import annotations
@@ -30,39 +29,39 @@ from torch import Tensor
 
 from distrain.errors import NonFiniteLoss
 from distrain.events.columns import Columns
-from distrain.events.exact_sum import join, split
+from distrain.events.float_encoding import join, split
 from distrain.events.history import Floats, Ints
 from distrain.events.history_store import Block
-from distrain.events.name_exchange import SharedNames, Store
+from distrain.events.name_exchange import NameExchange, Store
+from distrain.events.nonfinite import describe_nonfinite, nonfinite_losses, ranks_with_nonfinite
 from distrain.events.pending import (
     RowGroup,
     ScalarKind,
     ScalarRow,
     flatten,
     group_rows,
-    read_blocks,
 )
 from distrain.events.storage import EventStorage, Spread
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
 
-_HEADER = 3  # stop request, first iteration of new names (negative), nanoseconds of a step
+_HEADER_LENGTH = 3  # stop request, negative first iteration of new names, nanoseconds per step
 _NO_NEW_NAMES = np.iinfo(np.int64).min
-_TOGETHER_S = 1.0  # periods of fast steps come together for so long
-_MAX_VALUES = 2**16  # of a window of several periods: half a megabyte, and as much of weights
-_STOP_WITHIN_S = 1.5  # of windows; with the two steps of the stages it makes about two seconds
-_MAX_ARRIVED = 2**17  # floats: on a rank that nobody asks they would pile up
-_SLOW_STEP_S = 0.5  # from here on a blocking collective is no cost, and a stop should not wait
+_TARGET_WINDOW_S = 1.0  # of several periods, where steps are fast
+_MAX_WINDOW_VALUES = 2**16  # of several periods: 0.5 MB of values, 0.5 MB of weights
+_MAX_WINDOW_S = 1.5  # with the two steps of the stages a stop takes about 2 s
+_MAX_ARRIVED_FLOATS = 2**17  # not folded yet: no writer of this rank may ever ask for them
+_SLOW_STEP_S = 0.5  # from here on windows are completed at once: waiting is cheap, a stop is due
 
 
 @dataclass
 class _Window:
-    """A window on its way: iterations [since, last] and what became of this rank's rows."""
+    """A window in flight: iterations [since, last] and this rank's rows, stage by stage."""
 
     since: int
     last: int
     rows: list[ScalarRow]
-    host: Tensor  # the values of all blocks, float64 on the host once `copied` has passed
+    host: Tensor  # the values of all blocks, float64, on the host after `copied`
     copied: torch.cuda.Event | None
     groups: Sequence[RowGroup] = ()
     local: Sequence[Block] = ()
@@ -72,13 +71,13 @@ class _Window:
 
 
 class _Arrived(NamedTuple):
-    """What is kept of a window that has come back until it is folded.
+    """A reduced window that is not in the histories yet.
 
     Attributes:
         iterations: (T,).
-        sums: the vector that all ranks summed up.
-        extremes: that of maxima, without its header.
-        local: scalars that did not travel.
+        sums: the buffer of the sum.
+        extremes: the buffer of the maximum, without its header.
+        local: scalars that are not reduced.
     """
 
     iterations: Ints
@@ -88,25 +87,26 @@ class _Arrived(NamedTuple):
 
 
 class ScalarReduction:
-    """Combines the scalars of an EventStorage over ranks, a window at a time.
+    """Reduces the scalars of an EventStorage over ranks, one window at a time.
 
     All methods are called by all ranks at the same iterations, from the training thread.
 
     Args:
-        storage: where scalars come from and go to.
-        period: iterations from one row of the writers to the next. A window ends where `period`
-            divides the number of iterations done, or before.
+        storage: source of rows and destination of reduced values.
+        period: iterations from one row of the writers to the next. A window ends at the latest
+            where `period` divides the number of iterations done.
         first_iter: the first iteration of this run.
-        rank: of this process. world_size: how many there are.
-        group: the process group of the collectives, of its own (gloo); None if world_size is 1.
-        store: where new names are published; None if world_size is 1.
+        rank: of this process.
+        world_size: number of ranks.
+        group: a gloo process group for these collectives alone; None if world_size is 1.
+        store: for new names; None if world_size is 1.
         stop_on_nonfinite: raise NonFiniteLoss when a loss is not finite on any rank.
 
     Attributes:
-        stop: what all ranks agreed on: NO_STOP, STOP_EARLY or STOP_REQUESTED.
-        stop_request: what this rank asks for: STOP_REQUESTED, soon by the clock; or NO_STOP.
-        combined_iter: the last iteration that the histories hold whole.
-        step_s: seconds of one step, the mean over the last window on the slowest rank.
+        stop: as agreed by all ranks: NO_STOP, STOP_EARLY or STOP_REQUESTED.
+        stop_request: of this rank: STOP_REQUESTED, soon by the clock; or NO_STOP.
+        combined_iter: the last iteration that is completely reduced.
+        step_s: seconds per step, the mean over the last window on the slowest rank.
     """
 
     def __init__(
@@ -129,23 +129,23 @@ class ScalarReduction:
         self._period = period
         self._rank, self._world_size = rank, world_size
         self._group = group
-        self._names = None if store is None else SharedNames(store)
+        self._exchange = None if store is None else NameExchange(store)
         self._stop_on_nonfinite = stop_on_nonfinite
         self._columns = Columns()
-        self._held: list[ScalarRow] = []  # rows of names that not all ranks know yet
+        self._held: list[ScalarRow] = []  # values of names without a column yet
         self._since = self._close_at = first_iter
         self._window: _Window | None = None
-        self._arrived: list[_Arrived] = []  # what nobody has asked for yet
+        self._arrived: list[_Arrived] = []
         self._sent_time, self._sent_iter = time.perf_counter(), first_iter - 1
-        storage.combined_by_trainer = True
+        storage.is_reduced_by_trainer = True
         storage.fold_arrived = self.fold_arrived
         storage.spread_of = self._spread
 
     def advance(self, iteration: int) -> None:
-        """Move what is in flight on by one stage; called early in every iteration's end.
+        """Move the window in flight on by one stage; called after every step, before hooks.
 
         Raises:
-            NonFiniteLoss: a loss of the window is not finite; on all ranks alike.
+            NonFiniteLoss: a loss of the window is not finite; raised on all ranks.
         """
         if self._window is not None:
             if self._window.sums is None:
@@ -154,9 +154,9 @@ class ScalarReduction:
                 self._finish(self._window, iteration)
 
     def close_if_due(self, iteration: int) -> None:
-        """Close the window if it ends with this iteration; called when all scalars are put.
+        """Close the window if it ends with this iteration; at the end of a period agree on a stop.
 
-        Where a period ends, agree on a stop.
+        Called after every step, when all scalars are put.
         """
         if iteration >= self._close_at and self._window is None:
             self._close(iteration)
@@ -164,27 +164,27 @@ class ScalarReduction:
                 self._complete(iteration)
         if (iteration + 1) % self._period == 0:
             self._share_stop()
-            if self._storage.early_stop:  # also if a request came meanwhile: training is over
+            if self._storage.early_stop:  # also after a request: training is over
                 self.stop = STOP_EARLY
 
     def drain(self, iteration: int) -> None:
-        """Combine all that was put, now, waiting for it: before a checkpoint and at the end.
+        """Reduce all values put so far and wait: before a checkpoint and at the end.
 
         Raises:
             NonFiniteLoss: as in `advance`.
         """
         self._complete(iteration)
         self._close(iteration)
-        if self._complete(iteration):  # new names: their values have not travelled yet
+        if self._complete(iteration):  # the values of new names are still held
             self._close(iteration)
             self._complete(iteration)
-        self._share_stop()  # an early stop is saved: the run that resumes from here stops, too
+        self._share_stop()  # an early stop is saved: a run that resumes from here stops too
 
     def _share_stop(self) -> None:
-        """Set early_stop and the stop by request where any rank asks for them."""
+        """Set early_stop and the requested stop on all ranks if any rank has them."""
         request = self.stop_request
         if self._world_size > 1:
-            # waiting, for a rank must not begin the next iteration before it knows
+            # blocking: no rank may begin the next iteration before it has the result
             asked = torch.tensor([bool(self._storage.early_stop), request], dtype=torch.uint8)
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
             early, request = asked.numpy().tolist()
@@ -192,7 +192,7 @@ class ScalarReduction:
         self.stop = max(self.stop, request)
 
     def _complete(self, iteration: int) -> bool:
-        """Bring what is in flight home, waiting; return whether names were learnt from it."""
+        """Finish the window in flight, if any, and wait; return whether names were learned."""
         window, num_names = self._window, len(self._columns.kinds)
         if window is None:
             return False
@@ -206,8 +206,7 @@ class ScalarReduction:
         rows = self._held + self._storage.take_rows()
         self._held = []
         host, copied = torch.empty(0, dtype=torch.float64), None
-        blocks = read_blocks(rows)
-        if blocks:
+        if blocks := [block for row in rows for block in row.blocks]:
             host = flatten(blocks)
             if host.device.type == "cuda":
                 packed = host
@@ -217,16 +216,16 @@ class ScalarReduction:
                 copied.record()
         self._window = _Window(self._since, iteration, rows, host, copied)
 
-    @np.errstate(invalid="ignore")  # values may be anything; losses that are not finite are told
+    @np.errstate(invalid="ignore")  # of any values; losses that are not finite are reported
     def _send(self, window: _Window) -> None:
-        """Stage 2: lay the rows out and start the collectives."""
+        """Stage 2: pack the rows and start the all-reduces."""
         if window.copied is not None:
-            window.copied.synchronize()  # the device has a younger step queued, so it stays busy
+            window.copied.synchronize()  # the device stays busy: a later step is queued
         kinds = self._storage.kinds
         window.groups = groups = group_rows(window.rows, window.host.numpy())
         new = self._columns.unknown(groups, kinds)
-        if new and self._names is not None:
-            self._names.publish(new)
+        if new and self._exchange is not None:
+            self._exchange.publish(new)
         elif new:
             self._learn(new)
         unrolled = self._columns.unroll(groups, kinds, since=window.since, last=window.last)
@@ -238,7 +237,7 @@ class ScalarReduction:
         header = np.array([self.stop_request, held, int(step_s * 1e9)], dtype=np.int64)
         extremes = self._columns.pack_extremes(unrolled, self._rank)
         sums = self._columns.pack_sums(unrolled)
-        if self._world_size > 2:  # or the last bits would depend on the window's length
+        if self._world_size > 2:  # else the last bits depend on the window's length
             sums = split(sums)
         window.sums = torch.from_numpy(sums)
         window.extremes = torch.from_numpy(np.concatenate([header, extremes]))
@@ -252,60 +251,64 @@ class ScalarReduction:
             window.works = [work for work in works if work is not None]
 
     def _finish(self, window: _Window, iteration: int) -> None:
-        """Stage 3: read what all ranks agreed on."""
+        """Stage 3: read the results."""
         for work in window.works:
             work.wait()
         assert window.sums is not None
         assert window.extremes is not None
         self._window = None
-        stop, held, step_ns = window.extremes[:_HEADER].tolist()
+        stop, held, step_ns = window.extremes[:_HEADER_LENGTH].tolist()
         iterations = np.arange(window.since, window.last + 1)
-        sums, extremes = window.sums.numpy(), window.extremes.numpy()[_HEADER:]
+        sums, extremes = window.sums.numpy(), window.extremes.numpy()[_HEADER_LENGTH:]
         self._arrived.append(_Arrived(iterations, sums, extremes, window.local))
         with np.errstate(invalid="ignore"):
             is_finite = np.isfinite(sums.sum())
         bad: dict[str, int] = {}  # losses that are not finite -> first such iteration
-        if not is_finite or len(self._arrived) * len(sums) > _MAX_ARRIVED:
+        if not is_finite or len(self._arrived) * len(sums) > _MAX_ARRIVED_FLOATS:
             bad = self.fold_arrived()
         self.stop = max(self.stop, stop)
         self.step_s = step_ns / 1e9
-        self._since, combined_iter = window.last, window.last  # late hooks put to the last one
-        if held != _NO_NEW_NAMES and self._names is not None:
-            self._learn(self._names.read())
+        # the next window begins with the last iteration: late hooks may put more of it
+        self._since, combined_iter = window.last, window.last
+        if held != _NO_NEW_NAMES and self._exchange is not None:
+            self._learn(self._exchange.read())
             self._since, combined_iter = -held, -held - 1
         self.combined_iter = max(self.combined_iter, combined_iter)
         self._close_at = max(iteration, self._next_close(window.last))
         if bad and self._stop_on_nonfinite:
-            raise NonFiniteLoss(self._describe(bad, window.groups))
+            ranks = ranks_with_nonfinite(bad, window.groups, self._group, self._world_size)
+            raise NonFiniteLoss(describe_nonfinite(bad, ranks, self._world_size))
 
     def _next_close(self, last: int) -> int:
         """Return the iteration that ends the next window; the same on all ranks."""
         step_s = max(self.step_s, 1e-9)
-        to_boundary = self._period - (last + 1) % self._period
-        to_stop = max(1, int(_STOP_WITHIN_S / step_s))
-        if to_boundary > to_stop:
-            return last + to_stop
-        most = min(int(_TOGETHER_S / step_s), _MAX_VALUES // max(1, len(self._columns.kinds)))
-        more_periods = max(0, most - to_boundary) // self._period
-        return last + to_boundary + more_periods * self._period
+        to_period_end = self._period - (last + 1) % self._period
+        longest = max(1, int(_MAX_WINDOW_S / step_s))
+        if to_period_end > longest:
+            return last + longest
+        most = min(
+            int(_TARGET_WINDOW_S / step_s), _MAX_WINDOW_VALUES // max(1, len(self._columns.kinds))
+        )
+        more_periods = max(0, most - to_period_end) // self._period
+        return last + to_period_end + more_periods * self._period
 
     def _learn(self, kinds: Mapping[str, ScalarKind]) -> None:
-        self.fold_arrived()  # it was packed with the columns of before
+        self.fold_arrived()  # these windows were packed with the old columns
         self._columns.learn(kinds)
 
     @np.errstate(invalid="ignore")
     def fold_arrived(self) -> dict[str, int]:
-        """Let the histories have the windows that have come back; the storage calls it when asked.
+        """Append the reduced windows to the histories; the storage calls this before it is read.
 
         Returns:
-            The losses that are not finite, with the first iteration in which they are not.
+            Each loss that is not finite -> the first iteration in which it is not.
         """
         arrived, self._arrived = self._arrived, []
         bad: dict[str, int] = {}
         if arrived:
             for block in self._unpack(arrived):
                 self._storage.fold(block, self._columns.kinds)
-                bad = _losses_not_finite(block, self._storage.kinds) | bad
+                bad = nonfinite_losses(block, self._storage.kinds) | bad
         return bad
 
     def _unpack(self, windows: Sequence[_Arrived]) -> Iterator[Block]:
@@ -321,36 +324,3 @@ class ScalarReduction:
     def _spread(self, name: str) -> Spread:
         self.fold_arrived()
         return self._columns.spread(name)
-
-    def _describe(self, bad: Mapping[str, int], groups: Sequence[RowGroup]) -> str:
-        """Say which losses are not finite, since when and on which ranks; a collective."""
-        ranks = [0]
-        if self._world_size > 1:
-            mine = torch.tensor(
-                [
-                    not np.isfinite(group.values[:, group.names.index(name)]).all()
-                    for group in groups
-                    for name in bad
-                    if name in group.names
-                ]
-            ).any()[None]
-            all_ranks = [torch.empty_like(mine) for _ in range(self._world_size)]
-            dist.all_gather(all_ranks, mine, group=self._group)
-            ranks = [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
-        return (
-            f"{', '.join(bad)} not finite from iteration {min(bad.values())} on, on "
-            f"rank {', '.join(map(str, ranks))} of {self._world_size}; no checkpoint was saved "
-            "since. Lower optim.lr, clip gradients (trainer.clip_norm=1.0), look at the data, or "
-            "leave such updates out (trainer.nonfinite=skip)"
-        )
-
-
-def _losses_not_finite(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str, int]:
-    """Return the losses that are not finite, with the first iteration in which they are not."""
-    if np.isfinite(block.values.sum()):
-        return {}
-    return {
-        name: int(block.iterations[~np.isfinite(values)][0])
-        for name, values in zip(block.names, block.values.T, strict=True)
-        if kinds[name].is_loss and not np.isfinite(values).all()
-    }

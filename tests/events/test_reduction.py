@@ -242,7 +242,7 @@ def random_names_with_a_gather(rank, windows):
 )
 def test_random_names_on_random_ranks_equal_a_gather(monkeypatch, windows, together_s):
     monkeypatch.setattr(
-        "distrain.events.reduction._TOGETHER_S", together_s
+        "distrain.events.reduction._TARGET_WINDOW_S", together_s
     )  # 0: each window is short
     first, *others = run_ranks(random_names_with_a_gather, 4, windows, timeout_s=280)
     assert first > 1_000

@@ -167,7 +167,7 @@ def be_rank(rank, port, shares_gpu, folder, pipe):
     }
     if shares_gpu:
         os.environ |= {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"}
-    reduction._TOGETHER_S = 0.0  # each window of 5 steps travels by itself
+    reduction._TARGET_WINDOW_S = 0.0  # each window of 5 steps travels by itself
     with process_group(timeout_s=120), numerics(deterministic=True, float32_matmul=None):
         for check in CHECKS:
             place = Path(folder, check.__name__)

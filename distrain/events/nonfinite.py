@@ -1,0 +1,62 @@
+"""Losses of a reduced window that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distrain.events.history_store import Block
+from distrain.events.pending import RowGroup, ScalarKind
+
+
+def nonfinite_losses(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str, int]:
+    """Return each loss that is not finite -> the first iteration in which it is not."""
+    if np.isfinite(block.values.sum()):
+        return {}
+    return {
+        name: int(block.iterations[~np.isfinite(values)][0])
+        for name, values in zip(block.names, block.values.T, strict=True)
+        if kinds[name].is_loss and not np.isfinite(values).all()
+    }
+
+
+def ranks_with_nonfinite(
+    names: Mapping[str, int],
+    groups: Sequence[RowGroup],
+    group: dist.ProcessGroup | None,
+    world_size: int,
+) -> list[int]:
+    """Return the ranks that put values of the names that are not finite; a collective.
+
+    Args:
+        names: of losses.
+        groups: the rows of this rank.
+        group: the process group.
+        world_size: number of ranks.
+    """
+    if world_size == 1:
+        return [0]
+    mine = torch.tensor(
+        [
+            not np.isfinite(rows.values[:, rows.names.index(name)]).all()
+            for rows in groups
+            for name in names
+            if name in rows.names
+        ]
+    ).any()[None]
+    all_ranks = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(all_ranks, mine, group=group)
+    return [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
+
+
+def describe_nonfinite(names: Mapping[str, int], ranks: Sequence[int], world_size: int) -> str:
+    """Return the error message: losses, first iteration, ranks, fixes."""
+    return (
+        f"{', '.join(names)} not finite from iteration {min(names.values())} on, on rank "
+        f"{', '.join(map(str, ranks))} of {world_size}; no checkpoint was saved since. Lower "
+        "optim.lr, clip gradients (trainer.clip_norm=1.0), check the data, or skip such updates "
+        "(trainer.nonfinite=skip)"
+    )
