@@ -18,13 +18,7 @@ from distrain.run_layout import PROFILE
 from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
-_NAMES = {
-    Phase.DATA: "data",
-    Phase.FORWARD: "forward",
-    Phase.BACKWARD: "backward",
-    Phase.OPTIMIZER: "optimizer",
-    Phase.HOOKS: "hooks",
-}
+_PHASES = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.HOOKS)
 
 
 class TorchProfiler(HookBase):
@@ -158,9 +152,8 @@ class _Ranges:
 
     def beat(self, phase: int) -> None:
         self.end()
-        name = _NAMES.get(Phase(phase))
-        if name is not None:
-            self._open = record_function(name)
+        if phase in _PHASES:
+            self._open = record_function(Phase(phase).name.lower())
             self._open.__enter__()
 
     def end(self) -> None:
