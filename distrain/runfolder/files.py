@@ -1,4 +1,4 @@
-"""The small files of a run's folder: written whole and synced; unreadable is not damaged."""
+"""Read run.yaml and command.json. A file that cannot be read is not a damaged one."""
 
 from __future__ import annotations
 
@@ -12,36 +12,24 @@ import yaml
 from distrain.errors import ConfigError, RunFailed, RunRefused
 from distrain.files.retry import read_file, unreadable
 
-# errors that are for the user to mend: space, quota, permissions, a path that is none
+# errors that the user can fix: space, quota, permissions, a wrong path
 _OF_USER = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EINVAL,
-    }
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT"),
+        *("ENOTDIR", "EEXIST", "ELOOP", "ENAMETOOLONG", "EINVAL"),
+    )
 )
 
 
-def cannot_use(run_dir: Path, error: OSError, what: str = "") -> ConfigError | RunFailed:
-    """Return the exception for a run folder that cannot be used.
-
-    Returns:
-        ConfigError if the user can mend it, RunFailed if the storage fails.
-    """
-    text = f"run.dir={run_dir}: {what}{error.strerror or error}"
+def cannot_use(run_dir: Path, error: OSError, action: str = "") -> ConfigError | RunFailed:
+    """Return ConfigError for an error that the user can fix, RunFailed if the storage fails."""
+    text = f"run.dir={run_dir}: {action}{error.strerror or error}"
     return ConfigError(text) if error.errno in _OF_USER else RunFailed(text)
 
 
 def read_bytes(path: Path) -> bytes | None:
-    """Return the content of a file, None if there is none.
+    """Return the content of a file, None if it does not exist.
 
     Raises:
         RunFailed: it cannot be read.
@@ -55,7 +43,7 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def read_frozen(path: Path) -> dict[str, Any] | None:
-    """Return the frozen configuration in a run.yaml, None if there is none.
+    """Return the configuration in a run.yaml, None if it does not exist.
 
     Raises:
         RunFailed: it cannot be read, or is damaged.
@@ -73,7 +61,7 @@ def read_frozen(path: Path) -> dict[str, Any] | None:
 
 
 def read_starts(path: Path) -> list[Any] | None:
-    """Return the starts in a command.json, [] if there is none; None if it is damaged.
+    """Return the starts in a command.json, [] if it does not exist, None if it is damaged.
 
     Raises:
         RunFailed: it cannot be read.

@@ -1,12 +1,11 @@
-"""The folder of a run: who may use it, and what was frozen into it at the start.
+"""RunFolder: claim the folder of a run, freeze its configuration, record its starts.
 
 ::
 
-    run.yaml       the resolved configuration, secrets masked; its `_target_`s are code
-    command.json   each start: the command, the versions, the commit, the keys that were changed,
-                   and how it ended
-    git.diff       what differed from that commit
-    lock           held by the process that runs the ranks, and by them
+    run.yaml       resolved configuration, secrets masked; its `_target_`s are code
+    command.json   each start: command, versions, commit, changed keys, end
+    git.diff       difference from that commit
+    lock           held by the process that starts the ranks, and by the ranks
     logs/ checkpoints/ tensorboard/ metrics.jsonl      written by the ranks
 """
 
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -43,24 +41,24 @@ from distrain.runfolder.provenance import git_state, start_record
 
 FREE_KEYS = (
     *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
-    *("trainer.strategy", "trainer.fsdp"),  # where the state lies; sums may round differently
+    *("trainer.strategy", "trainer.fsdp"),  # sharding of the state; sums may round differently
 )
-"""Keys that may change between two starts of a run: they do not change what is computed."""
+"""Keys that may change between two starts of a run: they do not change the computation."""
 
 HORIZON_KEYS = ("trainer.max_iter", "schedule.max_iters")
-"""Keys that may change too: a run may be made longer."""
+"""Keys that may change, too: a run may be extended."""
 
 _MODE = 0o600  # diffs and arguments may hold what other users must not read
 
 
 class RunFolder:
-    """A run's folder, held by this process until the end of the `with`.
+    """Folder of a run, locked by this process until the end of the `with`.
 
     Attributes:
         path: absolute.
-        is_new: whether this start has made it.
-        done_iter: iterations of the newest valid checkpoint, if they are all that was asked for.
-        notices: what the user should be told.
+        is_new: whether this start created the run.
+        done_iter: iterations of the newest valid checkpoint, if no iteration is left.
+        notices: messages for the user.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -69,30 +67,25 @@ class RunFolder:
         self.is_new = False
         self.done_iter: int | None = None
         self.notices: list[str] = []
-        self._made: list[Path] = []
-        self._others: set[str] = set()
-        self._before: dict[Path, bytes | None] = {}
-        self._secrets: set[str] = set()  # of the configuration: not to be written
+        self._created: list[Path] = []  # folders
+        self._others: set[str] = set()  # names of files that were there before
+        self._before: dict[Path, bytes | None] = {}  # earlier contents of overwritten files
+        self._secrets: set[str] = set()
         self._lock = -1
 
     def __enter__(self) -> RunFolder:
         try:
-            self._made = _make(self.path)
+            self._created = _create(self.path)
             had_lock = (self.path / LOCK_FILE).exists()
             self._lock = lock.hold(self.path)
             self._others = set(os.listdir(self.path)) - (set() if had_lock else {LOCK_FILE})
         except OSError as error:
-            self._remove_made()
+            self._remove_created()
             raise cannot_use(self.path, error) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None and issubclass(kind, ConfigError):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConfigError):
             self._undo()
         os.close(self._lock)
 
@@ -104,17 +97,17 @@ class RunFolder:
         overrides: Sequence[str] | None = None,
         is_restart: bool = False,
     ) -> None:
-        """Write down what this start is about to do, if the folder is right for it.
+        """Check that the folder fits this start, then write run.yaml, command.json and git.diff.
 
         Args:
-            conf: the resolved configuration.
-            argv: the command's arguments.
-            overrides: those of this very run, of a sweep; None: the arguments.
-            is_restart: another program has started the run again by itself.
+            conf: resolved configuration.
+            argv: arguments of the command.
+            overrides: overrides of this run in a sweep; None for the arguments.
+            is_restart: a cluster restarted the run, not the user.
 
         Raises:
-            ConfigError: the folder holds something else; nothing was written then.
-            RunFailed: what it holds cannot be read; nothing was written then.
+            ConfigError: the folder does not fit; nothing was written.
+            RunFailed: its files cannot be read; nothing was written.
         """
         frozen = read_frozen(self.path / CONFIG_FILE)
         changed: dict[str, list[Any]] = {}
@@ -132,7 +125,7 @@ class RunFolder:
             return
         starts = self._earlier_starts()
         if self.is_new or changed:
-            head = "# What this run trains, resolved. Its _target_s are code.\n"
+            head = "# Resolved configuration of this run. Its _target_s are code.\n"
             self._write(CONFIG_FILE, head + yaml.safe_dump(masked(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(masked_overrides(argv), git) | {"changed": changed}
@@ -142,18 +135,18 @@ class RunFolder:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
             self._write(name, git.diff)
             record["git"]["diff"] = name
-        self._write(STARTS_FILE, json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
+        self._write(STARTS_FILE, _rendered([*starts, record]))
 
     def _earlier_starts(self) -> list[Any]:
-        """Return the starts in command.json; a damaged one is kept under another name."""
+        """Return the starts in command.json; rename a damaged one."""
         file = self.path / STARTS_FILE
         if (starts := read_starts(file)) is None:
             aside = file.rename(file.with_name(f"command-damaged-{os.urandom(3).hex()}.json"))
-            self.notices.append(f"{file} is damaged and begins again; it is now {aside.name}")
+            self.notices.append(f"{file} is damaged and was renamed to {aside.name}")
         return starts or []
 
     def watch(self, start: Callable[[], ExitCode]) -> ExitCode:
-        """Return what `start` returns, which runs the ranks; note in command.json how it ended."""
+        """Return `start()`, which runs the ranks; record its end in command.json."""
         try:
             code = start()
         except BaseException as error:
@@ -171,24 +164,24 @@ class RunFolder:
             starts = read_starts(file)
             if starts:
                 starts[-1]["end"] = {"time": now, "code": int(code), "why": why}
-                text = json.dumps({"starts": starts}, indent=1) + "\n"
-                retried(lambda: atomic.write(file, text.encode(), mode=_MODE))
+                data = _rendered(starts).encode()
+                retried(lambda: atomic.write(file, data, mode=_MODE))
         except (OSError, RunFailed) as error:  # must not hide how the run ended
-            print(f"distrain: {file}: the end of the run is not noted: {error}", file=sys.stderr)
+            print(f"distrain: {file}: the end of the run was not written: {error}", file=sys.stderr)
 
     def _check_new(self, conf: Mapping[str, Any]) -> None:
-        """Check that a folder without a run is empty, and may be new."""
+        """Check that a folder without a run is empty, and that `resume` allows a new run."""
         others = sorted(n for n in os.listdir(self.path) if n != LOCK_FILE and n[0] != ".")
         if others:
             raise ConfigError(
                 f"run.dir={self.path}: this folder holds no run, but {', '.join(others[:3])}; "
-                "give a new one"
+                "give another one"
             )
         if conf["resume"] == "must":
-            raise ConfigError(f"resume=must: {self.path} holds no run; resume=auto begins one")
+            raise ConfigError(f"resume=must: {self.path} holds no run; resume=auto starts one")
 
     def _check_used(self, conf: Mapping[str, Any], *, is_restart: bool) -> None:
-        """Check that a run may be continued."""
+        """Check that `resume` allows to continue the run."""
         if conf["resume"] == "never" and not is_restart:
             raise ConfigError(
                 f"resume=never: {self.path} holds a run; give another run.name, or resume=auto to "
@@ -196,16 +189,16 @@ class RunFolder:
             )
         if conf["resume"] == "must" and not find_all(self.path / CHECKPOINTS, with_trained=True):
             raise ConfigError(
-                f"resume=must: {self.path} holds no checkpoint; resume=auto begins anew"
+                f"resume=must: {self.path} holds no checkpoint; resume=auto starts at iteration 0"
             )
 
     def _check_same(
         self, conf: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> dict[str, list[Any]]:
-        """Return the keys that differ from the frozen ones, each with its old and new value.
+        """Return the changed keys, each with its old and new value.
 
         Raises:
-            ConfigError: one of them may not.
+            ConfigError: one of them may not change.
         """
         changed = differences(_with_defaults(masked(frozen)), masked(conf))
         moved = {key for key, values in changed.items() if is_data_path(key, *values)}
@@ -218,8 +211,9 @@ class RunFolder:
             ]
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
             raise ConfigError(
-                f"{self.path} holds a run of another configuration ({', '.join(lines[:5])}{more}); "
-                "give another run.name, or the old values to continue it"
+                f"run.dir={self.path}: this run has another configuration "
+                f"({', '.join(lines[:5])}{more}); give another run.name, or the old values to "
+                "continue it"
             )
         for key, (old, new) in changed.items():
             if key in HORIZON_KEYS or key in moved:
@@ -227,10 +221,10 @@ class RunFolder:
         return {key: list(values) for key, values in changed.items()}
 
     def _write(self, name: str, text: str) -> None:
-        """Write a file whole, and remember what was there.
+        """Write a file, and keep its earlier content for `_undo`.
 
         Raises:
-            ConfigError: the folder does not take it: a full disk, a quota.
+            ConfigError: full disk, quota, permissions.
             RunFailed: the storage fails.
         """
         path = self.path / name
@@ -241,90 +235,86 @@ class RunFolder:
             raise cannot_use(self.path, error, f"{name} cannot be written: ") from error
 
     def _undo(self) -> None:
-        """Leave the folder as this start has found it, unless a checkpoint came of it."""
+        """Restore the folder as it was, unless this start saved a checkpoint."""
         try:
             self._restore()
-        except OSError as error:  # the mistake itself is what the user must see
-            print(f"distrain: {self.path} is not as it was before: {error}", file=sys.stderr)
+        except OSError as error:  # must not hide the mistake
+            print(f"distrain: {self.path} could not be restored: {error}", file=sys.stderr)
 
     def _restore(self) -> None:
         if CONFIG_FILE in self._others:
             for path, content in self._before.items():
                 if content is None:
                     path.unlink(missing_ok=True)
-                elif read_bytes(path) != content:  # in place, a full disk would empty it
+                elif read_bytes(path) != content:
                     atomic.write(path, content, mode=_MODE)
             return
         if find_all(self.path / CHECKPOINTS, with_trained=True):
             return
         for path in self.path.iterdir():
             if path.name in self._others:
-                continue  # it was there before: not ours
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        self._remove_made()
+        self._remove_created()
 
-    def _remove_made(self) -> None:
-        """Remove the folders that this start has made."""
-        for path in reversed(self._made):
+    def _remove_created(self) -> None:
+        for path in reversed(self._created):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
 
 def await_run(run_dir: str | Path, *, timeout_s: float = 600.0) -> None:
-    """Wait until another process has frozen the run.
-
-    Args:
-        run_dir: the run folder.
-        timeout_s: network file systems may be half a minute late.
-
-    Raises:
-        ConfigError: there is still none.
-    """
+    """Wait until another process has written run.yaml; ConfigError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not Path(run_dir, CONFIG_FILE).exists():
         if time.monotonic() > deadline:
-            raise ConfigError(f"run.dir={run_dir}: rank 0 has made no run in {timeout_s:g} s")
+            raise ConfigError(f"run.dir={run_dir}: rank 0 started no run within {timeout_s:g} s")
         time.sleep(0.1)
 
 
 def _with_defaults(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a frozen configuration with the keys that did not exist yet when it was written."""
-    with contextlib.suppress(ConfigError):  # it has keys that exist no more: these are told
+    """Return a frozen configuration with the keys of later versions."""
+    with contextlib.suppress(ConfigError):  # it has keys of earlier versions: reported as changed
         return schema.check(dict(frozen))
     return frozen
 
 
 def _done_iter(path: Path, max_iter: int) -> int | None:
-    """Return the iterations of the newest valid checkpoint if nothing is left to do.
+    """Return the iterations of the newest valid checkpoint if no iteration is left.
 
-    ConfigError if it has more than are asked for.
+    Raises:
+        ConfigError: it has more than `max_iter`.
     """
     checkpoints = path / CHECKPOINTS
-    # names are enough to know that something is left; contents are read only if nothing is
+    # most starts end here: names are enough to know that iterations are left
     found = retried(lambda: find_all(checkpoints))
     if not found or (iteration_of(found[-1].name) or 0) < max_iter:
         return None
     newest = newest_valid(checkpoints)
-    if newest is None or newest.is_end_left:
+    if newest is None or newest.is_end_left or newest.iteration < max_iter:
         return None
-    # one of another run, or without a model, is for the ranks to pass over
-    if newest is None or newest.iteration < max_iter or MODEL_PART not in newest.digests:
-        return None
-    if read_run_id(str(checkpoints)) not in (None, newest.run_id):
+    # the ranks skip a checkpoint of another run or without a model
+    is_own = read_run_id(str(checkpoints)) in (None, newest.run_id)
+    if not is_own or MODEL_PART not in newest.digests:
         return None
     if newest.iteration > max_iter:
-        done = (
-            f"trainer.max_iter={max_iter}: the run has done {newest.iteration} iterations already"
+        raise ConfigError(
+            f"trainer.max_iter={max_iter}: expected more than {newest.iteration}, the iterations "
+            "that are done"
         )
-        raise ConfigError(f"{done}; expected more than {newest.iteration} to go on")
     return newest.iteration
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder; return the folders that were not there, outermost first."""
+def _rendered(starts: Sequence[Any]) -> str:
+    """Return the text of command.json."""
+    return json.dumps({"starts": starts}, indent=1) + "\n"
+
+
+def _create(path: Path) -> list[Path]:
+    """Create a folder with its parents; return those created, outermost first."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     return missing[::-1]

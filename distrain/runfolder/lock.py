@@ -1,7 +1,6 @@
-"""The lock of a run's folder: one command at a time, and a clear word to the second.
+"""Exclusive lock of a run folder; errors name the process that holds it.
 
-Ranks that are forked inherit the lock of the process that starts them: while one of them lives,
-nobody else can have it.
+Forked ranks inherit the lock: it is held until the last of them has ended.
 """
 
 from __future__ import annotations
@@ -22,18 +21,15 @@ from distrain.files.regular import open_regular
 from distrain.files.retry import is_definite
 from distrain.run_layout import LOCK_FILE
 
-_BEGIN = b'{"pid": '  # of the lock's text
-_ENDING_S = 15.0  # the ranks of a killed command may still hold the lock for a moment
+_BEGIN = b'{"pid": '  # first bytes of the lock file
+_ENDING_S = 15.0  # longest wait for the ranks of a killed command
 
 
 def hold(path: Path) -> int:
-    """Return the descriptor of a folder's lock, which this process holds until it closes it.
-
-    Args:
-        path: the run folder.
+    """Lock a run folder; return the descriptor, which holds the lock until it is closed.
 
     Raises:
-        ConfigError: somebody has it, or a file of that name is somebody's own.
+        ConfigError: another process holds the lock, or the file `lock` is not a lock file.
     """
     file = path / LOCK_FILE
     deadline = time.monotonic() + _ENDING_S
@@ -50,7 +46,9 @@ def hold(path: Path) -> int:
             finally:
                 os.close(fd)
             if _is_alive(holder) or time.monotonic() > deadline:
-                raise ConfigError(f"run.dir={path}: {_who(holder)} runs here already") from None
+                raise ConfigError(
+                    f"run.dir={path}: {_described(holder)} runs here already"
+                ) from None
             time.sleep(0.1)
             continue
         except OSError as error:
@@ -59,7 +57,7 @@ def hold(path: Path) -> int:
             return fd  # a file system without locks
         if os.path.exists(file) and os.path.samestat(os.fstat(fd), os.stat(file)):
             break
-        os.close(fd)  # its owner has just removed it
+        os.close(fd)  # its holder just removed it
     try:
         if not _is_ours(fd):
             raise _not_ours(path)
@@ -73,19 +71,16 @@ def hold(path: Path) -> int:
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Return who holds a folder's lock (pid, host, since), as far as it is known; None for nobody.
-
-    Args:
-        path: the run folder.
+    """Return pid, host and since of the process that holds the lock, as far as known, or None.
 
     Raises:
-        OSError: it cannot be read: a process may hold it or not.
+        OSError: the lock file cannot be read: a process may hold it or not.
     """
     try:
         fd = open_regular(path / LOCK_FILE)
     except OSError as error:
         if is_definite(error):
-            return None  # none, or what no process can hold: a folder, a pipe
+            return None  # no file, or one that cannot be locked: a folder, a pipe
         raise
     try:
         found = _holder(fd)
@@ -94,7 +89,7 @@ def holder(path: Path) -> dict[str, Any] | None:
         raise
     try:
         if found.get("host") == socket.gethostname() and not _is_alive(found):
-            return None  # not asked for the lock: that could disturb one who is just taking it
+            return None  # without a try to lock: it could make `hold` of another process fail
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return found
@@ -112,7 +107,7 @@ def _not_ours(path: Path) -> ConfigError:
 
 
 def _is_ours(fd: int) -> bool:
-    """Say whether a lock's text is one that a command wrote, or the machine's end cut short."""
+    """Return whether the lock file was written by `hold`, perhaps cut short by a power loss."""
     text = os.pread(fd, 4096, 0).strip(b"\0")
     return _BEGIN.startswith(text[: len(_BEGIN)])
 
@@ -126,7 +121,7 @@ def _holder(fd: int) -> dict[str, Any]:
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool:
-    """Say whether the process that took the lock is there; if we cannot know, it is."""
+    """Return whether the holder is alive, or its state is unknown."""
     if holder.get("host") != socket.gethostname():
         return bool(holder)
     try:
@@ -138,7 +133,7 @@ def _is_alive(holder: Mapping[str, Any]) -> bool:
     return True
 
 
-def _who(holder: Mapping[str, Any]) -> str:
+def _described(holder: Mapping[str, Any]) -> str:
     if not holder:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"

@@ -1,4 +1,4 @@
-"""Where a run came from: the command, the versions, the state of the user's git repository."""
+"""Provenance of a run: command, versions, state of the git repository."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ from typing import Any
 _PACKAGES = ("distrain", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _MAX_DIFF_BYTES = 5_000_000
 LEFT_OUT = "left out:"
-"""Beginning of a diff that was too long to keep."""
+"""First words in place of a diff that is too long."""
 
 
 @dataclass(frozen=True)
 class GitState:
-    """A git repository as it is now.
-
-    Attributes:
-        commit: the hash of HEAD.
-        untracked: files that git neither knows nor ignores.
-        diff: what differs from HEAD, "" if nothing does.
-    """
+    """State of a git repository: hash of HEAD, untracked files, diff from HEAD."""
 
     commit: str
     untracked: list[str]
@@ -36,12 +30,7 @@ class GitState:
 
 
 def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
-    """Return what is worth knowing of a start, as JSON values.
-
-    Args:
-        argv: the command's arguments.
-        git: see `git_state`.
-    """
+    """Return the JSON record of a start of the command `argv`."""
     return {
         "argv": list(argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,11 +47,7 @@ def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
 
 
 def git_state(folder: str) -> GitState | None:
-    """Return the state of the git repository around a folder; None if there is none.
-
-    Args:
-        folder: any folder in it.
-    """
+    """Return the state of the git repository around a folder, None without one."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -74,7 +59,7 @@ def git_state(folder: str) -> GitState | None:
 
 
 def _git(folder: str, *arguments: str) -> str | None:
-    """Return what git prints; None where it fails, is missing or takes too long."""
+    """Return the output of git, None if it fails, is missing or takes too long."""
     env = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_PAGER": "cat"}
     command = ["git", "-C", folder, *arguments]
     try:
@@ -96,5 +81,5 @@ def _version(package: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user without a name in a container
         return str(os.getuid())

@@ -1,4 +1,4 @@
-"""Notice that a run's folder is deleted, moved or unmounted while the run goes on."""
+"""FolderWatch: detect that a run folder is deleted, moved or unmounted during the run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ import time
 from distrain.errors import RunRefused
 from distrain.log import logger
 
-LOOK_S = 20.0  # between two looks
-WARN_S = 60.0  # between two warnings
+LOOK_S = 20.0  # between checks
+WARN_S = 60.0  # between warnings
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class FolderWatch:
-    """Looks at a folder from a thread of its own, inside `with`; logs a warning while it is gone.
-
-    Args:
-        folder: exists now.
-    """
+    """Thread that checks inside `with` that a folder exists, and logs a warning if not."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        # kept open, so that the number of the folder is not given to another one
+        # kept open, so that its inode number is not used again
         self._fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._inode = os.fstat(self._fd).st_ino
         self._was_gone = False
@@ -36,7 +32,7 @@ class FolderWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()  # not joined: on a dead file system a look may take for ever
+        self._end.set()  # not joined: a check may block forever on a dead file system
         self._was_gone = self.is_gone()
         os.close(self._fd)
 
@@ -46,11 +42,11 @@ class FolderWatch:
             raise RunRefused(self.line())
 
     def is_gone(self) -> bool:
-        """Whether the path no longer leads to the folder that it led to."""
+        """Return whether the path leads to another folder or none."""
         try:
             return os.stat(self._folder).st_ino != self._inode
         except OSError as error:
-            return error.errno in _MISSING  # of others nothing is known
+            return error.errno in _MISSING  # other errors say nothing of the folder
 
     def _look(self) -> None:
         warned = float("-inf")
@@ -61,7 +57,7 @@ class FolderWatch:
                 logger.warning("%s", self.line())
 
     def line(self) -> str:
-        """Return the line about a folder that is gone."""
+        """Return the message about a missing folder."""
         return (
             f"run.dir={self._folder}: this folder is gone (deleted, moved or unmounted since the "
             "start); metrics and checkpoints written since then are not in it"

@@ -104,7 +104,7 @@ def test_a_new_folder_holds_the_configuration_and_the_command(tmp_path):
     assert folder.is_new
     assert folder.done_iter is None
     text = (folder.path / "run.yaml").read_text()
-    assert text.startswith("# What this run trains")
+    assert text.startswith("# Resolved configuration")
     assert yaml.safe_load(text)["optim"] == {"lr": 0.1, "betas": [0.9, 0.99]}
     (start,) = starts(folder.path)
     assert start["argv"] == ["optim.lr=0.1"]
@@ -251,7 +251,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (mine / "deep").mkdir(parents=True)
     (mine / "thesis.txt").write_text("all of it")
     (mine / "deep" / "x").write_text("x")
-    with pytest.raises(ConfigError, match="holds no run, but deep, thesis.txt; give a new one"):
+    with pytest.raises(ConfigError, match="holds no run, but deep, thesis.txt; give another one"):
         freeze(mine)
     assert contents(mine) == {mine / "thesis.txt": b"all of it", mine / "deep" / "x": b"x"}
     assert sorted(os.listdir(mine)) == ["deep", "thesis.txt"]
@@ -380,7 +380,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path):
 
 
 def test_other_ranks_wait_for_a_run_until_they_do_not(tmp_path):
-    with pytest.raises(ConfigError, match=r"rank 0 has made no run in 0.1 s"):
+    with pytest.raises(ConfigError, match=r"rank 0 started no run within 0.1 s"):
         await_run(tmp_path, timeout_s=0.1)
     await_run(freeze(tmp_path / "a").path, timeout_s=0.1)
 
@@ -426,7 +426,7 @@ def test_fewer_iterations_than_are_done_are_refused_and_change_nothing(tmp_path)
     path = freeze(tmp_path / "a", trainer__max_iter=150).path
     checkpoints(path / "checkpoints", 150)
     before = contents(path)
-    words = "trainer.max_iter=50: the run has done 150 iterations already; expected more than 150"
+    words = "trainer.max_iter=50: expected more than 150, the iterations that are done"
     with pytest.raises(ConfigError, match=words):
         freeze(path, trainer__max_iter=50)
     assert contents(path) == before
