@@ -29,6 +29,7 @@ from distrain.distributed.ranks import local_device
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.optim.optimizer import clip_gradients, start_momentum
+from distrain.scalar_names import GRAD_NORM
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
 from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
@@ -205,9 +206,9 @@ class Trainer(TrainerBase):
         if self.grad_norm is None:
             return
         if self._scales:  # an overflow is no failure: the scaler leaves the update out by itself
-            self.storage.put_scalar("grad_norm", self.grad_norm)
+            self.storage.put_scalar(GRAD_NORM, self.grad_norm)
         else:
-            self.storage.put_losses({"grad_norm": self.grad_norm})
+            self.storage.put_losses({GRAD_NORM: self.grad_norm})
 
     def _may_update(self, losses: Mapping[str, Tensor]) -> bool:
         """Whether the update may be applied: the same on all ranks, as the gradients are."""
