@@ -1,8 +1,7 @@
-"""Where a rank is, left in memory that its agent reads: no message, no lock, no thread.
+"""Heartbeat of a rank: phase and iteration in shared memory, which its agent reads.
 
-A rank that is stopped or stuck in a collective can say nothing any more; what it wrote last is
-still there. The file is gone from the folder as soon as the rank has opened it, and lives on in
-both processes.
+No message, lock or thread: the last record of a rank that is suspended or stuck in a collective can
+still be read. The rank unlinks the file when it has opened it; both processes keep it mapped.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import NamedTuple, Protocol
 VARIABLE = "DISTRAIN_HEARTBEAT"
 """Environment variable with the path of a rank's file."""
 
-# Native: each field is one aligned store of 8 bytes. The phase comes first: half a beat may look
-# like END with the iteration before, but never like a phase of the loop with the end's iteration.
+# Native: each field is one aligned store of 8 bytes. The phase comes first: half a record may read
+# as END with the iteration before, but never as a phase of the loop with the end's iteration.
 _RECORD = struct.Struct("@qqdq")
 _pack, _now = _RECORD.pack_into, time.monotonic
 
@@ -29,7 +28,7 @@ NUM_BYTES = _RECORD.size
 
 
 class Phase(IntEnum):
-    """What a rank does, in the order of one iteration."""
+    """Phase of a rank, in the order of one iteration."""
 
     NONE = 0
     START = 1
@@ -44,12 +43,12 @@ class Phase(IntEnum):
 
 
 class Beat(NamedTuple):
-    """What a rank wrote last.
+    """Last record of a rank.
 
     Attributes:
-        iteration: the current one; the number of those done, in END.
-        phase: NONE before the first beat.
-        time_s: of the beat, on this machine's monotonic clock.
+        iteration: current one; in END the number of iterations done.
+        phase: NONE before the first record.
+        time_s: of the record, on this machine's monotonic clock.
         finished: whether the rank's job has returned.
     """
 
@@ -60,28 +59,25 @@ class Beat(NamedTuple):
 
 
 class Pulse(Protocol):
-    """What a rank beats on: a `Heartbeat`, or nothing where no agent watches."""
+    """Interface of a heartbeat; does nothing where no agent watches."""
 
     iteration: int
 
     def beat(self, phase: int, /) -> None:
-        """Say that this rank makes progress, and in which phase."""
+        """Record progress in a phase."""
 
     def phase(self, phase: int, /) -> contextlib.AbstractContextManager[None]:
-        """Be in a phase inside `with`, and then in the one before again."""
+        """Be in a phase inside `with`, then in the previous one."""
 
     def finish(self) -> None:
-        """Say that the job has returned."""
+        """Record that the job has returned."""
 
 
 class Heartbeat:
-    """The rank's side of a file of `NUM_BYTES`, which it takes out of its folder.
-
-    Args:
-        path: of the file.
+    """Heartbeat in a file of `NUM_BYTES`, which is unlinked.
 
     Attributes:
-        iteration: goes with every beat.
+        iteration: of every record.
     """
 
     __slots__ = ("_map", "iteration")
@@ -91,16 +87,16 @@ class Heartbeat:
             self._map = mmap.mmap(file.fileno(), NUM_BYTES)
         self.iteration = 0
         os.unlink(path)
-        with contextlib.suppress(OSError):  # the last rank takes the folder along
+        with contextlib.suppress(OSError):  # the last rank removes the folder
             os.rmdir(os.path.dirname(path))
 
     def beat(self, phase: int) -> None:
-        """Say that this rank makes progress, and in which phase; takes about 0.2 us."""
+        """Record progress in a phase; takes about 0.2 us."""
         _pack(self._map, 0, phase, self.iteration, _now(), 0)
 
     @contextlib.contextmanager
     def phase(self, phase: int) -> Iterator[None]:
-        """Be in a phase inside `with`, and then in the one before again."""
+        """Be in a phase inside `with`, then in the previous one."""
         before = _RECORD.unpack_from(self._map)[0]
         self.beat(phase)
         try:
@@ -109,19 +105,17 @@ class Heartbeat:
             self.beat(before)
 
     def finish(self) -> None:
-        """Say that the job has returned."""
+        """Record that the job has returned."""
         phase, iteration, _, _ = _RECORD.unpack_from(self._map)
         _pack(self._map, 0, phase, iteration, _now(), 1)
 
 
-class Heard:
-    """A pulse whose beats others hear of, too.
-
-    Args:
-        inner: gets every beat.
+class ObservedHeartbeat:
+    """Heartbeat that also calls listeners.
 
     Attributes:
-        listeners: called with each phase.
+        inner: the heartbeat itself.
+        listeners: called with the phase of each `beat`, not of `phase`.
     """
 
     def __init__(self, inner: Pulse) -> None:
@@ -130,7 +124,7 @@ class Heard:
 
     @property
     def iteration(self) -> int:
-        """The iteration that goes with every beat."""
+        """Iteration of every record."""
         return self.inner.iteration
 
     @iteration.setter
@@ -138,22 +132,22 @@ class Heard:
         self.inner.iteration = iteration
 
     def beat(self, phase: int, /) -> None:
-        """Beat, and tell the listeners."""
+        """Record progress; call the listeners."""
         self.inner.beat(phase)
         for listener in self.listeners:
             listener(phase)
 
     def phase(self, phase: int, /) -> contextlib.AbstractContextManager[None]:
-        """Be in a phase inside `with`, of which no listener is told."""
+        """Be in a phase inside `with`."""
         return self.inner.phase(phase)
 
     def finish(self) -> None:
-        """Say that the job has returned."""
+        """Record that the job has returned."""
         self.inner.finish()
 
 
-class _Silent:
-    """What a process beats on that nobody watches."""
+class _NullHeartbeat:
+    """Heartbeat of a process without an agent."""
 
     iteration = 0
 
@@ -168,15 +162,13 @@ class _Silent:
         """Do nothing."""
 
 
-_own: Pulse = _Silent()
+_own: Pulse = _NullHeartbeat()
 
 
-def of_this_process() -> Pulse:
-    """Return what this process beats on.
-
-    The first call takes the path out of the environment: children of a rank are not the rank.
-    """
+def current() -> Pulse:
+    """Return the heartbeat of this process."""
     global _own
+    # removed from the environment: children of a rank are not the rank
     path = os.environ.pop(VARIABLE, None)
     if path is not None:
         _own = Heartbeat(path)
@@ -184,10 +176,6 @@ def of_this_process() -> Pulse:
 
 
 def read(file: int) -> Beat:
-    """Return the last beat in a file.
-
-    Args:
-        file: its descriptor, open for reading.
-    """
+    """Return the last record in a file, given by its descriptor."""
     phase, iteration, time_s, finished = _RECORD.unpack(os.pread(file, NUM_BYTES, 0))
     return Beat(iteration, Phase(phase), time_s, bool(finished))

@@ -1,8 +1,8 @@
-"""Progress of what takes over two seconds, shown in a terminal by rank 0; elsewhere nothing.
+"""Progress bars and spinners of operations over two seconds, on the terminal of rank 0.
 
-A process has one live display, which the bar of the training (see `console`) and what is shown here
-share: two would write over each other. Where there is no terminal no rich is imported, no thread is
-started, and no control character is written. NO_COLOR takes the colours away.
+A process has one live display, shared with the bar of the training (`writers.console`): two would
+overwrite each other. Without a terminal rich is not imported, no thread is started and no control
+character is written. NO_COLOR removes colours.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AFTER_S = 2.0
-"""What is over sooner is not shown."""
+"""Minimum duration of an operation that is shown."""
 
 REFRESH_S = 0.2
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Say whether a live display can be shown there; None is a closed descriptor."""
+    """Return whether a stream can show a live display; None is a closed descriptor."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Display:
-    """The live display of this process: a line for each thing that takes its time.
-
-    It is there from the first line on until the last one is gone. Any thread may use it.
-    """
+    """Live display of this process, one line per operation, while there is a line; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -46,12 +43,12 @@ class Display:
         self._stream: TextIO | None = None
 
     def add(self, stream: TextIO, *, total: float | None, text: str) -> TaskID:
-        """Add a line, on the stream of those that are there already.
+        """Add a line, on the stream of existing lines.
 
         Args:
             stream: a terminal.
-            total: of what is counted; None for what nobody can count.
-            text: beside the bar.
+            total: of the count; None without a count.
+            text: next to the bar.
         """
         with self._lock:
             if self._progress is None:
@@ -61,7 +58,7 @@ class Display:
             return task
 
     def update(self, task: TaskID, *, completed: float, total: float | None, text: str) -> None:
-        """Say how far something is; drawn by the next `refresh`."""
+        """Update a line; the next `refresh` draws it."""
         with self._lock:
             if self._progress is not None:
                 self._progress.update(task, completed=completed, total=total, text=text)
@@ -73,12 +70,7 @@ class Display:
                 self._progress.refresh()
 
     def remove(self, task: TaskID, *, keep: bool = False) -> None:
-        """Take a line away; the last one ends the display.
-
-        Args:
-            task: the line.
-            keep: leave it on the screen if it is the last one.
-        """
+        """Remove a line; the last one ends the display, and stays on the screen with `keep`."""
         with self._lock:
             if self._progress is None:
                 return
@@ -91,14 +83,14 @@ class Display:
                 self._progress = self._stream = None
 
     def print(self, stream: TextIO | None, line: str) -> None:
-        """Write a line of text to a stream, above the display if that is there."""
+        """Write a line of text to a stream, above the display."""
         if stream is None:
             return
         with self._lock:
             if self._progress is not None and stream is self._stream:
                 self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
                 return
-        with contextlib.suppress(OSError):  # a dead console ends no training
+        with contextlib.suppress(OSError):  # a lost console must not end the training
             stream.write(line + "\n")
             stream.flush()
 
@@ -107,15 +99,15 @@ display = Display()
 
 
 def counted(
-    items: Iterable[T], what: str, *, total: int, stream: TextIO | None = None
+    items: Iterable[T], name: str, *, total: int, stream: TextIO | None = None
 ) -> Iterator[T]:
-    """Yield the items, and show how many of them are done if they take over two seconds.
+    """Yield the items; show their count if they take over two seconds.
 
     Args:
-        items: whatever is iterated over.
-        what: is done with them, in a word or two: "evaluation".
-        total: how many there are.
-        stream: the terminal; the standard output by default.
+        items: to iterate over.
+        name: of the operation: "evaluation".
+        total: number of items.
+        stream: a terminal; default: stdout.
     """
     stream = stream or sys.stdout
     if not _is_shown(stream):
@@ -128,7 +120,7 @@ def counted(
             now = time.monotonic()
             if now >= due:
                 due = now + REFRESH_S
-                text = f"{what}  {timedelta(seconds=int(now - begin))}"
+                text = f"{name}  {timedelta(seconds=int(now - begin))}"
                 if task is None:
                     task = display.add(stream, total=total, text=text)
                 display.update(task, completed=done, total=total, text=text)
@@ -140,19 +132,19 @@ def counted(
 
 
 @contextmanager
-def waiting(what: str | Callable[[], str], *, stream: TextIO | None = None) -> Iterator[None]:
-    """Show that something is waited for, and how long, if that takes over two seconds.
+def waiting(text: str | Callable[[], str], *, stream: TextIO | None = None) -> Iterator[None]:
+    """Show a text and the elapsed time inside `with`, after two seconds.
 
     Args:
-        what: in a few words, or what returns them anew; "" hides the line.
-        stream: the terminal; the standard output by default.
+        text: a few words, or a function that returns the current ones; "" hides the line.
+        stream: a terminal; default: stdout.
     """
     stream = stream or sys.stdout
     if not _is_shown(stream):
         yield
         return
     over = threading.Event()
-    thread = threading.Thread(target=_draw, args=(over, what, stream), daemon=True)
+    thread = threading.Thread(target=_draw, args=(over, text, stream), daemon=True)
     thread.start()
     try:
         yield
@@ -161,22 +153,22 @@ def waiting(what: str | Callable[[], str], *, stream: TextIO | None = None) -> I
         thread.join()
 
 
-def _draw(over: threading.Event, what: str | Callable[[], str], stream: TextIO) -> None:
-    """Draw the line of `waiting` until it is over."""
+def _draw(over: threading.Event, text: str | Callable[[], str], stream: TextIO) -> None:
+    """Draw the line of `waiting` until the event is set."""
     begin, task = time.monotonic(), None
     pause_s = AFTER_S
     while not over.wait(pause_s):
         pause_s = REFRESH_S
-        words = what() if callable(what) else what
+        words = text() if callable(text) else text
         if not words:
             if task is not None:
                 display.remove(task)
                 task = None
             continue
-        text = f"{words}  {timedelta(seconds=int(time.monotonic() - begin))}"
+        line = f"{words}  {timedelta(seconds=int(time.monotonic() - begin))}"
         if task is None:
-            task = display.add(stream, total=None, text=text)
-        display.update(task, completed=0, total=None, text=text)
+            task = display.add(stream, total=None, text=line)
+        display.update(task, completed=0, total=None, text=line)
         display.refresh()
     if task is not None:
         display.remove(task)
@@ -190,10 +182,10 @@ def _is_shown(stream: TextIO) -> bool:
 
 
 def import_rich() -> None:
-    """Import rich now, from the main thread.
+    """Import rich, from the main thread.
 
-    Its import draws from Python's `random`: a terminal would change training. The state is put
-    back, which in another thread would be a race with the code that draws.
+    Its import draws from Python's `random`, which would change training: the state is restored. In
+    another thread that would be a race with code that draws.
     """
     state = random.getstate()
     import rich.console
@@ -209,12 +201,12 @@ def _start(stream: TextIO) -> Progress:
     from rich.text import Text
 
     class Count(ProgressColumn):
-        """How many of how many; nothing where nobody can count."""
+        """Count of a line; empty without a total."""
 
         def render(self, task: Task) -> Text:
             return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
-    # the text gives way on a narrow terminal, so that a line stays one line
+    # on a narrow terminal the text is cut, so that a line stays one line
     one_line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     progress = Progress(
         Count(table_column=Column(no_wrap=True)),

@@ -1,6 +1,6 @@
-"""launch=allocation: runs a job on the nodes of the SLURM job that this process is in.
+"""launch=allocation: run a job on the nodes of the SLURM job that this process is in.
 
-For `sbatch slurm/train.sbatch`, and for a shell that `salloc` gave. The nodes do the same as after
+For `sbatch slurm/train.sbatch`, and for a shell from `salloc`; the nodes do the same as with
 launch=slurm.
 """
 
@@ -16,47 +16,31 @@ from pathlib import Path
 from types import FrameType
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch import Job
-from distrain.launch.slurm import queue as slurm_queue
-from distrain.launch.slurm.attempts import prepare, read_attempts
+from distrain.launch import Job, Launcher
+from distrain.launch.slurm import queue
+from distrain.launch.slurm.attempts import prepare
 from distrain.launch.slurm.batch import begin, end
-from distrain.launch.slurm.task import NodeTask, node_python
+from distrain.launch.slurm.client import SlurmClient
+from distrain.launch.slurm.task import NodeOptions, node_python
 from distrain.process.environment import env_int
 from distrain.progress import is_terminal
+from distrain.runfolder.attempts import read_attempts
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocationLauncher:
-    """Starts jobs on the nodes that SLURM has given to this process.
+class AllocationLauncher(NodeOptions, Launcher):
+    """Starts jobs on the nodes of this process's SLURM job."""
 
-    Args:
-        ranks: on each node; None: one a GPU where SLURM gave GPUs, else 1.
-        max_requeues: attempts in a row without a newer checkpoint that are followed by another.
-        max_restarts: how often a failed rank makes the ranks start again within an attempt.
-        join_s: how long the first node waits for the others.
-        grace_s: from a request to stop until ranks that are still there are killed.
-        start_method: of the ranks, as in launch=local.
-        watchdog_s: how long a rank may make no progress, as in launch=local.
-    """
-
-    ranks: int | None = None
-    max_requeues: int = 3
-    max_restarts: int = 0
-    join_s: float = 60.0
-    grace_s: float = 120.0
-    start_method: str | None = None
-    watchdog_s: float | None = None
+    client = SlurmClient
 
     @property
     def is_restart(self) -> bool:
-        """Whether SLURM has started the job again by itself."""
-        return slurm_queue.own_restarts() > 0
+        return queue.own_restarts() > 0
 
     @property
     def ranks_per_node(self) -> int:
-        """How many ranks each node runs."""
-        given = os.environ.get("SLURM_GPUS_ON_NODE", "")
-        return self.ranks or (int(given) if given.isdigit() else 0) or 1
+        gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        return self.ranks or (int(gpus) if gpus.isdigit() else 0) or 1
 
     def start(self, job: Job) -> ExitCode:
         """Run a job to the end of this attempt; requeue the SLURM job where that helps.
@@ -65,21 +49,21 @@ class AllocationLauncher:
             FINISHED, or STOPPED with the state saved.
 
         Raises:
-            ConfigError: there is no allocation here, or a mistake that a rank found.
+            ConfigError: this process is in no SLURM job, or a rank found a mistake.
             RankFailed: the run failed; the text is the first failing rank's.
         """
-        job_id = slurm_queue.own_job_id()
+        job_id = queue.own_job_id()
         if job_id is None:
             raise ConfigError(
-                "launch=allocation: this process is in no SLURM job; `sbatch slurm/train.sbatch "
-                "...` makes one, and launch=slurm submits from here"
+                "launch=allocation: expected to be in a SLURM job: `sbatch slurm/train.sbatch ...` "
+                "makes one; launch=slurm submits from here"
             )
         run_dir = Path(job.run_dir).absolute()
         folder = prepare(run_dir, job_id=job_id)
         task = folder / f"{job_id}_task.pkl"
         task.write_bytes(pickle.dumps(self.task(job)))
         before = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, _go_on),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, _ignore),
             signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         }
         try:
@@ -96,29 +80,15 @@ class AllocationLauncher:
         raise ConfigError(why) if code == ExitCode.BAD_CONFIG else RankFailed(why)
 
     def plan(self, job: Job) -> str:
-        """Return what `start` would do, in one line."""
         return f"{self.ranks_per_node} ranks on each of {_num_nodes()} nodes of this SLURM job"
-
-    def task(self, job: Job) -> NodeTask:
-        """Return what each node runs."""
-        return NodeTask(
-            job=job,
-            run_dir=Path(job.run_dir).absolute(),
-            ranks=self.ranks_per_node,
-            max_restarts=self.max_restarts,
-            join_s=self.join_s,
-            grace_s=self.grace_s,
-            start_method=self.start_method,
-            watchdog_s=self.watchdog_s,
-        )
 
     def _step(self, task: Path) -> list[str]:
         """Return the command that starts an agent on each node."""
         nodes = _num_nodes()
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over by itself
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not read it since 22.05
         return [
             *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-            # unbuffered gives the step a terminal: escape sequences would go to slurm-*.out
+            # gives the step a terminal, whose escape sequences must not go to slurm-*.out
             *(["--unbuffered"] if is_terminal(sys.stdout) else []),
             "--kill-on-bad-exit=1",
             *([f"--cpus-per-task={cpus}"] if cpus else []),
@@ -131,5 +101,5 @@ def _num_nodes() -> int:
     return env_int("SLURM_JOB_NUM_NODES", 1)
 
 
-def _go_on(number: int, frame: FrameType | None) -> None:
-    """Do nothing: SLURM has signalled the step too, and its end is what we wait for."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: SLURM has signalled the step too, and its end is waited for."""

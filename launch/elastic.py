@@ -1,4 +1,4 @@
-"""What torch's elastic agent is told: where ranks write to, and to be silent and hear no signal."""
+"""Adapters for torchelastic: files of the ranks, no signal handlers, no logging."""
 
 from __future__ import annotations
 
@@ -14,64 +14,54 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch.rank import loopback_env
 from distrain.launch.watchdog import Watchdog
+from distrain.process.environment import environment
 
 
 class RankFiles(LogsSpecs):
-    """Gives each rank a file for its failure, one for its beats, and variables torch does not set.
+    """Environment of each rank: its failure file, its heartbeat file, and network variables.
 
-    The files of failures lie in a temporary folder until the end of the `with`: the run's folder
-    may be full, or gone.
+    Failure files lie in a temporary folder until the end of the `with`: the run folder may be full
+    or lost.
 
     Args:
-        folder: of the logs.
-        nodes: how many there are.
-        watchdog: hands out the files for beats.
+        log_dir: folder of the logs.
+        nodes: number of nodes.
+        watchdog: makes the heartbeat files.
     """
 
-    def __init__(self, folder: Path, *, nodes: int, watchdog: Watchdog) -> None:
+    def __init__(self, log_dir: Path, *, nodes: int, watchdog: Watchdog) -> None:
         super().__init__()
-        self._folder = folder
+        self._log_dir = log_dir
         self._watchdog = watchdog
         self._errors = TemporaryFolder("errors-")
-        self._files: set[str] = set()
-        self._env = loopback_env(os.environ) if nodes == 1 else {}
+        self._network = loopback_env(os.environ) if nodes == 1 else {}
 
     @property
     def root_log_dir(self) -> str:
-        """Return the folder of the logs."""
-        return str(self._folder)
+        return str(self._log_dir)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Return where a new attempt writes to.
-
-        Args:
-            envs: variables of the ranks by local rank; added to.
-        """
-        self._watchdog.hand_out(envs.values())
+        """Return the destinations of a new attempt; add variables to `envs`, by local rank."""
+        self._watchdog.add_files(envs.values())
         files = {}
         for local_rank, env in envs.items():
-            files[local_rank] = f"{self._errors_in}/rank_{env['RANK']}.json"
+            files[local_rank] = f"{self._errors_dir}/rank_{env['RANK']}.json"
+            Path(files[local_rank]).unlink(missing_ok=True)  # of the attempt before
             env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
-            env.update(self._env)
-        self._files |= set(files.values())
-        self._remove()  # those of the attempt before, or of a start that was killed
+            env.update(self._network)
         console = dict.fromkeys(envs, "")
         return LogsDest(stdouts=console, stderrs=dict(console), error_files=files)
 
     def __enter__(self) -> None:
-        self._errors_in = self._errors.__enter__()
+        self._errors_dir = self._errors.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._errors.__exit__(*error)
         self._watchdog.close()
 
-    def _remove(self) -> None:
-        for path in self._files:
-            Path(path).unlink(missing_ok=True)
-
 
 def silence_torch() -> None:
-    """Keep the agent's log to itself: what it says, we say in one line."""
+    """Keep the agent's log from the console: our own lines report the same."""
     logger = logging.getLogger("torch.distributed.elastic")
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
@@ -80,14 +70,6 @@ def silence_torch() -> None:
 
 @contextlib.contextmanager
 def no_handlers_of_torch() -> Iterator[None]:
-    """Have torch's agent leave the signals of this process alone."""
-    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    before = os.environ.get(name)
-    os.environ[name] = ""
-    try:
+    """Keep torch's agent from installing signal handlers in this process."""
+    with environment({"TORCHELASTIC_SIGNALS_TO_HANDLE": ""}):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -1,4 +1,4 @@
-"""launch=external: this process is a rank already, which torchrun or srun has started."""
+"""launch=external: this process is a rank already, started by torchrun or srun."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import Job, failure
+from distrain.launch import Job, Launcher, failure
 from distrain.launch.handover import Handover
-from distrain.launch.local import environment, only_rank_env
+from distrain.launch.local import only_rank_env
 from distrain.launch.rank import append, die_with_parent, open_log
-from distrain.process.environment import env_int, restart_count
+from distrain.process.environment import env_int, environment, restart_count
 from distrain.run_layout import LOGS
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,40 +27,30 @@ _OF_SLURM = {
     "WORLD_SIZE": "SLURM_NTASKS",
     "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
 }
-
-
-_YIELD_S = 2.0
+_YIELD_S = 2.0  # in which rank 0 reports an error that all ranks have
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExternalLauncher:
-    """Runs a job as the one rank that this process is; all ranks take the run folder of rank 0.
+class ExternalLauncher(Launcher):
+    """Runs a job as the rank that this process is; all ranks use the run folder of rank 0.
 
-    torchrun says which one it is. Under srun SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS do, and
-    the batch script exports MASTER_ADDR and MASTER_PORT.
-
-    Attributes:
-        owns_run: whether this process writes the run folder; the others wait for it.
-        is_restart: whether torchrun or SLURM has started the run again by itself.
+    torchrun sets the rank. Under srun SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS do, and the
+    batch script exports MASTER_ADDR and MASTER_PORT.
     """
 
     @property
     def owns_run(self) -> bool:
-        """Whether this is rank 0."""
         return rank_env(os.environ)["RANK"] == "0"
 
     @property
     def is_restart(self) -> bool:
-        """Whether this start is one that nobody typed."""
         return restart_count() > 0
 
     @property
     def handover(self) -> Handover:
-        """A message from rank 0 to the other ranks."""
         return Handover(rank_env(os.environ))
 
     def start(self, job: Job) -> ExitCode:
-        """Run a job to its end; see `distrain.launch.Launcher`."""
         with environment(rank_env(os.environ)), _console_kept():
             rank = env_int("RANK")
             die_with_parent()
@@ -68,28 +58,27 @@ class ExternalLauncher:
             try:
                 return ExitCode(job())
             except BaseException as error:
-                what = failure.of_exception(error, rank=rank, log=log)
-        append(log, what.trace)
+                found = failure.of_exception(error, rank=rank, log=log)
+        append(log, found.trace)
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
-            failure.write(what, path)
-        if what.is_final and rank != 0:
-            # all ranks find the same: rank 0 tells it, and who started us ends us meanwhile
+            failure.write(found, path)
+        if found.is_final and rank != 0:
+            # all ranks have the same error: rank 0 reports it, then the starter ends this process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_YIELD_S)
-        if what.of_peer:  # the traceback of a rank that lost its peer would bury the peer's
-            what = dataclasses.replace(what, trace="")
-        raise what.error()
+        if found.of_peer:  # the traceback of a rank that lost its peer would bury the peer's
+            found = dataclasses.replace(found, trace="")
+        raise found.error()
 
     def plan(self, job: Job) -> str:
-        """Return which rank this process is."""
         env = rank_env(os.environ)
         return f"rank {env['RANK']} of {env['WORLD_SIZE']}, started by another program"
 
 
 @contextmanager
 def _console_kept() -> Iterator[None]:
-    """Give stdout and stderr back after a log has taken them."""
+    """Restore stdout and stderr after they were redirected to a log."""
     streams, numbers = (sys.stdout, sys.stderr), [os.dup(1), os.dup(2)]
     try:
         yield
@@ -102,7 +91,7 @@ def _console_kept() -> Iterator[None]:
 
 
 def rank_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that name a rank, from torchrun's or from SLURM's.
+    """Return the environment of a rank, from torchrun's variables or from SLURM's.
 
     Raises:
         ConfigError: neither has set them.

@@ -1,4 +1,4 @@
-"""Why a rank failed: written down where it happens, and the cause found among several."""
+"""Failures of ranks: recorded where they happen; the cause found among several."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _LOST_PEER = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank failed.
+    """Failure of one rank.
 
     Attributes:
-        rank: of the rank, over all nodes; -1 for all ranks together.
-        kind: "config", "nonfinite", "failed" and "refused" as in `distrain.errors`; "exit" for a
-            rank that left by itself; "signal" for one that was ended; "killed" for all, by us;
-            "hang" for those that made no progress, by us; "error" for other exceptions.
+        rank: over all nodes; -1 for all ranks together.
+        kind: "config", "nonfinite", "failed" and "refused" as in `distrain.errors`; "exit": the
+            rank left early; "signal": killed by a signal; "killed": all ranks, by the agent;
+            "hang": stalled, killed by the agent; "error": any other exception.
         text: one line.
-        trace: the traceback, "" without one.
-        log: the rank's log file, or the folder of all.
-        time_s: when, in seconds since 1970 by the rank's clock.
-        of_peer: whether it looks like the consequence of another rank's failure.
+        trace: traceback, "" without one.
+        log: the rank's log file, or the folder of all logs.
+        time_s: seconds since 1970 by the rank's clock.
+        of_peer: whether it looks like a consequence of another rank's failure.
     """
 
     rank: int
@@ -48,11 +48,11 @@ class Failure:
 
     @property
     def is_final(self) -> bool:
-        """Whether another try would fail in the same way."""
+        """Whether a restart would fail in the same way."""
         return self.kind in ("config", "nonfinite", "refused")
 
     def line(self) -> str:
-        """Return what happened in one line that names rank and log."""
+        """Return one line with rank, error and log."""
         if self.kind == "hang":
             return f"{self.text} (log: {self.log})"
         if self.rank < 0:
@@ -71,11 +71,8 @@ class Failure:
 
 
 def cause(failures: Iterable[Failure]) -> Failure:
-    """Return the failure that led to the others.
-
-    A rank that dies takes the connections of the others with it, and they may be faster to say so:
-    what looks like that counts only if there is nothing else.
-    """
+    """Return the failure that led to the others: the earliest that is not of a lost peer."""
+    # a dying rank breaks the connections of the others, which may report that before it does
     return min(failures, key=lambda failure: (failure.of_peer, failure.time_s))
 
 
@@ -96,10 +93,10 @@ def of_exception(error: BaseException, *, rank: int, log: str) -> Failure:
 
 
 def of_exit_code(code: int, *, rank: int, log: str) -> Failure:
-    """Return the failure of a rank whose process ended without a word.
+    """Return the failure of a rank whose process ended without a record.
 
     Args:
-        code: of the process as multiprocessing gives it: a signal's number is negative.
+        code: of the process, in multiprocessing's form: a signal's number is negative.
         rank: over all nodes.
         log: the rank's log file.
     """
@@ -112,12 +109,12 @@ def of_exit_code(code: int, *, rank: int, log: str) -> Failure:
         name = f"signal {-code}"
     text = f"its process was ended by {name}"
     if -code == signal.SIGKILL:
-        text += ": by hand, or by the system for want of memory"
+        text += ": by a user, or by the system for lack of memory"
     return Failure(rank, "signal", text, log=log, time_s=time.time())
 
 
 def write(failure: Failure, path: str) -> None:
-    """Write a failure to a file, in a form that torch's agents understand as well."""
+    """Write a failure to a file that torch's agents can read too."""
     extra = {"py_callstack": failure.trace, "timestamp": str(int(failure.time_s))}
     record = {
         "message": {"message": failure.text, "extraInfo": extra},
@@ -127,7 +124,7 @@ def write(failure: Failure, path: str) -> None:
 
 
 def read(path: str) -> Failure | None:
-    """Return the failure in a file; None where there is none."""
+    """Return the failure in a file; None without one."""
     try:
         with open(path) as file:
             record: dict[str, Any] = json.load(file)
@@ -137,16 +134,16 @@ def read(path: str) -> Failure | None:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return type, text and notes of an exception in one line."""
+    """Return type, first line and notes of an exception as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = type(error).__name__
     notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
-    where = f" ({', '.join(reversed(notes))})" if notes else ""
-    return (f"{name}: {lines[0]}" if lines else name) + where
+    suffix = f" ({', '.join(reversed(notes))})" if notes else ""
+    return (f"{name}: {lines[0]}" if lines else name) + suffix
 
 
 def _is_of_peer(error: BaseException) -> bool:
-    """Say whether an exception, or one that it came from, is about a lost connection."""
+    """Return whether an exception, or one of its causes, is a lost connection."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

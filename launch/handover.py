@@ -1,8 +1,8 @@
-"""Hand the place of a run from rank 0 to the other ranks that another program has started.
+"""Handover: rank 0 sends the run folder to other ranks that another program has started.
 
 Each of these processes resolves the configuration itself, and a resolver such as `${now:}` gives
-each of them another run folder. Names travel, never what is to be built: any user of the machine
-can connect to the store.
+each another run folder. Only names are sent, never import paths: any user of the machine can
+connect to the store.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _LINGER_S = 10.0  # rank 0 may serve the store, which ends with it
 class Handover:
     """One message from rank 0 to all other ranks, through the store at MASTER_ADDR:MASTER_PORT.
 
-    torchrun's agent serves that store; elsewhere rank 0 does, and torch's process group uses the
-    same one later. With one rank nothing is sent.
+    torchrun's agent serves that store; otherwise rank 0 does, and torch's process group uses it
+    later. With one rank nothing is sent.
 
     Args:
-        env: the variables that name the rank.
-        timeout_s: how long a rank waits for rank 0.
+        env: variables of the rank.
+        timeout_s: limit of the wait for rank 0.
     """
 
     def __init__(self, env: Mapping[str, str], *, timeout_s: float = 600.0) -> None:
@@ -39,17 +39,17 @@ class Handover:
         self._timeout_s = timeout_s
         self._prefix = f"{env_int('TORCHELASTIC_RESTART_COUNT')}/"
         self._is_sent = False
-        self._store: Any = None  # a store that rank 0 serves is needed until the end
+        self._store: Any = None  # kept: rank 0 may serve it until the end
 
     def send(self, message: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Send a message, as rank 0; a second one is dropped.
 
         Args:
-            message: of what JSON can hold.
-            is_last: this process ends now: wait a moment until the others have read it.
+            message: JSON values.
+            is_last: this process ends now: wait until the others have read it, up to _LINGER_S.
 
         Raises:
-            RankFailed: nothing can be sent.
+            RankFailed: the store cannot be reached.
         """
         if self._is_sent or self._world_size == 1:
             return
@@ -66,7 +66,7 @@ class Handover:
         """Return the message of rank 0.
 
         Raises:
-            RankFailed: there is none, or rank 0 is gone.
+            RankFailed: there is none, or rank 0 has ended.
         """
         store = self._connect()
         try:

@@ -6,110 +6,75 @@ import os
 import shutil
 import socket
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from distrain.checks import whole, wrong
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch import Job
+from distrain.launch import Job, Launcher
+from distrain.launch.options import RankOptions
 from distrain.launch.stop import StopRequest
-from distrain.process.environment import env_int
+from distrain.process.environment import env_int, environment
 from distrain.run_layout import LOGS
 
 _DEFAULT_RANKS = 2
 
-_idle_threads: int | None = None  # of this process, right after it has imported torch for the ranks
-
 
 @dataclass(frozen=True, kw_only=True)
-class LocalLauncher:
+class LocalLauncher(RankOptions, Launcher):
     """Starts jobs on this machine.
 
     Args:
-        ranks: how many; None: one a GPU, else 2.
-        max_restarts: how often all ranks start again after one has failed.
-        in_process: run the job in this very process, as the only rank: a debugger works.
-        grace_s: from a request to stop until ranks that are still there are killed, in seconds.
-        start_method: "fork" or "spawn"; None: fork where that is sound, as it is faster.
-        watchdog_s: how long a rank may make no progress, in any phase, in seconds, until all are
-            killed as after a failure; 0: for ever; None: 50 usual steps, at least 60 s, and at
-            least 600 s for the first step and outside of the step.
-
-    Raises:
-        ConfigError: an argument out of its range.
+        ranks: number of ranks; None: one per GPU, else 2.
+        in_process: run the job in this process, as the only rank, so that a debugger works.
     """
 
     ranks: int | None = None
-    max_restarts: int = 0
     in_process: bool = False
-    grace_s: float = 120.0
-    start_method: str | None = None
-    watchdog_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.ranks is not None and self.ranks < 1:
-            raise ConfigError(f"ranks={self.ranks}: expected at least 1")
+        super().__post_init__()
+        if self.ranks is not None:
+            whole("ranks", self.ranks, least=1)
         if self.in_process and self.ranks not in (None, 1):
-            raise ConfigError(f"ranks={self.ranks}: with in_process=true there is one rank")
-        if self.max_restarts < 0:
-            raise ConfigError(f"max_restarts={self.max_restarts}: expected at least 0")
-        if self.grace_s <= 0:
-            raise ConfigError(f"grace_s={self.grace_s}: expected a number above 0")
-        if self.watchdog_s is not None and self.watchdog_s < 0:
-            raise ConfigError(f"watchdog_s={self.watchdog_s}: expected at least 0, or null")
-        if self.start_method not in (None, "fork", "spawn"):
-            raise ConfigError(f"start_method={self.start_method}: fork, spawn or null is needed")
+            raise wrong("ranks", self.ranks, "1 or null with launch.in_process=true")
 
     def start(self, job: Job) -> ExitCode:
-        """Run a job to its end; see `distrain.launch.Launcher`."""
-        with StopRequest() as stop:  # before torch is imported: that takes a second
+        with StopRequest() as stop:  # before torch is imported, which takes a second
             return self._start(job, stop)
 
     def _start(self, job: Job, stop: StopRequest) -> ExitCode:
-        if shutil.which("scontrol"):  # elsewhere nobody can be asked about the run's jobs
+        if shutil.which("scontrol"):  # without SLURM no job can be asked about
             from distrain.launch.slurm.attempts import refuse_other_job
 
             refuse_other_job(Path(job.run_dir).absolute())
         if self.in_process:
-            return run_here(job)
+            with environment(only_rank_env()):
+                return ExitCode(job())
         refuse_among_ranks()
-        ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
+        ranks = self._num_ranks()
         plural = "s" if ranks > 1 else ""
+        # importing torch, which comes next, prints nothing for seconds
         print(f"distrain: starting {ranks} rank{plural}", file=sys.stderr, flush=True)
-        # from here on torch is imported, for which there is nothing to see for seconds
-        method = self.start_method or ("fork" if may_fork() else "spawn")
+        options = self.with_start_method()
         from distrain.launch.agent import run_node
 
-        return run_node(
-            job,
-            ranks=ranks,
-            log_dir=Path(job.run_dir).absolute() / LOGS,
-            stop=stop,
-            max_restarts=self.max_restarts,
-            grace_s=self.grace_s,
-            start_method=method,
-            watchdog_s=self.watchdog_s,
-        )
+        log_dir = Path(job.run_dir).absolute() / LOGS
+        return run_node(job, ranks=ranks, log_dir=log_dir, stop=stop, options=options)
 
     def plan(self, job: Job) -> str:
-        """Return what `start` would do, in one line."""
         if self.in_process:
             return "one rank in this process"
-        how = "one a GPU" if self.ranks is None and count_gpus() else "launch.ranks"
-        ranks = self.ranks or count_gpus() or _DEFAULT_RANKS
-        return f"{ranks} ranks on this machine ({how}), at most {self.max_restarts} restarts"
+        how = "one per GPU" if self.ranks is None and count_gpus() else "launch.ranks"
+        restarts = f"at most {self.max_restarts} restarts"
+        return f"{self._num_ranks()} ranks on this machine ({how}), {restarts}"
 
-
-def run_here(job: Job) -> ExitCode:
-    """Run a job in this process as the only rank, with the environment of one."""
-    with environment(only_rank_env()):
-        return ExitCode(job())
+    def _num_ranks(self) -> int:
+        return self.ranks or count_gpus() or _DEFAULT_RANKS
 
 
 def only_rank_env() -> dict[str, str]:
-    """Return the variables that name the rank of a world of one."""
+    """Return the environment of the only rank of a run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,20 +88,20 @@ def refuse_among_ranks() -> None:
     Raises:
         ConfigError: torchrun or srun has started this process as one of several ranks.
     """
-    # a container may set RANK=0 and WORLD_SIZE=1: a world of one is no rank of another program's
+    # a container may set RANK=0 and WORLD_SIZE=1: then no other program has started ranks
     is_of_several = "RANK" in os.environ and env_int("WORLD_SIZE", 1) > 1
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or is_of_several
     tasks = env_int("SLURM_STEP_NUM_TASKS", 1)
     if by_torchrun or tasks > 1:
-        who = "torchrun" if by_torchrun else f"srun, one of {tasks} tasks"
+        starter = "torchrun" if by_torchrun else f"srun, one of {tasks} tasks"
         raise ConfigError(
-            f"this process is a rank already (of {who}); use launch=external, or start the command "
-            "without it"
+            f"this process is a rank already (of {starter}); use launch=external, or start the "
+            "command without it"
         )
 
 
 def count_gpus() -> int:
-    """Return how many NVIDIA GPUs this process may use, without making CUDA start."""
+    """Return the number of NVIDIA GPUs that this process may use, without initialising CUDA."""
     import pynvml
 
     try:
@@ -150,13 +115,11 @@ def count_gpus() -> int:
     finally:
         pynvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return count
-    return _num_visible(visible, count)
+    return count if visible is None else _num_visible(visible, count)
 
 
 def _num_visible(visible: str, count: int) -> int:
-    """Return how many of `count` GPUs CUDA_VISIBLE_DEVICES names; CUDA ends at the first wrong.
+    """Return how many of `count` GPUs CUDA_VISIBLE_DEVICES names; CUDA stops at the first error.
 
     Example: "0,1" of 8: 2; "" or "-1": 0; "0,9,1" of 8: 1; "GPU-8f2c,MIG-a1": 2.
     """
@@ -167,41 +130,3 @@ def _num_visible(visible: str, count: int) -> int:
             break
         number += 1
     return number
-
-
-def may_fork() -> bool:
-    """Say whether a forked rank can use torch; imports it.
-
-    It can where this process has only imported torch: the thread pools of OpenMP and autograd, and
-    a CUDA context, do not survive a fork.
-    """
-    global _idle_threads
-    if not os.path.isdir("/proc/self/task") or threading.active_count() > 1:
-        return False
-    is_first = "torch" not in sys.modules
-    import torch
-
-    if is_first:
-        _idle_threads = _num_threads()
-    is_idle = _idle_threads is not None and _num_threads() <= _idle_threads
-    return is_idle and not torch.cuda.is_initialized()
-
-
-def _num_threads() -> int:
-    """Return how many threads this process has, native ones too."""
-    return len(os.listdir("/proc/self/task"))
-
-
-@contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables inside `with`."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -1,4 +1,4 @@
-"""The first and last things that a rank's process does, around its job."""
+"""Entry point of a rank process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import IO
 
 from distrain import heartbeat
 from distrain.errors import ExitCode
-from distrain.files import temp_folder as tempfolder
+from distrain.files import temp_folder
 from distrain.launch import Job, failure
 from distrain.process import stdio
 from distrain.process.threads import limit_exit
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""What asks a rank to stop; its job sets the handlers."""
+"""Signals that request a stop; the job sets the handlers."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _log: IO[bytes] | None = None  # faulthandler writes to it at the very end
@@ -28,13 +28,13 @@ _log: IO[bytes] | None = None  # faulthandler writes to it at the very end
 
 @dataclass(frozen=True)
 class RankTask:
-    """What an agent tells the ranks that it starts.
+    """Arguments of the ranks of an agent.
 
     Attributes:
         job: to run.
         log_dir: folder of the logs.
-        agent_pid: the process that starts the ranks.
-        num_threads: of torch in each rank; None leaves the number alone.
+        agent_pid: process of the agent.
+        num_threads: of torch in each rank; None: unchanged.
     """
 
     job: Job
@@ -46,20 +46,20 @@ class RankTask:
 def rank_main(task: RankTask) -> int:
     """Run a job as a rank of an agent; return its exit code.
 
-    The process gets a session of its own, so that a Ctrl-C in the terminal reaches only the agent,
-    which asks the ranks to stop. It dies with the agent, however that dies.
+    The process gets its own session: a Ctrl-C reaches only the agent, which requests the stop. It
+    is killed when the agent ends, by `kill -9` too.
 
     Raises:
-        SystemExit: with FAILED, when the job has failed; why is in TORCHELASTIC_ERROR_FILE.
+        SystemExit: FAILED, when the job has failed; the error is in TORCHELASTIC_ERROR_FILE.
     """
     # SIGUSR1 until there is a log; SIGHUP for good, as the agent receives it too
     for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    tempfolder.use_inherited()
-    pulse = heartbeat.of_this_process()
+    temp_folder.use_inherited()
+    pulse = heartbeat.current()
     os.setsid()
     die_with_parent()
-    if os.getppid() != task.agent_pid:  # it died before we asked
+    if os.getppid() != task.agent_pid:  # it ended before die_with_parent
         os._exit(ExitCode.FAILED)
     rank = int(os.environ["RANK"])
     log = open_log(task.log_dir, rank)
@@ -70,20 +70,20 @@ def rank_main(task: RankTask) -> int:
     try:
         code = ExitCode(task.job())
         pulse.finish()
-        limit_exit(0)  # of the process: the job's own code is what is returned
+        limit_exit(0)  # of the process; the job's code is returned
         return code
     except BaseException as error:
-        # the frame of this function tells the user nothing
+        # without the frame of this function
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
-        what = failure.of_exception(error, rank=rank, log=log)
-        append(log, what.trace)
-        failure.write(what, os.environ["TORCHELASTIC_ERROR_FILE"])
+        found = failure.of_exception(error, rank=rank, log=log)
+        append(log, found.trace)
+        failure.write(found, os.environ["TORCHELASTIC_ERROR_FILE"])
         limit_exit(ExitCode.FAILED)
         raise SystemExit(int(ExitCode.FAILED)) from None
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, also by `kill -9`."""
+    """Have the kernel kill this process when its parent ends, by `kill -9` too."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):  # Linux
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -95,18 +95,15 @@ def log_path(log_dir: Path, rank: int) -> str:
 
 
 def open_log(log_dir: Path, rank: int) -> str:
-    """Send what this rank prints to its log, except for rank 0, which keeps the console.
+    """Redirect stdout and stderr of this rank to its log, but for rank 0; return the log's path.
 
-    The stack of a crash goes to the log on every rank, and all stacks at a SIGUSR1.
-
-    Returns:
-        the log's path.
+    On every rank the log gets the stack of a crash, and all stacks at a SIGUSR1.
     """
     global _log
-    log_dir.mkdir(exist_ok=True)  # not its parents: a run folder that is gone stays gone
+    log_dir.mkdir(exist_ok=True)  # not its parents: a removed run folder stays removed
     path = log_path(log_dir, rank)
     stdio.protect()
-    _log = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
+    _log = open(path, "ab", buffering=0)  # noqa: SIM115 - open until the process ends
     faulthandler.enable(file=_log)
     faulthandler.register(signal.SIGUSR1, file=_log, all_threads=True)
     if rank != 0:
@@ -115,16 +112,14 @@ def open_log(log_dir: Path, rank: int) -> str:
 
 
 def append(path: str, text: str) -> None:
-    """Add text to a log, whole even where several write to it; nothing where that fails.
-
-    The log may be gone, or its disk full: what failed is reported all the same.
-    """
+    """Append text to a log by one write, also with several writers; ignore errors."""
+    # the log may be removed, or its disk full: the failure is reported elsewhere too
     with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
         file.write(text.encode(errors="replace"))
 
 
 def loopback_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that keep the traffic of ranks on one machine off its network."""
+    """Return the variables that keep traffic between ranks of one machine on loopback."""
     if not os.path.exists("/sys/class/net/lo"):
         return {}
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

@@ -1,4 +1,4 @@
-"""Where the agents of all nodes meet, and the store in which their ranks will meet."""
+"""Rendezvous of a fixed set of node agents over a TCPStore."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from distrain.errors import RankFailed
 from distrain.launch.failure import Failure
 
-_POLL_S = 0.5  # from one look at the other nodes to the next
+_POLL_S = 0.5  # between two looks at the other nodes
 _FIRST_PAUSE_S = 0.02  # of a wait, whose pauses grow up to _POLL_S
-_EXCHANGE_S = 8.0  # a node needs up to SURVIVOR_S to know how its ranks failed
-_BACKLOG = 4096  # ranks connect at the same moment
+_EXCHANGE_S = 8.0  # a node needs up to SURVIVOR_S to find out how its ranks failed
+_BACKLOG = 4096  # all ranks connect at the same moment
 
 
 def listen(address: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """Return a socket that listens on a free port of one address of this machine.
-
-    A store takes the socket over, so nobody else can get the port in between, and only that address
-    is open: by itself torch's store listens on all of them.
-    """
+    """Return a socket that listens on one address of this machine, by default on a free port."""
+    # A store takes the socket over: no other process can take the port in between, and only this
+    # address is open, where torch's store alone would listen on all.
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.bind((address, port))
@@ -37,19 +35,18 @@ def listen(address: str = "127.0.0.1", port: int = 0) -> socket.socket:
     return listener
 
 
-class Meeting(RendezvousHandler):
-    """torch's rendezvous of agents whose number is known from the start.
+class StaticRendezvous(RendezvousHandler):
+    """torch's rendezvous for a number of agents that is known from the start.
 
-    Each round is an attempt: all nodes meet, run their ranks, and a failure on one node ends the
-    round on all of them. The ranks of each round have a new store: an old one would lead them to
-    ranks that have died.
+    Each round is an attempt: all nodes meet and run their ranks, and a failure on one node ends the
+    round on all. The ranks of each round get a new store: an old one holds addresses of dead ranks.
 
     Args:
-        nodes: how many agents there are.
+        nodes: number of agents.
         node_rank: of this one.
         endpoint: a listening socket on node 0, "host:port" on the others; None on a single node.
-        run_id: equal on all nodes, and another for another run.
-        join_s: how long a node waits for the others.
+        run_id: equal on all nodes, different for each run.
+        join_s: seconds to wait for the other nodes.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class Meeting(RendezvousHandler):
         run_id: str = "distrain",
         join_s: float = 600.0,
     ) -> None:
-        self._nodes = nodes
+        self.num_nodes = nodes
         self._node_rank = node_rank
         self._endpoint = endpoint
         self._run_id = run_id
@@ -71,11 +68,11 @@ class Meeting(RendezvousHandler):
         self._ranks: TCPStore | None = None  # of this round, on node 0
         self._store: Any = None  # of the agents in this round
         self._round = 0
-        self._next_look = 0.0
+        self._next_look_s = 0.0
 
     @property
     def use_agent_store(self) -> bool:
-        """True: a rank finds the store that the address names, and makes none."""
+        """True: ranks connect to the store at their address, and serve none."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -91,98 +88,89 @@ class Meeting(RendezvousHandler):
         if self._node_rank == 0:
             self._store.set("port", str(self._serve_ranks()))
         self._store.add("arrived", 1)
-        if not _wait(lambda: self._store.add("arrived", 0) >= self._nodes, self._join_s):
+        if not _wait(lambda: self._store.add("arrived", 0) >= self.num_nodes, self._join_s):
             arrived = self._store.add("arrived", 0)
             raise RankFailed(
-                f"{arrived} of {self._nodes} nodes came in {self._join_s:g} s; see the logs of "
+                f"{arrived} of {self.num_nodes} nodes came in {self._join_s:g} s; see the logs of "
                 "the others"
             )
         address = RendezvousStoreInfo(self._host, int(self._store.get("port")))
-        return RendezvousInfo(self._store, self._node_rank, self._nodes, address)
+        return RendezvousInfo(self._store, self._node_rank, self.num_nodes, address)
 
-    def someone_failed(self) -> bool:
-        """Say whether a node has told a failure in this round; looks now and then only."""
-        if self._nodes == 1 or time.monotonic() < self._next_look:
+    def peer_failed(self) -> bool:
+        """Return whether a node has signalled a failure in this round; polls every _POLL_S."""
+        if self.num_nodes == 1 or time.monotonic() < self._next_look_s:
             return False
-        self._next_look = time.monotonic() + _POLL_S
+        self._next_look_s = time.monotonic() + _POLL_S
         try:
             return bool(self._store.check(["failed"]))
-        except RuntimeError:  # the first node is gone
+        except RuntimeError:  # the first node is lost
             return True
 
-    def tell_failure(self) -> None:
-        """Tell the other nodes that this round has failed."""
-        if self._nodes > 1:
+    def signal_failure(self) -> None:
+        """Signal to the other nodes that this round has failed."""
+        if self.num_nodes > 1:
             with contextlib.suppress(RuntimeError):
                 self._store.set("failed", str(self._node_rank))
 
     def exchange(self, failures: list[Failure]) -> list[Failure]:
-        """Tell the other nodes how this one's ranks failed; return how theirs did.
+        """Send the failures of this node's ranks to the other nodes; return theirs.
 
-        A node that is silent for too long is left out; without the first node nobody can tell.
+        Nodes silent for _EXCHANGE_S are left out; without the first node the result is [].
         """
-        if self._nodes == 1:
+        if self.num_nodes == 1:
             return []
         mine = json.dumps([dataclasses.asdict(each) for each in failures])
-        others = [node for node in range(self._nodes) if node != self._node_rank]
-        keys = [f"failures/{node}" for node in others]
+        keys = [f"failures/{node}" for node in self._others()]
         try:
             self._store.set(f"failures/{self._node_rank}", mine)
             _wait(lambda: self._store.check(keys), _EXCHANGE_S)
-            there = [self._store.get(key) for key in keys if self._store.check([key])]
-            self._store.add("heard", 1)
-            if self._node_rank == 0:  # the store ends with us
-                _wait(lambda: self._store.add("heard", 0) > len(there), _EXCHANGE_S)
+            received = [self._store.get(key) for key in keys if self._store.check([key])]
+            self._store.add("received", 1)
+            if self._node_rank == 0:  # the store ends with this process
+                _wait(lambda: self._store.add("received", 0) > len(received), _EXCHANGE_S)
         except RuntimeError:
             return []
-        return [Failure(**each) for text in there for each in json.loads(text)]
+        return [Failure(**each) for text in received for each in json.loads(text)]
 
-    @property
-    def num_nodes(self) -> int:
-        """How many agents there are."""
-        return self._nodes
-
-    def tell(self, topic: str, word: str) -> None:
-        """Tell the other nodes something new on a topic of this round."""
+    def publish(self, topic: str, message: str) -> None:
+        """Replace this node's message on a topic of this round."""
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"{topic}/{self._node_rank}", word)
+            self._store.set(f"{topic}/{self._node_rank}", message)
 
-    def hear(self, topic: str) -> dict[int, str]:
-        """Return the last word of each other node on a topic of this round; "" without one."""
-        others = [node for node in range(self._nodes) if node != self._node_rank]
-        words = dict.fromkeys(others, "")
+    def latest(self, topic: str) -> dict[int, str]:
+        """Return each other node's last message on a topic of this round; "" without one."""
+        messages = dict.fromkeys(self._others(), "")
         with contextlib.suppress(RuntimeError):
-            for node in others:
+            for node in messages:
                 if self._store.check([f"{topic}/{node}"]):
-                    words[node] = self._store.get(f"{topic}/{node}").decode()
-        return words
+                    messages[node] = self._store.get(f"{topic}/{node}").decode()
+        return messages
 
     def get_backend(self) -> str:
-        """Return a name."""
         return "distrain"
 
     def get_run_id(self) -> str:
-        """Return the run's id."""
         return self._run_id
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: there are never more nodes than at the start."""
-        return 0
+        return 0  # no node joins later
 
     def is_closed(self) -> bool:
-        """Return False."""
         return False
 
     def set_closed(self) -> None:
         """Do nothing: the store ends with its process."""
 
     def shutdown(self) -> bool:
-        """Return True: the store ends with its process."""
-        return True
+        return True  # likewise
+
+    def _others(self) -> list[int]:
+        return [node for node in range(self.num_nodes) if node != self._node_rank]
 
     def _connect(self) -> Store:
-        """Open the store of the agents, or connect to it."""
-        if self._nodes == 1:
+        """Return the store of the agents: served on node 0, else connected to."""
+        if self.num_nodes == 1:
             return HashStore()
         if isinstance(self._endpoint, socket.socket):
             self._host, port = self._endpoint.getsockname()[:2]
@@ -194,7 +182,7 @@ class Meeting(RendezvousHandler):
         return TCPStore(self._host, int(port), is_master=False, timeout=timeout)
 
     def _serve_ranks(self) -> int:
-        """Open the store of this round's ranks; return its port."""
+        """Serve the store of this round's ranks; return its port."""
         listener = listen(self._host)
         port: int = listener.getsockname()[1]
         self._ranks = _serve(listener, self._join_s)
@@ -202,7 +190,7 @@ class Meeting(RendezvousHandler):
 
 
 def _serve(listener: socket.socket, timeout_s: float) -> TCPStore:
-    """Return a store that serves at a listening socket, which becomes the store's own."""
+    """Return a store that serves at a listening socket, and owns it."""
     host, port = listener.getsockname()[:2]
     return TCPStore(
         host,
@@ -216,7 +204,7 @@ def _serve(listener: socket.socket, timeout_s: float) -> TCPStore:
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Wait until a condition holds, with signals heard in between; say whether it does."""
+    """Poll until a condition holds, with signals handled in between; return whether it does."""
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while not condition():
         if time.monotonic() > deadline:

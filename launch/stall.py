@@ -1,4 +1,4 @@
-"""Which ranks make no progress, judged from their beats alone."""
+"""Stalled ranks, found from their heartbeats alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import NamedTuple
 from distrain.heartbeat import Beat, Phase
 
 SHORTEST_S = 60.0
-"""The adaptive limit is never shorter."""
+"""Minimum of the adaptive limit."""
 
 STEPS = 50
-"""The adaptive limit is so many times the usual step."""
+"""The adaptive limit in usual steps."""
 
 SLOW_S = 600.0
-"""The adaptive limit of the first step, and of phases that come now and then, is never shorter."""
+"""Minimum of the adaptive limit in the first step, and in phases that come now and then."""
 
 _SLOW = (Phase.NONE, Phase.START, Phase.HOOKS, Phase.EVALUATION, Phase.SAVING, Phase.END)
-_GAP_S = 2.0  # a longer time between two looks was not watched: we had been stopped ourselves
-_WAITS_S = 0.5  # silent for less, a rank may well be running
+_MAX_GAP_S = 2.0  # between two updates; in a longer gap this process was suspended itself
+_WAITS_S = 0.5  # a rank silent for less may be running
 _STATES = {
     "T": "stopped: state T",
     "t": "stopped by a debugger: state t",
@@ -29,14 +29,14 @@ _STATES = {
 
 
 class Place(NamedTuple):
-    """Where a rank is.
+    """Progress of a rank.
 
     Attributes:
         rank: over all nodes.
         iteration: of its last beat. phase: likewise.
         finished: whether its job has returned.
-        silent_s: since its last beat, as long as somebody watched.
-        is_overdue: whether that is longer than the limit.
+        silent_s: watched seconds since its last beat.
+        is_overdue: whether that is over the limit.
         state: of its process, a letter as in /proc/PID/stat; "" if unknown.
     """
 
@@ -50,51 +50,44 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, bool]:
-        """The less progress, the smaller; of equals, one that cannot run is behind."""
+        """Sort key: least advanced first; of equals, a rank that cannot run is first."""
         return self.iteration, self.phase, not (self.finished or self.state in ("T", "t"))
 
 
 @dataclass
 class _Seen:
-    """What is known of a rank; times are of the watched clock."""
+    """Heartbeats of a rank so far; times are of the watched clock."""
 
     beat: Beat
     since: float
-    stepping_s: float = 0.0  # of the time watched, what was not spent outside of the step
-    first: int | None = None  # the iteration in which it was first seen in the loop
-    mark: tuple[int, float] | None = None  # iteration and `stepping_s`, when the first was over
-    last: int = -1  # the iteration in which `step_s` was learnt
+    stepping_s: float = 0.0  # watched time inside of steps
+    first: int | None = None  # iteration in which it was first seen in the loop
+    mark: tuple[int, float] | None = None  # iteration and `stepping_s` after the first step
+    last: int = -1  # iteration of the last estimate of `step_s`
     step_s: float | None = None
 
 
 class Progress:
-    """Follows the beats of ranks.
+    """Follows the heartbeats of ranks.
 
-    Its clock counts the time in which somebody looked: when the whole job is suspended and goes on
-    later, nobody has been silent.
+    Its clock counts watched time only: a job that is suspended and continued has not been silent.
 
     Args:
-        ranks: whose beats are followed.
-        watchdog_s: the limit in all phases; None: 50 usual steps, at least 60 s, and at least
-            600 s for the first step and outside of the step.
+        ranks: to follow.
+        watchdog_s: limit in all phases; None: see `RankOptions`.
     """
 
     def __init__(self, ranks: Iterable[int], *, watchdog_s: float | None) -> None:
         self._watchdog_s = watchdog_s
         self._seen = {rank: _Seen(Beat(0, Phase.NONE, 0.0, False), 0.0) for rank in ranks}
         self._watched_s = 0.0
-        self._looked_s: float | None = None
+        self._updated_s: float | None = None
         self._has_begun = False
 
-    def see(self, beats: Mapping[int, Beat], now_s: float) -> None:
-        """Take the last beats.
-
-        Args:
-            beats: by rank.
-            now_s: on a monotonic clock.
-        """
-        gap_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, _GAP_S)
-        self._looked_s = now_s
+    def update(self, beats: Mapping[int, Beat], now_s: float) -> None:
+        """Take the last beat of each rank, read at `now_s` of a monotonic clock."""
+        gap_s = 0.0 if self._updated_s is None else min(now_s - self._updated_s, _MAX_GAP_S)
+        self._updated_s = now_s
         self._watched_s += gap_s
         self._has_begun = self._has_begun or any(beat.phase for beat in beats.values())
         for rank, beat in beats.items():
@@ -103,10 +96,10 @@ class Progress:
                 seen.stepping_s += gap_s
             if beat != seen.beat or not self._has_begun:
                 seen.beat, seen.since = beat, self._watched_s
-                self._learn_step(seen)
+                self._estimate_step(seen)
 
-    def _learn_step(self, seen: _Seen) -> None:
-        """Learn the usual step: the mean of all that came after the first."""
+    def _estimate_step(self, seen: _Seen) -> None:
+        """Estimate the usual step: the mean of all after the first."""
         iteration = seen.beat.iteration
         if seen.beat.phase in (Phase.NONE, Phase.START, Phase.END) or iteration == seen.last:
             return
@@ -119,7 +112,7 @@ class Progress:
             seen.step_s = (seen.stepping_s - seen.mark[1]) / (iteration - seen.mark[0])
 
     def limit_s(self, rank: int) -> float:
-        """Return how long a rank may be silent where it is now."""
+        """Return the allowed seconds of silence of a rank in its phase."""
         if self._watchdog_s is not None:
             return self._watchdog_s
         seen = self._seen[rank]
@@ -128,7 +121,7 @@ class Progress:
         return max(limit, SLOW_S) if is_slow else limit
 
     def places(self, state: Callable[[int], str] = lambda rank: "") -> list[Place]:
-        """Return where the ranks are; none before the first beat of any: not every job beats.
+        """Return the places of the ranks; none before the first beat: a job may have no heartbeat.
 
         Args:
             state: returns the state of a rank's process.
@@ -145,17 +138,16 @@ class Progress:
 
 
 def ended_early(places: Iterable[Place]) -> list[Place]:
-    """Return the ranks that have ended training when others were at an iteration not done there."""
+    """Return the ranks that ended training although others are at a later iteration."""
     places = list(places)
     last = max((place.iteration for place in places if place.phase < Phase.END), default=-1)
     return [place for place in places if place.phase == Phase.END and place.iteration <= last]
 
 
-def hindmost(places: Iterable[Place]) -> list[Place]:
-    """Return the ranks with the least progress, for which all others have to wait in the end.
+def least_advanced(places: Iterable[Place]) -> list[Place]:
+    """Return the ranks with the least progress, for which all others wait in the end.
 
-    A rank that has gone through to the end is none of them; one that has ended training before
-    others have done all their iterations is the only one.
+    Ranks that ended training before the others come first; finished ranks are left out.
     """
     places = list(places)
     early = ended_early(places)
@@ -169,53 +161,51 @@ def hindmost(places: Iterable[Place]) -> list[Place]:
 
 
 def report(stuck: Iterable[Place], others: Iterable[Place]) -> str:
-    """Return in one line who is stuck where, and who waits.
+    """Return one line: ranks and phases that are stuck, and those that wait.
 
     Example: "rank 1 makes no progress: 61 s in data at iteration 57 (stopped: state T); ranks 0, 2
     wait in backward at iteration 57".
     """
     parts = []
-    for same in _alike(stuck):
+    for same in _groups(stuck):
         silent_s = min(place.silent_s for place in same)
         makes = "makes" if len(same) == 1 else "make"
-        text = f"{_names(same)} {makes} no progress: {silent_s:.0f} s {_where(same[0])}"
+        text = f"{_names(same)} {makes} no progress: {silent_s:.0f} s {_phase(same[0])}"
         if same[0].finished:
             text += ", where its job has returned"
         states = {_STATES[place.state] for place in same if place.state in _STATES}
         parts.append(text + (f" ({', '.join(sorted(states))})" if states else ""))
-    for same in _alike(others):
+    for same in _groups(others):
         many = len(same) > 1
         if same[0].finished:
-            what = "have finished" if many else "has finished"
+            verb = "have finished" if many else "has finished"
         elif min(place.silent_s for place in same) >= _WAITS_S:
-            what = "wait" if many else "waits"
+            verb = "wait" if many else "waits"
         else:
-            what = "are" if many else "is"
-        parts.append(f"{_names(same)} {what} {_where(same[0])}")
+            verb = "are" if many else "is"
+        parts.append(f"{_names(same)} {verb} {_phase(same[0])}")
     return "; ".join(parts)
 
 
-def _alike(places: Iterable[Place]) -> list[list[Place]]:
+def _groups(places: Iterable[Place]) -> list[list[Place]]:
     """Return the places grouped by iteration, phase and whether they have finished."""
 
-    def kind(place: Place) -> tuple[int, int, bool]:
+    def key(place: Place) -> tuple[int, int, bool]:
         return place.iteration, place.phase, place.finished
 
-    ordered = sorted(places, key=lambda place: (kind(place), place.rank))
-    return [list(group) for _, group in groupby(ordered, kind)]
+    ordered = sorted(places, key=lambda place: (key(place), place.rank))
+    return [list(group) for _, group in groupby(ordered, key)]
 
 
-def _where(place: Place) -> str:
+def _phase(place: Place) -> str:
     if place.phase == Phase.NONE:
         return "before its start"
-    name = Phase(place.phase).name.lower()
-    return (
-        f"in {name}" if place.phase == Phase.START else f"in {name} at iteration {place.iteration}"
-    )
+    text = f"in {Phase(place.phase).name.lower()}"
+    return text if place.phase == Phase.START else f"{text} at iteration {place.iteration}"
 
 
 def _names(places: list[Place]) -> str:
-    """Return ranks in words: "rank 1", "ranks 0, 2", "ranks 0-62, 64"."""
+    """Return ranks as text: "rank 1", "ranks 0, 2", "ranks 0-62, 64"."""
     runs: list[list[int]] = []
     for place in places:
         if runs and place.rank == runs[-1][-1] + 1:

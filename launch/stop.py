@@ -1,4 +1,4 @@
-"""Signals that ask a launcher to stop what it has started."""
+"""Stop requests: signals to a launcher."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 from distrain.process import stdio
 
-LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-_BOUNCE_S = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
+_BOUNCE_S = 0.5  # within which a terminal and a wrapper both send one Ctrl-C
 
 
 class StopRequest:
-    """Says, inside `with`, whether this process was asked to stop.
+    """Records, inside `with`, the signals that request a stop of this process.
 
-    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask to stop, all alike; a SIGHUP that is ignored
-    already, as under nohup, stays so. A second SIGINT (Ctrl-C) does not wait any longer. Outside of
-    the main thread no signal is heard. A request that an outer `with` received counts in an inner.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are equal; an ignored SIGHUP, as under nohup, stays
+    ignored. A second SIGINT (Ctrl-C) ends the wait. Outside of the main thread no signal is
+    handled. A request that an outer `with` received counts in an inner one.
 
     Args:
         is_quiet: print nothing at a signal.
 
     Attributes:
-        since: when the first signal came, on the monotonic clock; None until then.
-        signals: names of all signals that came.
+        since: time of the first signal, on the monotonic clock; None before.
+        signals: names of all signals received.
         at_once: whether a second SIGINT came.
         kill: called then, in the signal handler.
     """
@@ -37,14 +37,14 @@ class StopRequest:
         self.since: float | None = None
         self.signals: list[str] = []
         self.at_once = False
-        self.kill: Callable[[], None] = _nothing
+        self.kill: Callable[[], object] = bool  # does nothing: no rank has been started yet
         self._is_quiet = is_quiet
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
         if self._before or threading.current_thread() is not threading.main_thread():
             return self
-        for number in LISTENED:
+        for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             outer = self._before[number] = signal.signal(number, self)
@@ -52,18 +52,13 @@ class StopRequest:
                 self.since, self.signals = outer.since, [*outer.signals]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
         self._before = {}
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; the rest is done where the ranks are watched."""
+        """Record a signal; the agent acts on it."""
         name, now = signal.Signals(number).name, time.monotonic()
         self.signals.append(name)
         if self.since is None:
@@ -73,15 +68,11 @@ class StopRequest:
                 stdio.notify(f"\ndistrain: {name}: the ranks save their state and stop{again}\n")
         elif number == signal.SIGINT and now - self.since > _BOUNCE_S:
             self.at_once = True
-            with contextlib.suppress(Exception):  # it is seen where the ranks are watched, too
+            with contextlib.suppress(Exception):  # the agent reads `at_once` too
                 self.kill()
 
 
 def ignore() -> None:
-    """Ignore from here on what asks to stop: the process is about to leave with its exit code."""
-    for number in LISTENED:
+    """Ignore stop signals from here on: the process is about to leave with its exit code."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _nothing() -> None:
-    """Kill nothing: no ranks have been started yet."""

@@ -1,4 +1,4 @@
-"""The agent's watch over its ranks: a run that stands still ends, and says where it stood."""
+"""Hang detection: kill a stalled run; report rank, phase and stacks."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from distrain import heartbeat
 from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch.failure import Failure
 from distrain.launch.rank import append, log_path
-from distrain.launch.rendezvous import Meeting
-from distrain.launch.stall import Place, Progress, ended_early, hindmost, report
+from distrain.launch.rendezvous import StaticRendezvous
+from distrain.launch.stall import Place, Progress, ended_early, least_advanced, report
 
-_LOOK_S = 0.5  # from one look at the beats to the next
-_TELL_S = 2.0  # from one word to the other nodes to the next
-_ANSWER_S = 1.0  # a rank that runs writes its stacks in far less
-_DEAF_S = 10.0  # a node that has said nothing for so long excuses nobody
-_TRACE_BYTES = 16_000
+_CHECK_S = 0.5  # between two checks of the heartbeats
+_PUBLISH_S = 2.0  # between two messages to the other nodes
+_STACKS_S = 1.0  # a running rank writes its stacks in far less
+_NODE_TIMEOUT_S = 10.0  # a node silent for longer is not waited for
+_MAX_TRACE_BYTES = 16_000
 
 
 class Watchdog:
-    """Watches the ranks of this node by their beats.
+    """Watches the ranks of this node by their heartbeats.
 
     Args:
-        watchdog_s: how long a rank may make no progress, see `Progress`; 0 watches nothing.
-        log_dir: folder of the logs, to which the stacks of ranks that stand still go.
-        meeting: the agents of all nodes.
+        watchdog_s: limit of `Progress`; 0 disables the watchdog.
+        log_dir: folder of the logs, which get the stacks of stalled ranks.
+        rendezvous: of the agents of all nodes.
     """
 
-    def __init__(self, watchdog_s: float | None, *, log_dir: Path, meeting: Meeting) -> None:
+    def __init__(
+        self, watchdog_s: float | None, *, log_dir: Path, rendezvous: StaticRendezvous
+    ) -> None:
         self._watchdog_s = watchdog_s
         self._log_dir = log_dir
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._folder: TemporaryFolder | None = None
         self._files: dict[int, int] = {}  # descriptors by rank
         self._progress = Progress((), watchdog_s=watchdog_s)
-        self._gone: set[int] = set()  # ranks that seemed to have left early at the last look
-        self._next_look_s = self._next_tell_s = 0.0
-        self._words: dict[int, tuple[str, float]] = {}  # of other nodes: what, and since when
+        self._ended_early: set[int] = set()  # ranks, at the last check
+        self._next_check_s = self._next_publish_s = 0.0
+        self._messages: dict[int, tuple[str, float]] = {}  # of other nodes, with time of arrival
 
-    def hand_out(self, envs: Iterable[dict[str, str]]) -> None:
-        """Give each rank of a new attempt its file, by its environment."""
+    def add_files(self, envs: Iterable[dict[str, str]]) -> None:
+        """Make a heartbeat file for each rank of a new attempt; add its path to the environment."""
         self.close()
         if self._watchdog_s == 0:
             return
-        # in memory where there is such a folder: a rank must not wait for a disk to beat
+        # in memory where possible: a heartbeat must not wait for a disk
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._folder = TemporaryFolder(f"beats-{os.getpid()}-", parent=memory)
         for env in envs:
@@ -60,85 +62,83 @@ class Watchdog:
         self._progress = Progress(self._files, watchdog_s=self._watchdog_s)
 
     def close(self) -> None:
-        """Let go of the files; ranks that live can go on beating."""
+        """Close the files; ranks that live can still write to them."""
         for file in self._files.values():
             os.close(file)
-        self._files, self._words, self._gone = {}, {}, set()
+        self._files, self._messages, self._ended_early = {}, {}, set()
         if self._folder is not None:
             self._folder.close()
             self._folder = None
 
-    def look(self, pids: Mapping[int, int]) -> Failure | None:
-        """Return the failure of ranks that make no progress, or have left; looks now and then only.
+    def check(self, pids: Mapping[int, int]) -> Failure | None:
+        """Return the failure of ranks that stall, or have left early; checks every _CHECK_S.
 
         Args:
             pids: processes of this node's ranks, by rank.
         """
         now_s = time.monotonic()
-        if not self._files or now_s < self._next_look_s:
+        if not self._files or now_s < self._next_check_s:
             return None
-        self._next_look_s = now_s + _LOOK_S
+        self._next_check_s = now_s + _CHECK_S
         beats = {rank: heartbeat.read(file) for rank, file in self._files.items()}
-        self._progress.see(beats, now_s)
-        places = self._progress.places(lambda rank: _state(pids[rank]))
-        self._tell(places, now_s)
-        early = self._left_early(places)
-        if early is not None:
-            return early
-        stuck = hindmost(places)
+        self._progress.update(beats, now_s)
+        places = self._progress.places(lambda rank: _process_state(pids[rank]))
+        self._publish(places, now_s)
+        left = self._left_early(places)
+        if left is not None:
+            return left
+        stuck = least_advanced(places)
         if not stuck or not all(place.is_overdue for place in stuck):
             return None
         others = [place for place in places if place not in stuck]
-        is_of_peer, deaf = False, list[int]()
-        if self._meeting.num_nodes > 1:
-            theirs, deaf = self._hear(now_s)
-            if _is_excused(stuck, theirs):
+        silent = list[int]()
+        if self._rendezvous.num_nodes > 1:
+            remote, silent = self._remote_places(now_s)
+            if _is_waiting_for_other_node(stuck, remote):
                 return None
-            is_of_peer = bool(deaf)
-            others += [place for of_node in theirs.values() for place in of_node]
+            others += [place for of_node in remote.values() for place in of_node]
         text = report(stuck, others)
-        for node in deaf:
+        for node in silent:
             text += f"; the agent of node {node} is silent"
-        trace = self._ask_for_stacks(pids, text)[stuck[0].rank]
-        alone = len(stuck) == 1
-        log = log_path(self._log_dir, stuck[0].rank) if alone else str(self._log_dir)
-        rank = stuck[0].rank if alone else -1
-        return Failure(rank, "hang", text, trace, log, time.time(), is_of_peer)
+        trace = self._dump_stacks(pids, text)[stuck[0].rank]
+        rank = stuck[0].rank if len(stuck) == 1 else -1
+        log = str(self._log_dir) if rank < 0 else log_path(self._log_dir, rank)
+        return Failure(rank, "hang", text, trace, log, time.time(), of_peer=bool(silent))
 
     def _left_early(self, places: list[Place]) -> Failure | None:
-        """Return the failure of a rank whose job is over when others have iterations to do.
+        """Return the failure of a rank whose job returned while others have iterations to do.
 
-        Its process waits for the others and keeps its connections, so they would wait for it. What
-        one look sees may be half a beat, so it takes two.
+        Its process keeps its connections open, so the other ranks would wait for it. One check may
+        read half a beat, so it takes two.
         """
-        gone = {place.rank: place for place in ended_early(places) if place.finished}
-        again = sorted(gone.keys() & self._gone)
-        self._gone = set(gone)
-        if not again:
+        early = {place.rank: place for place in ended_early(places) if place.finished}
+        confirmed = sorted(early.keys() & self._ended_early)
+        self._ended_early = set(early)
+        if not confirmed:
             return None
-        rank = again[0]
-        text = f"its job returned early, after {gone[rank].iteration} iterations"
+        rank = confirmed[0]
+        text = f"its job returned early, after {early[rank].iteration} iterations"
         return Failure(rank, "exit", text, log=log_path(self._log_dir, rank), time_s=time.time())
 
-    def _tell(self, places: list[Place], now_s: float) -> None:
-        """Tell the other nodes where the ranks of this one are."""
-        if self._meeting.num_nodes > 1 and now_s >= self._next_tell_s:
-            self._next_tell_s = now_s + _TELL_S
-            self._meeting.tell("places", json.dumps([now_s, places]))
+    def _publish(self, places: list[Place], now_s: float) -> None:
+        """Publish the places of this node's ranks to the other nodes."""
+        if self._rendezvous.num_nodes > 1 and now_s >= self._next_publish_s:
+            self._next_publish_s = now_s + _PUBLISH_S
+            self._rendezvous.publish("places", json.dumps([now_s, places]))
 
-    def _hear(self, now_s: float) -> tuple[dict[int, list[Place]], list[int]]:
-        """Return where the ranks of other nodes are, and the nodes that say nothing any more."""
-        theirs, deaf = dict[int, list[Place]](), list[int]()
-        for node, word in self._meeting.hear("places").items():
-            if node not in self._words or self._words[node][0] != word:
-                self._words[node] = word, now_s
-            if now_s - self._words[node][1] > _DEAF_S:
-                deaf.append(node)
+    def _remote_places(self, now_s: float) -> tuple[dict[int, list[Place]], list[int]]:
+        """Return the places of the ranks on other nodes, and the silent nodes."""
+        remote, silent = dict[int, list[Place]](), list[int]()
+        for node, message in self._rendezvous.latest("places").items():
+            if node not in self._messages or self._messages[node][0] != message:
+                self._messages[node] = message, now_s
+            if now_s - self._messages[node][1] > _NODE_TIMEOUT_S:
+                silent.append(node)
             else:
-                theirs[node] = [Place(*place) for place in json.loads(word)[1]] if word else []
-        return theirs, deaf
+                remote[node] = [Place(*p) for p in json.loads(message)[1]] if message else []
+        return remote, silent
 
-    def _ask_for_stacks(self, pids: Mapping[int, int], why: str) -> dict[int, str]:
+    def _dump_stacks(self, pids: Mapping[int, int], why: str) -> dict[int, str]:
         """Have all ranks write their stacks to their logs; return them by rank."""
         logs = {rank: log_path(self._log_dir, rank) for rank in pids}
         sizes = {}
@@ -147,31 +147,30 @@ class Watchdog:
             sizes[rank] = os.path.getsize(logs[rank])
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
-        time.sleep(_ANSWER_S)
+        time.sleep(_STACKS_S)
         stacks = {}
         for rank, log in logs.items():
             with open(log, "rb") as file:
                 file.seek(sizes[rank])
-                answer = file.read(_TRACE_BYTES).decode(errors="replace").strip()
-            silent = f"rank {rank} did not answer when it was asked for its stacks"
-            if not answer:
-                append(log, silent + "\n")
-            stacks[rank] = f"rank {rank} was here:\n{answer}" if answer else silent
+                stack = file.read(_MAX_TRACE_BYTES).decode(errors="replace").strip()
+            stacks[rank] = f"stack of rank {rank}:\n{stack}"
+            if not stack:
+                stacks[rank] = f"rank {rank} did not answer when it was asked for its stacks"
+                append(log, stacks[rank] + "\n")
         return stacks
 
 
-def _is_excused(stuck: list[Place], theirs: Mapping[int, list[Place]]) -> bool:
-    """Say whether ranks wait for another node: for one that may take its time, or will speak."""
-    for places in theirs.values():
-        for place in hindmost(places):
-            if place.order < stuck[0].order:
-                return True
-            if place.order == stuck[0].order and not place.is_overdue:
+def _is_waiting_for_other_node(stuck: list[Place], remote: Mapping[int, list[Place]]) -> bool:
+    """Return whether a rank of another node is behind, or as far and not overdue yet."""
+    for places in remote.values():
+        for place in least_advanced(places):
+            is_equal = place.order == stuck[0].order
+            if place.order < stuck[0].order or (is_equal and not place.is_overdue):
                 return True
     return False
 
 
-def _state(pid: int) -> str:
+def _process_state(pid: int) -> str:
     """Return the state of a process as one letter; "" if unknown."""
     try:
         with open(f"/proc/{pid}/stat") as file:

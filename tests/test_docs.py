@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distrain.config import schema
-from distrain.runs.states import State
+from distrain.launch.client import State
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("mkdocs")

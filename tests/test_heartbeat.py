@@ -56,14 +56,14 @@ def test_nothing_is_left_in_the_folder(file):
 def test_the_environment_names_it_once(file, monkeypatch):
     path, descriptor = file
     monkeypatch.setattr(heartbeat, "_own", heartbeat._own)
-    silent = heartbeat.of_this_process()
+    silent = heartbeat.current()
     silent.beat(Phase.DATA)
     with silent.phase(Phase.SAVING):
         silent.finish()
     monkeypatch.setenv(heartbeat.VARIABLE, str(path))
-    pulse = heartbeat.of_this_process()
+    pulse = heartbeat.current()
     assert heartbeat.VARIABLE not in os.environ  # for the children of this process
-    assert heartbeat.of_this_process() is pulse
+    assert heartbeat.current() is pulse
     pulse.beat(Phase.DATA)
     assert heartbeat.read(descriptor).phase is Phase.DATA
 

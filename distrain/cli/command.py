@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -24,7 +24,7 @@ from distrain.config import origins as composition
 from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.files.temp_folder import folder_of_processes
-from distrain.launch import stop
+from distrain.launch import Launcher, stop
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
 from distrain.process.threads import limit_exit
@@ -66,8 +66,8 @@ class Command:
         self._is_last = is_last
         self._stop = StopRequest(is_quiet=True)  # around and between the runs
         self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
-        self._submissions: list[tuple[Any, Any]] = []
-        self._open = contextlib.ExitStack()  # the folders of what waits in submissions
+        self._submissions: list[tuple[Launcher, TrainJob]] = []
+        self._open = contextlib.ExitStack()  # run folders of the submissions
 
     def run(self) -> ExitCode:
         """Do what the arguments say; return the exit code of the worst run."""
@@ -116,10 +116,9 @@ class Command:
 
         conf = config.resolve(cfg)
         self._secrets |= secrets_of((), conf)
-        launcher: Any = config.build(conf["launch"], "launch")
-        owns_run = getattr(launcher, "owns_run", True)
-        handover = None if conf["plan"] else getattr(launcher, "handover", None)
-        if handover is not None and not owns_run:
+        launcher = _launcher(conf["launch"])
+        handover = None if conf["plan"] else launcher.handover
+        if handover is not None and not launcher.owns_run:
             message = handover.receive()
             if "code" in message:  # there is nothing to start: rank 0 reports why
                 return ExitCode(message["code"])
@@ -135,10 +134,10 @@ class Command:
         job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
         if conf["plan"]:
             print(job.plan())
-            if hasattr(launcher, "plan"):
-                print(launcher.plan(job))
+            if text := launcher.plan(job):
+                print(text)
             return ExitCode.FINISHED
-        if not owns_run:
+        if not launcher.owns_run:
             await_run(job.run_dir)
             self._stop.__enter__()
             with _storage_of(job):
@@ -156,7 +155,12 @@ class Command:
         return code
 
     def _start_own(
-        self, launcher: Any, job: TrainJob, name: str, *, on_claim: Callable[[], None] | None = None
+        self,
+        launcher: Launcher,
+        job: TrainJob,
+        name: str,
+        *,
+        on_claim: Callable[[], None] | None = None,
     ) -> ExitCode:
         """Start a run whose folder this process writes.
 
@@ -168,14 +172,13 @@ class Command:
         """
         conf, weights = job.conf, job.conf["init"]["weights"]
         folder = RunFolder(job.run_dir)
-        is_sweep = name and hasattr(launcher, "start_all")
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
             folder.freeze(
                 conf,
                 self._argv,
                 overrides=list(HydraConfig.get().overrides.task),
-                is_restart=getattr(launcher, "is_restart", False),
+                is_restart=launcher.is_restart,
             )
             if weights and folder.is_new and not os.path.exists(weights):
                 raise ConfigError(f"init.weights={weights}: there is no such file or folder")
@@ -185,11 +188,11 @@ class Command:
                 done = f"all {folder.done_iter} iterations are done already"
                 print(f"{folder.path}: {done}; trainer.max_iter=... trains longer")
                 return ExitCode.FINISHED
-            if is_sweep:
+            if name and not launcher.waits:
                 self._submissions.append((launcher, job))
                 self._open.push(opened.pop_all())
                 return ExitCode.FINISHED
-            if hasattr(launcher, "start_all"):  # its jobs go on without us, and note their ends
+            if not launcher.waits:  # the run continues, and its end is recorded, without us
                 return ExitCode(launcher.start(job))
             if on_claim is not None:
                 on_claim()
@@ -198,7 +201,7 @@ class Command:
                 return folder.watch(lambda: launcher.start(job))
 
     def _submit(self) -> None:
-        """Hand the runs of a sweep to a launcher that takes them all at once."""
+        """Start the runs of a sweep by a launcher that does not wait for them."""
         if not self._submissions:
             return
         launchers, jobs = zip(*self._submissions, strict=True)
@@ -213,6 +216,15 @@ class Command:
             traceback.print_exception(error)
         print(f"distrain: {masked_text(str(what), self._secrets)}", file=sys.stderr, flush=True)
         return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
+
+
+def _launcher(conf: Mapping[str, Any]) -> Launcher:
+    launcher = config.build(conf, "launch")
+    if not isinstance(launcher, Launcher):
+        raise ConfigError(
+            f"launch._target_={conf['_target_']}: expected a subclass of distrain.launch.Launcher"
+        )
+    return launcher
 
 
 @contextlib.contextmanager

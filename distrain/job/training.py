@@ -56,7 +56,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         NonFiniteLoss: a loss was not finite.
         RunFailed: no checkpoint can be continued from, or the last one could not be saved.
     """
-    heartbeat.of_this_process().beat(Phase.START)
+    heartbeat.current().beat(Phase.START)
     log.set_up(Path(run_dir, LOGS), rank=env_int("RANK"))
     exactness = {key: conf["trainer"][key] for key in _OF_NUMERICS}
     with (

@@ -1,1 +1,1 @@
-"""What belongs to one process: streams, threads, descriptors, environment."""
+"""Standard streams, threads, open files and environment of a process."""

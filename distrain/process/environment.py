@@ -1,8 +1,10 @@
-"""Integers in environment variables: set by a launcher, a scheduler or a container."""
+"""Environment variables set by a launcher, a scheduler or a container."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from distrain.errors import ConfigError
 
@@ -11,7 +13,7 @@ def env_int(name: str, default: int = 0) -> int:
     """Return the integer in an environment variable; the default if it is unset or empty.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it is not an integer.
     """
     text = os.environ.get(name, "").strip()
     try:
@@ -21,5 +23,20 @@ def env_int(name: str, default: int = 0) -> int:
 
 
 def restart_count() -> int:
-    """Return how often torchelastic and SLURM have restarted this run without a user."""
+    """Return the number of restarts of this run by torchelastic and SLURM."""
     return env_int("TORCHELASTIC_RESTART_COUNT") + env_int("SLURM_RESTART_COUNT")
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside `with`."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

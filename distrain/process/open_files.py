@@ -1,4 +1,4 @@
-"""The limit on open files: gloo connects each rank with every other one, once per group."""
+"""Limit on open files: gloo connects each rank with every other one, once per group."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ import resource
 
 from distrain.errors import ConfigError
 
-_GROUPS = 2  # that of the gradients, and that of the scalars
-_IN_AGENT = 8  # of each rank, in the process that starts it: pipes, heartbeat, sockets
-_RESERVE = 16  # files that are opened meanwhile: listening sockets, libraries, logs
+_NUM_GROUPS = 2  # of the gradients, and of the scalars
+_IN_AGENT = 8  # files per rank in its agent: pipes, heartbeat, sockets
+_RESERVE = 16  # files opened meanwhile: listening sockets, libraries, logs
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit on open files to the hard one; its children inherit it."""
+    """Raise this process's soft limit on open files to the hard one, also for its children."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_agent(ranks: int, *, world_size: int) -> None:
-    """Check that this process can watch its ranks, and each of them connect with all others.
+    """Check that this process can watch its ranks, and each rank connect with all others.
 
     Args:
         ranks: that this process starts.
         world_size: ranks on all nodes.
 
     Raises:
-        ConfigError: the limit is too low; names the limit and the ranks.
+        ConfigError: the limit is too low.
     """
-    of_each = f"the agent opens up to {_IN_AGENT} files and pipes of each"
-    _check(_IN_AGENT * ranks, f"{ranks} ranks ({of_each})")
+    files = f"the agent opens up to {_IN_AGENT} files and pipes of each"
+    _check(_IN_AGENT * ranks, f"{ranks} ranks ({files})")
     check_mesh(world_size)
 
 
 def check_mesh(ranks: int) -> None:
-    """Check that this process can open the sockets of a full mesh, before gloo aborts without them.
-
-    Args:
-        ranks: of the process group.
+    """Check that this process can open the sockets of a mesh of ranks; gloo would abort.
 
     Raises:
-        ConfigError: the limit is too low; names the limit and the ranks.
+        ConfigError: the limit is too low.
     """
-    _check(_GROUPS * (ranks - 1), f"{ranks} ranks ({_GROUPS} sockets per rank to each other one)")
+    _check(
+        _NUM_GROUPS * (ranks - 1),
+        f"{ranks} ranks ({_NUM_GROUPS} sockets per rank to each other one)",
+    )
 
 
-def _check(num_files: int, what: str) -> None:
+def _check(num_files: int, purpose: str) -> None:
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
     needed = len(os.listdir("/proc/self/fd")) + num_files + _RESERVE
     if needed > limit:
         raise ConfigError(
-            f"ulimit -n {limit}: expected at least {needed} for {what}; raise the hard limit "
+            f"ulimit -n {limit}: expected at least {needed} for {purpose}; raise the hard limit "
             f"(ulimit -Hn is {hard}), or start fewer ranks"
         )

@@ -1,7 +1,7 @@
-"""Standard streams that never fail: a dead console must not end a run or change its exit code.
+"""Standard streams that never fail: a lost console must not end a run or change its exit code.
 
-The reader of a pipe may be gone (EPIPE), the terminal (EIO), the disk may be full (ENOSPC), and a
-daemon may start the command with the descriptors closed.
+The reader of a pipe may have ended (EPIPE), the terminal may be lost (EIO), the disk full (ENOSPC),
+or the descriptors closed by a daemon that starts the command.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 from typing import IO, Any
 
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
-_STUCK_S = 5.0  # a terminal that takes nothing for so long loses what is printed
+_STUCK_S = 5.0  # of a terminal that accepts nothing, until output is dropped
 
 
 def protect() -> None:
     """Make stdout and stderr of this process lossy; point closed descriptors to /dev/null.
 
-    Streams that a caller has replaced stay as they are.
+    Streams replaced by a caller are kept.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # otherwise the next file or socket gets the number, and what is printed goes into it
+            # otherwise the next file or socket gets the number, and output goes into it
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, number)
             if null != number:
@@ -41,7 +41,7 @@ def protect() -> None:
 
 
 def redirect(file: IO[bytes]) -> None:
-    """Send what this process prints to a file, also what native code prints."""
+    """Redirect stdout and stderr of this process, native code included, to a file."""
     for name, number in _DESCRIPTORS.items():
         flush(getattr(sys, name))
         os.dup2(file.fileno(), number)
@@ -49,14 +49,14 @@ def redirect(file: IO[bytes]) -> None:
 
 
 def flush(stream: Any) -> None:
-    """Flush a stream, None included; what cannot be written is lost."""
+    """Flush a stream or None; ignore errors."""
     if stream is not None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
 
 def lossy(number: int, *, encoding: str | None = None) -> io.TextIOWrapper:
-    """Return a text stream to a descriptor that drops what cannot be written."""
+    """Return a text stream to a descriptor that drops output on errors."""
     raw = _Lossy(_unblocked(number), "wb", closefd=False)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=True
@@ -64,9 +64,9 @@ def lossy(number: int, *, encoding: str | None = None) -> io.TextIOWrapper:
 
 
 def _unblocked(number: int) -> int:
-    """Return a descriptor of the same terminal whose writes do not block; else `number`."""
-    # Ctrl-S, or a lost connection that is not noticed yet: a write would wait for ever. Whether
-    # writes block is a property of the open file, which other processes share: open it again.
+    """Return a descriptor of the same terminal with non-blocking writes; else `number`."""
+    # After Ctrl-S, or a lost connection, a write would wait for ever. Blocking is a property of the
+    # open file, which other processes share: open it again.
     with contextlib.suppress(OSError):
         if os.isatty(number):
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -75,7 +75,7 @@ def _unblocked(number: int) -> int:
 
 
 def notify(text: str) -> None:
-    """Write to stderr from a signal handler: neither raises nor waits for a reader."""
+    """Write to stderr from a signal handler: does not raise, does not wait for a reader."""
     with contextlib.suppress(OSError):
         poll = select.poll()
         poll.register(2, select.POLLOUT)
@@ -84,10 +84,7 @@ def notify(text: str) -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file that drops what cannot be written, so that no print raises.
-
-    A line that was written in part is ended before the next one begins.
-    """
+    """File that drops output on errors, and ends an incomplete line before the next one."""
 
     _is_torn = False
     _is_stuck = False
@@ -102,7 +99,7 @@ class _Lossy(io.FileIO):
                 self._is_torn = False
             while rest:
                 written = super().write(rest)
-                if written is None:  # its reader is slow, or has stopped reading
+                if written is None:  # the reader is slow, or has stopped
                     wait_s = 0.0 if self._is_stuck else _STUCK_S
                     self._is_stuck = not select.select([], [self], [], wait_s)[1]
                     if self._is_stuck:

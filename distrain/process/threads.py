@@ -1,4 +1,4 @@
-"""Bound how long non-daemon threads of the user's code delay the end of a process."""
+"""Time limit for non-daemon threads at the end of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distrain.log import logger
 from distrain.process import stdio
 
 GRACE_S = 10.0
-"""Time that non-daemon threads get, from the shutdown of the interpreter on."""
+"""Seconds for non-daemon threads after the shutdown of the interpreter begins."""
 
 
 def limit_exit(code: int) -> None:
@@ -20,8 +20,7 @@ def limit_exit(code: int) -> None:
     The thread is named in the log. Without a non-daemon thread this does nothing.
     """
     if _non_daemons():
-        # Python joins these threads before it calls any function of `atexit`, and calls what is
-        # registered here before it joins them
+        # Python joins these threads before it runs `atexit`, and runs this registry before that
         module: Any = threading
         module._register_atexit(_start_timer, code)
 

@@ -1,1 +1,1 @@
-"""Looks at the runs in a folder, stops them and resumes them; asks their files and SLURM only."""
+"""Command `python -m distrain.runs`: table, show, diff, plot, stop, resume."""

@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError, ExitCode
+from distrain.launch.client import State
 from distrain.runs.escape import escaped
-from distrain.runs.find import name_of, the_run
-from distrain.runs.states import State
+from distrain.runs.find import name_of, resolve_run
 from distrain.runs.table import COLUMNS, show_table
 
 _METRIC = "loss"
 _COMMANDS = """commands:
   show RUN                         configuration, last values, attempts, checkpoints, logs
-  diff RUN RUN2                    what differs: configuration, code, last values
-  plot RUN... --scalar NAME -o PNG curves of several runs in one picture
-  stop RUN                         have it save its state and stop
-  resume RUN [KEY=VALUE...]        start it again where it was, by the command it was started with
+  diff RUN RUN2                    differences: configuration, code, last values
+  plot RUN... --scalar NAME -o PNG scalars of several runs in one picture
+  stop RUN                         save its state and stop it
+  resume RUN [KEY=VALUE...]        continue it by the command of its last start
 
 A RUN is a folder, or a run's name below --folder (runs). Exit status: 0, 1 if a run that was asked
 to stop failed instead, 2 for a mistake."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
+    """Parser that raises a mistake as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help says more")
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _table(argv: Sequence[str]) -> int:
     parser = _Parser(
         prog="python -m distrain.runs",
-        description="The runs below a folder: what they do, how far they are.",
+        description="The runs below a folder: state, progress, goodput.",
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
-    parser.add_argument("--metric", default=_METRIC, help="the scalar that is shown (loss)")
+    parser.add_argument("--metric", default=_METRIC, help="scalar to show (loss)")
     parser.add_argument("--sort", default="name", help=f"by {', '.join(COLUMNS)}")
-    parser.add_argument("--reverse", action="store_true", help="the largest first")
+    parser.add_argument("--reverse", action="store_true", help="largest first")
     parser.add_argument("--state", action="append", default=[], help=f"only {', '.join(State)}")
-    parser.add_argument("--json", action="store_true", help="all that is known, for programs")
+    parser.add_argument("--json", action="store_true", help="all fields, for programs")
     options = parser.parse_args(argv)
     sort = "metric" if options.sort == options.metric else options.sort
     if sort not in COLUMNS:
@@ -63,7 +63,7 @@ def _table(argv: Sequence[str]) -> int:
 
 
 def _states(parser: _Parser, given: Sequence[str]) -> list[State]:
-    """Return states that may be given several times, or with commas between them."""
+    """Return the states of one or several options, each with commas."""
     names = [name for each in given for name in each.split(",")]
     unknown = [name for name in names if name not in list(State)]
     if unknown:
@@ -79,34 +79,34 @@ def _show(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     from distrain.runs.show import show
 
-    path = the_run(options.run, options.folder)
+    path = resolve_run(options.run, options.folder)
     return show(path, lines=options.lines, metric=options.metric, is_full=options.all)
 
 
 def _diff(argv: Sequence[str]) -> int:
-    parser = _of_run("diff", "What differs between two runs: configuration, code, last values.")
+    parser = _of_run("diff", "Differences between two runs: configuration, code, last values.")
     parser.add_argument("other", metavar="RUN2")
     parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
     from distrain.runs.compare import compare
 
-    left, right = (the_run(name, options.folder) for name in (options.run, options.other))
+    left, right = (resolve_run(name, options.folder) for name in (options.run, options.other))
     return compare(left, right, is_full=options.all)
 
 
 def _plot(argv: Sequence[str]) -> int:
-    parser = _of_run("plot", "Curves of scalars over the iterations, a line a run.", nargs="+")
+    parser = _of_run("plot", "Scalars over the iterations, one line per run.", nargs="+")
     parser.add_argument(
-        "--scalar", action="append", metavar="NAME", help="may be given again; eval/* is several"
+        "--scalar", action="append", metavar="NAME", help="repeatable; wildcards: eval/*"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG")
     parser.add_argument(
-        "--smooth", type=int, default=1, metavar="ROWS", help="draw the mean over so many rows"
+        "--smooth", type=int, default=1, metavar="ROWS", help="rows of the moving mean"
     )
     options = parser.parse_args(argv)
     if options.smooth < 1:
-        parser.error(f"--smooth {options.smooth}: at least 1 row is needed")
-    paths = [the_run(name, options.folder) for name in options.run]
+        parser.error(f"--smooth {options.smooth}: expected at least 1 row")
+    paths = [resolve_run(name, options.folder) for name in options.run]
     from distrain.runs.plot import plot
 
     return plot(
@@ -118,28 +118,26 @@ def _plot(argv: Sequence[str]) -> int:
 
 
 def _stop(argv: Sequence[str]) -> int:
-    parser = _of_run("stop", "Have a run save its state and stop; wait until it has.")
-    parser.add_argument("--no-wait", action="store_true", help="return when it was asked")
+    parser = _of_run("stop", "Save a run's state, stop it, and wait until it has stopped.")
+    parser.add_argument("--no-wait", action="store_true", help="return after the request")
     options = parser.parse_args(argv)
     from distrain.runs.control import stop
 
-    return stop(the_run(options.run, options.folder), wait=not options.no_wait)
+    return stop(resolve_run(options.run, options.folder), wait=not options.no_wait)
 
 
 def _resume(argv: Sequence[str]) -> int:
-    parser = _of_run(
-        "resume", "Start a run again where it was, by the command that it was started with."
-    )
+    parser = _of_run("resume", "Continue a run by the command of its last start.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(argv)
     from distrain.runs.control import resume
 
-    return resume(the_run(options.run, options.folder), options.overrides)
+    return resume(resolve_run(options.run, options.folder), options.overrides)
 
 
-def _of_run(command: str, what: str, *, nargs: str | None = None) -> _Parser:
+def _of_run(command: str, description: str, *, nargs: str | None = None) -> _Parser:
     """Return the parser of a command about runs."""
-    parser = _Parser(prog=f"python -m distrain.runs {command}", description=what)
+    parser = _Parser(prog=f"python -m distrain.runs {command}", description=description)
     parser.add_argument(
         "run", metavar="RUN", nargs=nargs, help="a run's folder, or its name below --folder"
     )
@@ -157,15 +155,15 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def run(argv: Sequence[str]) -> int:
-    """Do what the arguments say; return the exit code. A mistake is one line."""
+    """Run a command; return its exit code. A mistake is one line."""
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         words = [each for each in argv if not each.startswith("-")]
         if len(words) > 1 and words[0] == argv[0] and not Path(argv[0]).is_dir():
-            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(COMMANDS)}"
-            raise ConfigError(f"{argv[0]}: no such command; {hint}")
+            raise ConfigError(
+                f"{argv[0]}: no such command; {did_you_mean(argv[0], COMMANDS, most=1)}"
+            )
         return _table(argv)
     except ConfigError as error:
         print(escaped(f"distrain.runs: {error}"), file=sys.stderr)
@@ -177,6 +175,7 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    sys.path.append(os.getcwd())  # for a launcher of the folder's own code
     sys.exit(run(sys.argv[1:]))
 
 

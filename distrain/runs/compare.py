@@ -1,4 +1,4 @@
-"""Two runs side by side: their configurations, their code, their last values."""
+"""Compare two runs: configuration, code, last values."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from distrain.runfolder.provenance import LEFT_OUT
 from distrain.runs.escape import escaped
 from distrain.runs.records import Files, Start, all_rows, last_values, read
 from distrain.scalar_names import DIAGNOSTIC_PREFIXES
+from distrain.text import table
 
 _MAX_WIDTH = 60
 _MAX_DIFF_BYTES = 32 << 20
 
 
 def compare(left: Path, right: Path, *, is_full: bool = False) -> int:
-    """Print what differs between two runs, and their last values; return 0.
+    """Print the differences of two runs, and their last values; return 0.
 
     Args:
         left: a run folder.
         right: another one.
-        is_full: compare the scalars of the guards and clocks, too.
+        is_full: include the scalars about the machines.
     """
     names = (str(left), str(right))
     a, b = read(left), read(right)
     for files in (a, b):
         if files.unreadable:
             print(escaped(f"{files.path}: unreadable: {files.unreadable}"))
-    print(_aligned("configuration", names, _configuration(a, b), "no key differs"))
-    print(_aligned("\ncode", names, *_code(a, b)))
+    print(_section("configuration", names, _configuration(a, b), "no key differs"))
+    print(f"\n{_section('code', names, *_code(a, b))}")
     values = _values(left, right, is_full=is_full)
-    print(_aligned("\nlast values", (*names, "difference"), values, "none shared"))
+    print(f"\n{_section('last values', (*names, 'difference'), values, 'none shared')}")
     return 0
 
 
 def _configuration(left: Files, right: Files) -> list[list[str]]:
-    """Return the keys that differ, each with both values; names and folders always do."""
+    """Return the keys that differ, with both values; run.* always differs."""
     changed = differences(masked(left.conf), masked(right.conf))
     return [
         [key, shown(old, most=_MAX_WIDTH), shown(new, most=_MAX_WIDTH)]
@@ -49,7 +50,7 @@ def _configuration(left: Files, right: Files) -> list[list[str]]:
 
 
 def _code(left: Files, right: Files) -> tuple[list[list[str]], str]:
-    """Return what differs between the last starts, and what is to be said if nothing does."""
+    """Return the differences between the last starts, and the text for none."""
     rows = []
     starts = [files.starts[-1] if files.starts else None for files in (left, right)]
     commits = [str(start.git.get("commit") or "") if start else "" for start in starts]
@@ -72,18 +73,17 @@ def _code(left: Files, right: Files) -> tuple[list[list[str]], str]:
 
 
 def _values(left: Path, right: Path, *, is_full: bool) -> list[list[str]]:
-    """Return the last values of the scalars that both runs have."""
+    """Return the last values of the scalars of both runs."""
     a, b = (last_values(list(all_rows(path))) for path in (left, right))
-    shared = [
-        name for name in a if name in b and (is_full or not name.startswith(DIAGNOSTIC_PREFIXES))
-    ]
+    hidden = () if is_full else DIAGNOSTIC_PREFIXES
+    shared = [name for name in a if name in b and not name.startswith(hidden)]
     return [
         [name, f"{a[name]:.6g}", f"{b[name]:.6g}", f"{b[name] - a[name]:+.3g}"] for name in shared
     ]
 
 
 def _diff(path: Path, start: Start | None) -> str | None:
-    """Return what differed from the commit when a run was started last; None if it is unknown."""
+    """Return the changes since the commit at the last start; None if unknown."""
     name = start.git.get("diff") if start else None
     if not name:
         return None if start and start.git.get("changed") else ""
@@ -98,13 +98,8 @@ def _size(diff: str | None) -> str:
     return "unknown" if diff is None else f"{len(diff.splitlines())} lines" if diff else "none"
 
 
-def _aligned(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> str:
-    """Return a table of text with its title over the first column."""
-    start = "\n" * title.startswith("\n")
-    title = title.strip()
+def _section(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> str:
+    """Return a table with its title over the first column."""
     if not rows:
-        return f"{start}{title}: {none}"
-    full = [[escaped(cell) for cell in row] for row in [[title, *names], *rows]]
-    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in full]
-    return start + "\n".join(line.rstrip() for line in lines)
+        return f"{title}: {none}"
+    return table([[escaped(cell) for cell in row] for row in [[title, *names], *rows]])

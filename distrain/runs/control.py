@@ -1,4 +1,4 @@
-"""Stopping a run with its state saved, and starting it again where it was."""
+"""Stop a run with its state saved, and resume it."""
 
 from __future__ import annotations
 
@@ -12,69 +12,69 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch.slurm import queue as slurm_queue
-from distrain.launch.slurm.attempts import ask_to_stop
+from distrain.launch.client import ACTIVE, State
 from distrain.progress import waiting
 from distrain.redact import MASK, masked_overrides
-from distrain.runfolder import lock as folderlock
+from distrain.runfolder import lock
 from distrain.runs.escape import escaped
 from distrain.runs.records import Start
-from distrain.runs.states import ACTIVE, State
 from distrain.runs.summary import Summary, summarize_one
 
 _POLL_S = 0.2
-_SLURM_POLL_S = 2.0
+_JOB_POLL_S = 2.0  # each poll asks the scheduler
 
-_VALUED = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+_WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher")
 
 
 def stop(path: Path, *, wait: bool) -> int:
-    """Ask a run to save its state and stop; return 0, or 1 if it ended in another way.
+    """Request that a run saves its state and stops; return 0, or 1 if it failed instead.
 
     Args:
         path: the run folder.
-        wait: until it has.
+        wait: until it has stopped.
 
     Raises:
-        ConfigError: it cannot be asked from here.
+        ConfigError: it cannot be stopped from here.
     """
     run = summarize_one(path)
     if run.state == State.UNREADABLE:
-        raise ConfigError(f"{path}: it is not known whether it runs: {run.why}")
+        raise ConfigError(f"{path}: unknown whether it runs: {run.why}")
     if run.state not in ACTIVE:
-        print(escaped(f"{path}: nothing is running: it is {run.state} at {_where(run)}"))
+        print(escaped(f"{path}: nothing is running: it is {run.state} at {_progress(run)}"))
         return 0
-    if run.files.is_on_slurm and run.files.submitted_id:
-        _ask_slurm(run)
-    else:
-        _ask_process(path)
+    client = run.files.client
+    if client is None or run.files.unreadable or not client().stop(path, run.state):
+        _signal_holder(run)
     if not wait:
         print(escaped(f"{path}: asked to save and stop"))
         return 0
-    pause_s = _SLURM_POLL_S if run.job_id else _POLL_S
+    pause_s = _JOB_POLL_S if run.job_id else _POLL_S
     try:
-        with waiting(lambda: f"{path} saves and stops: {_where(run)}", stream=sys.stderr):
+        with waiting(lambda: f"{path} saves and stops: {_progress(run)}", stream=sys.stderr):
             while (run := summarize_one(path)).state in ACTIVE:
                 time.sleep(pause_s)
     except KeyboardInterrupt:
-        print(f"\n{path}: was asked, and stops without being waited for", file=sys.stderr)
+        print(f"\n{path}: was asked to stop; not waited for", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(escaped(f"{path}: {run.state} at {_where(run)}" + (f": {run.why}" if run.why else "")))
+    print(escaped(f"{path}: {run.state} at {_progress(run)}" + (f": {run.why}" if run.why else "")))
     return 0 if run.state in (State.STOPPED, State.FINISHED) else int(ExitCode.FAILED)
 
 
-def _where(run: Summary) -> str:
+def _progress(run: Summary) -> str:
     files = run.files
     return f"iteration {files.iteration} of {files.max_iter or '?'} ({files.kept_iter} saved)"
 
 
-def _ask_process(path: Path) -> None:
+def _signal_holder(run: Summary) -> None:
     """Signal the process that holds a run's lock: the agent of the ranks, or the only rank."""
+    path, launcher = run.files.path, run.files.launcher
     try:
-        holder = folderlock.holder(path)
+        holder = lock.holder(path)
     except OSError as error:
         raise ConfigError(f"{path}: its lock cannot be read: {error.strerror}") from error
+    if holder is None and (launcher is None or not launcher.waits):
+        raise ConfigError(f"{path}: no process here holds its lock; stop it where its ranks run")
     if holder is None:
         return  # it has just ended
     host, pid = holder.get("host"), holder.get("pid")
@@ -88,30 +88,15 @@ def _ask_process(path: Path) -> None:
         raise ConfigError(f"{path}: process {pid} is another user's: {error.strerror}") from error
 
 
-def _ask_slurm(run: Summary) -> None:
-    """Take a waiting job out of the queue; have one that runs save, stop and stay stopped."""
-    job_id = run.files.submitted_id
-    try:
-        if run.state != State.RUNNING:
-            slurm_queue.run(["scancel", job_id])
-            return
-        ask_to_stop(run.files.path, job_id)  # first: who misses the signal finds this
-        slurm_queue.run(["scancel", "--signal=USR2", job_id])
-    except slurm_queue.QueueError as error:
-        raise ConfigError(f"{run.files.path}: job {job_id} cannot be stopped: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{run.files.path}: cannot be written: {error.strerror}") from error
-
-
 def resume(path: Path, overrides: Sequence[str]) -> int:
-    """Become the command that a run was started with last, in its folder.
+    """Replace this process by the command of the run's last start, in its folder.
 
     Args:
         path: the run folder.
-        overrides: of keys, in place of those that it was started with.
+        overrides: replace those of the start for the same keys.
 
     Raises:
-        ConfigError: it is running, or nobody knows how it was started.
+        ConfigError: it is running, or its command is unknown.
     """
     run = summarize_one(path)
     if run.state in ACTIVE:
@@ -119,7 +104,7 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
     if run.files.unreadable:
         raise ConfigError(f"{path}: unreadable: {run.files.unreadable}")
     if not run.files.starts:
-        raise ConfigError(f"{path}: command.json does not say how it was started")
+        raise ConfigError(f"{path}: command.json has no start")
     start = run.files.starts[-1]
     argv = command(start, overrides, run_dir=path.absolute())
     try:
@@ -135,20 +120,20 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 
 
 def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[str]:
-    """Return the arguments that continue one run of what was started, of a sweep too.
+    """Return the arguments that continue one run, of a sweep too.
 
     Args:
         start: of the run.
-        overrides: take the place of those for the same keys.
-        run_dir: of the run, wherever it lies now.
+        overrides: replace those of the start for the same keys.
+        run_dir: current folder of the run.
 
     Raises:
-        ConfigError: the overrides of this run are not known, or one of them is a secret.
+        ConfigError: the overrides of this run are unknown, or one of them is a secret.
     """
     if start.overrides is None:
         raise ConfigError(
-            f"{run_dir}: command.json does not say its overrides; give the command again yourself, "
-            f"with run.dir={run_dir}"
+            f"{run_dir}: command.json does not hold its overrides; give the command again, with "
+            f"run.dir={run_dir}"
         )
     new = {_key(each) for each in overrides}
     dropped = {_key(each): each for each in start.overrides if _key(each) in new}
@@ -166,12 +151,12 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
 
 
 def _flags(argv: Sequence[str]) -> list[str]:
-    """Return Hydra's flags and keys among arguments, without those that make a sweep."""
+    """Return Hydra's flags and keys of a command, without those of a sweep."""
     flags: list[str] = []
     keys: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
         key = _key(argument)
-        if before in _VALUED or key in _VALUED:
+        if before in _WITH_VALUE or key in _WITH_VALUE:
             flags.append(argument)
         elif key.startswith("hydra.") and not key.startswith(_OF_SWEEPS):
             keys.append(argument)
@@ -183,7 +168,7 @@ def _key(override: str) -> str:
 
 
 def _signs(override: str) -> str:
-    """Return the + or ++ that an override begins with."""
+    """Return the + or ++ before an override."""
     return override[: len(override) - len(override.lstrip("+"))]
 
 
@@ -192,6 +177,6 @@ def _is_bare(override: str) -> bool:
 
 
 def _quoted(text: str) -> str:
-    """Return a text as a string of Hydra's grammar."""
+    """Return a text as a quoted string of Hydra's grammar."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""Text of files, for a terminal: control and direction characters are shown, not obeyed."""
+"""Escape control and direction characters of untrusted text for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a run.yaml whose author is unknown: bounded size, depth and number of values."""
+"""Read a run.yaml of an unknown author: bounded size, depth and number of values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MAX_BYTES = 4 << 20
 _MAX_DEPTH = 100
 _MAX_NODES = 200_000
 
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: 1 ms a run, not 10
+_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: 1 ms per run, not 10
 
 
 def load_mapping(data: bytes) -> dict[str, Any]:
     """Return the mapping in a YAML document.
 
     Raises:
-        ValueError: it is none, or larger than a configuration: aliases count as what they repeat.
+        ValueError: it is no mapping, or too large; an alias counts as the values it repeats.
         yaml.YAMLError: it is no YAML.
     """
     # the composer of libyaml recurses in C without a limit, and merge keys (<<) multiply

@@ -1,4 +1,4 @@
-"""Scalars of several runs as a picture."""
+"""Plot scalars of several runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SIZE = (5.0, 3.4)  # of one pair of axes, in inches
 def plot(
     runs: Sequence[tuple[str, Path]], *, patterns: Sequence[str], out: Path, smooth: int
 ) -> int:
-    """Draw scalars over the iterations, one pair of axes a scalar and one line a run; return 0.
+    """Draw scalars over the iterations, one pair of axes per scalar, one line per run; return 0.
 
     Args:
         runs: names and folders.
-        patterns: names of scalars, `*` and `?` stand for others: eval/*.
-        out: the picture; its ending says in which format.
-        smooth: rows over which the mean is drawn; the values themselves are thin beneath.
+        patterns: names of scalars, with wildcards: eval/*.
+        out: file; its suffix gives the format.
+        smooth: rows of the moving mean; the values are drawn thin beneath.
 
     Raises:
         ConfigError: matplotlib is missing, a scalar is in no run, the picture cannot be written.
@@ -59,14 +59,14 @@ def plot(
 
 
 def _choose(rows: dict[str, list[dict[str, Any]]], patterns: Sequence[str]) -> list[str]:
-    """Return the names of the scalars that are meant, in the order of the patterns."""
+    """Return the scalars that match, in the order of the patterns."""
     names = list(dict.fromkeys(name for of_run in rows.values() for name in last_values(of_run)))
     chosen: dict[str, None] = {}
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            there = ", ".join(sorted(names)) or "nothing yet"
-            raise ConfigError(f"--scalar {pattern}: in none of the runs; available: {there}")
+            available = ", ".join(sorted(names)) or "nothing yet"
+            raise ConfigError(f"--scalar {pattern}: in none of the runs; available: {available}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -88,12 +88,12 @@ def _draw(
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and the `window - 1` before it; those not finite are left out.
+    """Return the mean of each value and the `window - 1` before it, non-finite ones left out.
 
     Example: [1, 3, 5] with a window of 2 gives [1, 2, 4].
     """
     means = []
     for end in range(1, len(values) + 1):
-        some = [v for v in values[max(0, end - window) : end] if math.isfinite(v)]
-        means.append(sum(some) / len(some) if some else math.nan)
+        finite = [v for v in values[max(0, end - window) : end] if math.isfinite(v)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
     return means

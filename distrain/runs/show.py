@@ -1,4 +1,4 @@
-"""All that there is to know of one run, on one page of text."""
+"""One run on a page of text: values, starts, attempts, checkpoints, configuration, logs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint.retention import best_mark, known_best
 from distrain.files.regular import read_tail
-from distrain.launch.slurm.attempts import SLURM_FOLDER, summary
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.run_layout import CHECKPOINTS, LOGS
+from distrain.runfolder.attempts import summary
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
@@ -25,18 +25,18 @@ from distrain.runs.table import cells, titles
 from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_LOGS = 4
-_WRONG = (KeyError, TypeError, ValueError, AttributeError)
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
 _TAIL_BYTES = 1 << 16
 
 
 def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
-    """Print what there is to know of a run; return 0.
+    """Print a run; return 0.
 
     Args:
         path: the run folder.
-        lines: how many of the last ones of each log.
-        metric: the scalar in the heading.
-        is_full: show the scalars of the guards and clocks, too.
+        lines: number of last lines of each log.
+        metric: scalar in the heading.
+        is_full: include the scalars about the machines.
     """
     run = summarize_one(path)
     for title, body in _sections(run, lines=lines, metric=metric, is_full=is_full):
@@ -59,7 +59,7 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
     yield "last values", "\n".join(f"{name:<{width}}  {v:.6g}" for name, v in values.items())
     yield "starts", "\n".join(map(_start, files.starts))
     if files.attempts:
-        yield "attempts on SLURM", summary(files.attempts)
+        yield "attempts", summary(files.attempts)
     yield "checkpoints", _checkpoints(files)
     yield "configuration", _configuration(files)
     for log in logs(files, run.why)[:_MAX_LOGS]:
@@ -67,9 +67,9 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
 
 
 def _start(start: Start) -> str:
-    """Return a line about a start: when, where, of which commit, how it ended, the command."""
+    """Return a line about a start: time, host, commit, end, command."""
     if start.end is None:
-        end = "no end noted"
+        end = "no end recorded"
     else:
         why = f" ({start.why})" if start.why else ""
         end = f"exit code {start.code}{why} after {start.end - start.time:.0f} s"
@@ -93,7 +93,7 @@ def _checkpoints(files: Files) -> str:
             manifest = read_manifest(os.fspath(path))
             size = sum(entry["bytes"] for entry in manifest["files"].values())
             text = f"{manifest['world_size']} ranks, {size / 1e6:.1f} MB, {manifest['created']}"
-        except (CheckpointDamaged, ArithmeticError, *_WRONG) as error:
+        except (CheckpointDamaged, ArithmeticError, *_DAMAGE) as error:
             text = f"damaged: {error}"
         except OSError as error:
             text = f"unreadable: {error}"
@@ -102,17 +102,17 @@ def _checkpoints(files: Files) -> str:
 
 
 def logs(files: Files, why: str) -> list[Path]:
-    """Return a run's logs, the most telling first: of the rank that failed, of the job, of rank 0.
+    """Return a run's logs: of the failed rank, of the job, of rank 0, then by age.
 
     Args:
         files: of the run.
-        why: it failed, with the rank's number in it; "" if it did not.
+        why: line about the state, which names the failed rank.
     """
     folder = files.path / LOGS
     failed = re.search(r"\branks? (\d+)", why)
     first = [folder / f"rank_{failed[1]}.log"] if failed else []
-    if files.submitted_id and files.is_on_slurm:
-        first.append(files.path / SLURM_FOLDER / f"{files.submitted_id}_0_log.out")
+    if files.client is not None and not files.unreadable:
+        first += files.client().logs(files.path)
     first.append(folder / "rank_0.log")
     others = sorted(folder.glob("rank_*.log"), key=mtime, reverse=True)
     return [log for log in dict.fromkeys([*first, *others]) if _size(log)]

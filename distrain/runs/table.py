@@ -1,4 +1,4 @@
-"""The table of the runs in a folder: for a terminal, as plain text, as JSON."""
+"""Table of the runs in a folder: for a terminal, as plain text, as JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
+from distrain.launch.client import State
 from distrain.runs.escape import escaped
-from distrain.runs.states import State
 from distrain.runs.summary import Summary, as_json, summarize
+from distrain.text import table
 
 COLUMNS = (
     *("name", "state", "iteration", "metric", "eta", "ranks", "goodput", "job", "started"),
     "seen",
 )
-"""What there is of a run, and what `--sort` takes; "metric" goes by the name of the scalar."""
+"""Columns, and values of `--sort`; the title of "metric" is the scalar's name."""
 
 _COLORS = {
     State.QUEUED: "cyan",
@@ -46,11 +47,11 @@ def show_table(
     """Print the runs below a folder; return 0.
 
     Args:
-        folder: where the runs are.
-        metric: the scalar to be shown.
-        sort: one of `COLUMNS`; the members of a sweep stay together.
-        is_reversed: the largest first.
-        states: which to show; all if there are none.
+        folder: of the runs.
+        metric: scalar to show.
+        sort: one of `COLUMNS`; the runs of a sweep stay together.
+        is_reversed: largest first.
+        states: to show; empty: all.
         as_data: print JSON.
 
     Raises:
@@ -76,29 +77,19 @@ def show_table(
 def in_order(
     summaries: Sequence[Summary], sort: str, *, metric: str, is_reversed: bool = False
 ) -> list[Summary]:
-    """Return runs in an order; a sweep stands where its first member would, unknown values last."""
+    """Return sorted runs; a sweep takes the place of its first run, unknown values come last."""
     key = _key(sort, metric)
 
-    def ordered(some: Sequence[Summary]) -> list[Summary]:
-        known = [each for each in some if key(each) is not None]
-        unknown = [each for each in some if key(each) is None]
-        return sorted(known, key=key, reverse=is_reversed) + unknown
-
-    rank = {id(each): index for index, each in enumerate(ordered(summaries))}
-    first: dict[str, int] = {}
-    for each in summaries:
-        place = rank[id(each)]
-        first[_unit(each)] = min(place, first.get(_unit(each), place))
-    return sorted(summaries, key=lambda each: (first[_unit(each)], rank[id(each)]))
-
-
-def _unit(summary: Summary) -> str:
-    """Return what stays together: a sweep's name with a slash, else the run's own."""
-    return f"{summary.group}/" if summary.group else summary.name
+    known = [each for each in summaries if key(each) is not None]
+    unknown = [each for each in summaries if key(each) is None]
+    units: dict[str, list[Summary]] = {}  # the runs of a sweep, or one other run
+    for each in [*sorted(known, key=key, reverse=is_reversed), *unknown]:
+        units.setdefault(f"{each.group}/" if each.group else each.name, []).append(each)
+    return [each for unit in units.values() for each in unit]
 
 
 def _key(sort: str, metric: str) -> Callable[[Summary], Any]:
-    """Return what runs are compared by; it gives None where the value is not known."""
+    """Return the sort key of a column; it gives None for an unknown value."""
     keys: dict[str, Callable[[Summary], Any]] = {
         "name": lambda each: each.name,
         "state": lambda each: list(State).index(each.state),
@@ -146,38 +137,29 @@ def ago(age_s: float) -> str:
 
 
 def _rows(summaries: Sequence[Summary], metric: str) -> list[tuple[State | None, list[str]]]:
-    """Return the table: a row a run, and before the members of a sweep one that counts them."""
+    """Return one row per run, and before the runs of a sweep one with their states."""
     rows: list[tuple[State | None, list[str]]] = []
     for group, members in groupby(summaries, key=lambda each: each.group):
-        some = list(members)
+        runs = list(members)
         if group:
-            counts = Counter(each.state for each in some)
+            counts = Counter(each.state for each in runs)
             states = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
             rows.append((None, [f"{escaped(group)}/  {states}"]))
-        for each in some:
+        for each in runs:
             name = "  " + each.name.rpartition("/")[2] if group else each.name
             rows.append((each.state, cells(each, metric, name=name)))
     return rows
 
 
 def titles(metric: str) -> list[str]:
-    """Return the names of the columns, the scalar's for "metric"."""
+    """Return the titles of the columns."""
     return [escaped(metric) if column == "metric" else column for column in COLUMNS]
 
 
 def as_text(summaries: Sequence[Summary], metric: str) -> str:
     """Return the table as plain text."""
-    header, rows = titles(metric), _rows(summaries, metric)
-    full = [header, *(cells for state, cells in rows if state is not None)]
-    widths = [max(len(row[i]) for row in full) for i in range(len(header))]
-    lines = []
-    for row in [header, *(cells for _, cells in rows)]:
-        padded = [
-            cell.rjust(width) if column in _RIGHT else cell.ljust(width)
-            for cell, width, column in zip(row, widths, COLUMNS, strict=False)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    rows = [titles(metric), *(cells for _, cells in _rows(summaries, metric))]
+    return table(rows, right=[COLUMNS.index(column) for column in _RIGHT])
 
 
 def _print_rich(summaries: Sequence[Summary], metric: str, stream: TextIO) -> None:

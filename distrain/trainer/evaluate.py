@@ -52,7 +52,7 @@ def evaluate(
         ConfigError: a metric is not one value per sample.
     """
     with (
-        heartbeat.of_this_process().phase(Phase.EVALUATION),
+        heartbeat.current().phase(Phase.EVALUATION),
         kept_generators(),
         buffers_of_rank_0(model),
         eval_mode(model),
@@ -65,7 +65,7 @@ def evaluate(
         else:
             batches = itertools.islice(loader, max_batches)
         for batch in progressbar.counted(batches, "evaluation", total=num):
-            heartbeat.of_this_process().beat(Phase.EVALUATION)
+            heartbeat.current().beat(Phase.EVALUATION)
             length = batch_length(batch)
             batch = to_device(batch, device)
             if channels_last:

@@ -11,7 +11,7 @@ from distrain.distributed.ranks import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 from distrain.events.storage import EventStorage
-from distrain.heartbeat import Heard, Phase, Pulse
+from distrain.heartbeat import ObservedHeartbeat, Phase, Pulse
 from distrain.log import logger
 from distrain.trainer.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
 
@@ -56,7 +56,7 @@ class TrainerBase:
         self.window = window
         self.error: BaseException | None = None
         self.where = topology()
-        self.pulse: Pulse = heartbeat.of_this_process()
+        self.pulse: Pulse = heartbeat.current()
         self.hooks: dict[str, HookBase] = {}
         self._stop_on_nonfinite = stop_on_nonfinite
         self._stop_requested = False
@@ -238,13 +238,15 @@ class TrainerBase:
 
     def listen(self, listener: Callable[[int], None]) -> None:
         """Tell a listener of each phase that a step comes to, until `unlisten`."""
-        if not isinstance(self.pulse, Heard):  # while nobody listens, a beat costs no more
-            self.pulse = Heard(self.pulse)
+        if not isinstance(
+            self.pulse, ObservedHeartbeat
+        ):  # while nobody listens, a beat costs no more
+            self.pulse = ObservedHeartbeat(self.pulse)
         self.pulse.listeners.append(listener)
 
     def unlisten(self, listener: Callable[[int], None]) -> None:
         """Tell a listener nothing any more."""
-        assert isinstance(self.pulse, Heard)
+        assert isinstance(self.pulse, ObservedHeartbeat)
         self.pulse.listeners.remove(listener)
         if not self.pulse.listeners:
             self.pulse = self.pulse.inner

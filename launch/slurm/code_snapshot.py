@@ -1,4 +1,4 @@
-"""The code of the moment of submission, kept for a job that starts, and starts again, later."""
+"""Snapshot of the git work tree at submission, for the job and its requeues."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FOLDER = "submitted_code"
 def take(target: Path) -> None:
     """Copy the repository around the current folder.
 
-    What git tracks is copied as it lies there, edits included, and Python files that git neither
-    tracks nor ignores. What is installed elsewhere, other than from this repository, is not.
+    Copied are tracked files, edits included, and Python files that git neither tracks nor ignores;
+    packages installed from elsewhere are not.
 
     Args:
         target: the folder of the copy, named `FOLDER`; an older copy there is replaced.
@@ -30,21 +30,21 @@ def take(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for name in sorted({*tracked.split("\0"), *new.split("\0")} - {""}):
         path = root / name
-        is_file = path.is_symlink() or path.is_file()  # neither a submodule nor deleted
-        if is_file and FOLDER not in path.parts:  # nor the copy of another run
+        is_file = path.is_symlink() or path.is_file()  # not a submodule, not deleted
+        if is_file and FOLDER not in path.parts:  # not the copy of another run
             copy = target / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, copy, follow_symlinks=False)
 
 
 def python_path(target: Path) -> list[str]:
-    """Return the entries of PYTHONPATH with which a copy is used.
+    """Return the entries of PYTHONPATH that make python import the copy.
 
-    They are the current folder and those of PYTHONPATH, replaced by their copies where they lie in
+    These are the current folder and those of PYTHONPATH, replaced by their copies if they lie in
     the repository.
 
     Args:
-        target: the folder of the copy; it need not be there.
+        target: the folder of the copy; it need not exist.
 
     Raises:
         ConfigError: as `take`.
@@ -70,8 +70,8 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
+        reason = getattr(error, "stderr", "") or str(error)
         raise ConfigError(
-            f"launch.snapshot=true copies what git tracks, but in {folder}: {said.strip()}; run it "
-            "in a repository, or launch.snapshot=false"
+            f"launch.snapshot=true copies what git tracks, but in {folder}: {reason.strip()}; run "
+            "it in a repository, or with launch.snapshot=false"
         ) from error

@@ -1,4 +1,4 @@
-"""Waits for jobs on SLURM: their states, what rank 0 prints, how the run ended."""
+"""Follow SLURM jobs: their states, the output of rank 0, how the run ended."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch.slurm import queue as slurm_queue
-from distrain.launch.slurm.attempts import SLURM_FOLDER, Attempt, read_attempts, summary
+from distrain.launch.slurm import queue
+from distrain.launch.slurm.client import log_name
 from distrain.progress import waiting
+from distrain.runfolder.attempts import JOB_FOLDER, Attempt, read_attempts, summary
 
 POLL_S = 2.0
-_PATIENCE_S = 60.0  # with a controller that does not answer, or a file system that is late
+_PATIENCE_S = 60.0  # until a controller without an answer is reported
+_NO_REASON = ("None", "(null)")
 
 
 class LogTail:
-    """Gives what was appended to a file since the last look; the file may come later.
-
-    Args:
-        path: of the file.
-    """
+    """Text appended to a file since the last read; the file may be created later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = path.stat().st_size if path.exists() else 0
 
     def new_lines(self) -> str:
-        """Return the whole lines that are new."""
+        """Return the complete new lines."""
         try:
             with self._path.open("rb") as file:
                 if file.seek(0, 2) < self._position:
-                    self._position = 0  # it was begun anew
+                    self._position = 0  # it was truncated
                 file.seek(self._position)
                 text = file.read()
         except FileNotFoundError:
@@ -43,7 +41,7 @@ class LogTail:
 
 
 class JobWatch:
-    """Says what becomes of one job.
+    """State and result of one job.
 
     Args:
         job_id: SLURM's.
@@ -53,48 +51,48 @@ class JobWatch:
     def __init__(self, job_id: str, run_dir: Path) -> None:
         self.job_id = job_id
         self.run_dir = run_dir
-        self._before = len(read_attempts(run_dir))
-        self._status: slurm_queue.Status | None = None
-        self._answered = time.monotonic()
+        self._num_before = len(read_attempts(run_dir))
+        self._status: queue.Status | None = None
+        self._answered_s = time.monotonic()
 
     def change(self) -> str:
-        """Ask SLURM; return one line about what changed, "" if nothing did."""
+        """Ask SLURM; return one line about a change, "" without one."""
         old = self._status
         try:
-            new = slurm_queue.status(self.job_id)
-        except slurm_queue.QueueError as error:
-            if time.monotonic() - self._answered > _PATIENCE_S:
-                self._answered = time.monotonic()
+            new = queue.status(self.job_id)
+        except queue.QueueError as error:
+            if time.monotonic() - self._answered_s > _PATIENCE_S:
+                self._answered_s = time.monotonic()
                 return f"job {self.job_id}: SLURM does not answer: {error}"
             return ""
-        self._answered = time.monotonic()
-        if new is None:
-            # forgotten: it ended longer ago than SLURM keeps jobs
-            new = slurm_queue.Status(self.job_id, "COMPLETED", "None", "", 0, 0, 0)
+        self._answered_s = time.monotonic()
+        if new is None:  # it ended longer ago than SLURM keeps jobs
+            new = queue.Status(self.job_id, "COMPLETED", "None", "", 0, 0, 0)
         self._status = new
         if old is not None and (old.state, old.restarts) == (new.state, new.restarts):
             return ""
-        why = f" ({new.reason})" if new.reason not in ("None", "(null)") else ""
-        where = f" on {new.nodes}" if new.state == "RUNNING" else ""
-        again = f", requeued {new.restarts} times" if new.restarts else ""
-        return f"job {self.job_id}: {new.state}{why}{where}{again}"
+        why = f" ({new.reason})" if new.reason not in _NO_REASON else ""
+        nodes = f" on {new.nodes}" if new.state == "RUNNING" else ""
+        requeues = f", requeued {new.restarts} times" if new.restarts else ""
+        return f"job {self.job_id}: {new.state}{why}{nodes}{requeues}"
 
-    def waits(self) -> str:
-        """Return what the job waits for in the queue, "" once it is out of it."""
+    def queue_reason(self) -> str:
+        """Return why the job waits in the queue, "" when it does not."""
         status = self._status
         if status is None or status.state != "PENDING":
             return ""
-        why = f" ({status.reason})" if status.reason not in ("None", "(null)") else ""
+        why = f" ({status.reason})" if status.reason not in _NO_REASON else ""
         return f"job {self.job_id} waits in the queue{why}"
 
     @property
     def ended(self) -> bool:
-        """Whether the job is over, as of the last `change`."""
+        """Whether the job had ended at the last `change`."""
         return self._status is not None and self._status.ended
 
     def attempts(self) -> list[Attempt]:
-        """Return what the job's attempts were."""
-        return [a for a in read_attempts(self.run_dir)[self._before :] if a.job_id == self.job_id]
+        """Return the job's ended attempts."""
+        new = read_attempts(self.run_dir)[self._num_before :]
+        return [attempt for attempt in new if attempt.job_id == self.job_id]
 
     def result(self) -> ExitCode:
         """Return how the run ended.
@@ -104,20 +102,20 @@ class JobWatch:
             RankFailed: the run failed.
         """
         assert self._status is not None
-        status = self._status
-        attempts = self.attempts()
+        status, attempts = self._status, self.attempts()
         if not attempts and (status.exit_code == ExitCode.BAD_CONFIG or status.signal):
-            where = status.nodes or "its nodes"
             raise ConfigError(
-                f"run.dir={self.run_dir}: job {self.job_id} could not work there on {where}; the "
-                "run folder must be on a file system that all nodes share"
+                f"run.dir={self.run_dir}: job {self.job_id} could not work there on "
+                f"{status.nodes or 'its nodes'}; the run folder must be on a file system that all "
+                "nodes share"
             )
         if not attempts:
             if status.state == "CANCELLED":
                 return ExitCode.STOPPED
             raise RankFailed(
                 f"job {self.job_id} ended {status.state} ({status.reason}, exit code "
-                f"{status.exit_code}) before anything ran; its output is in {self.run_dir}/slurm"
+                f"{status.exit_code}) before a rank started; its output is in "
+                f"{self.run_dir}/{JOB_FOLDER}"
             )
         last = attempts[-1]
         if last.outcome == "finished":
@@ -130,7 +128,7 @@ class JobWatch:
 
 
 def follow(job_id: str, run_dir: Path) -> ExitCode:
-    """Show a job's state and what rank 0 prints until the job's end.
+    """Show a job's state and the output of rank 0 until the job's end.
 
     An interrupt ends the following, not the job.
 
@@ -142,28 +140,27 @@ def follow(job_id: str, run_dir: Path) -> ExitCode:
         ConfigError: the nodes cannot work in the run folder.
     """
     watch = JobWatch(job_id, run_dir)
-    # what task 0 and the batch script print; rank 0 keeps its agent's console
-    log = LogTail(run_dir / SLURM_FOLDER / f"{job_id}_0_log.out")
+    log = LogTail(run_dir / log_name(job_id))
     try:
-        with waiting(watch.waits):
+        with waiting(watch.queue_reason):
             while not watch.ended:
                 change = watch.change()
                 print(log.new_lines(), end="", flush=True)
                 if change:
-                    _say(change)
+                    _log(change)
                 if not watch.ended:
                     time.sleep(POLL_S)
     except KeyboardInterrupt:
-        _say(f"job {job_id} goes on; `scancel {job_id}` stops it with its state saved")
+        _log(f"job {job_id} goes on; `scancel {job_id}` stops it with its state saved")
         return ExitCode.STOPPED
     print(log.new_lines(), end="", flush=True)
     if watch.attempts():
-        _say(summary(watch.attempts()))
+        _log(summary(watch.attempts()))
     return watch.result()
 
 
 def follow_all(runs: Mapping[str, Path]) -> ExitCode:
-    """Show the states of jobs until all have ended, then a table of how.
+    """Show the states of jobs until all have ended, then a table of their results.
 
     Args:
         runs: the run folder of each job id.
@@ -173,19 +170,19 @@ def follow_all(runs: Mapping[str, Path]) -> ExitCode:
     """
     watches = [JobWatch(job_id, run_dir) for job_id, run_dir in runs.items()]
 
-    def waits() -> str:
-        waiting_jobs = [watch for watch in watches if watch.waits()]
-        return f"{len(waiting_jobs)} of {len(watches)} jobs wait in the queue" * bool(waiting_jobs)
+    def num_waiting() -> str:
+        number = sum(bool(watch.queue_reason()) for watch in watches)
+        return f"{number} of {len(watches)} jobs wait in the queue" * bool(number)
 
     try:
-        with waiting(waits):
+        with waiting(num_waiting):
             while not all(watch.ended for watch in watches):
                 for watch in watches:
                     if not watch.ended and (change := watch.change()):
-                        _say(change)
+                        _log(change)
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        _say("the jobs go on; `scancel` stops them with their state saved")
+        _log("the jobs go on; `scancel` stops them with their state saved")
         return ExitCode.STOPPED
     codes = []
     for watch in watches:
@@ -201,5 +198,5 @@ def follow_all(runs: Mapping[str, Path]) -> ExitCode:
     return next((code for code in codes if code != ExitCode.FINISHED), ExitCode.FINISHED)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What SLURM says of jobs, asked without accounting: `sacct` needs a database few sites give."""
+"""State of SLURM jobs by scontrol and sinfo; `sacct` would need a database that few sites have."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
-"""States that a job does not leave by itself."""
+"""Final states of a job."""
 
 
 class QueueError(RuntimeError):
-    """SLURM did not answer, or refused; the text is its own first line."""
+    """SLURM did not answer, or refused; the text is its first line."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What SLURM knows of one job.
+    """State of one job.
 
     Attributes:
         job_id: as `squeue` writes it, an array's element as `12_3`.
         state: such as PENDING, RUNNING, COMPLETING or one of `ENDED`.
-        reason: why it waits, or why it ended; "None" if there is nothing to say.
+        reason: of its wait or its end, or "None".
         nodes: their names in SLURM's short form, as n[1-2]; "" before the job has any.
-        restarts: how often it was requeued.
+        restarts: number of requeues.
         exit_code: of the batch script.
-        signal: that ended the batch script, 0 if none did.
+        signal: that ended the batch script, else 0.
     """
 
     job_id: str
@@ -70,9 +70,9 @@ def parse(line: str) -> Status:
 
 
 def statuses(job_id: str) -> list[Status]:
-    """Return what SLURM knows of a job, of each started element if it is an array.
+    """Return the state of a job, of each started element if it is an array.
 
-    Empty when SLURM has forgotten the job, which it does minutes after its end.
+    Empty when SLURM has forgotten the job, minutes after its end.
 
     Raises:
         QueueError: SLURM does not answer.
@@ -87,13 +87,13 @@ def statuses(job_id: str) -> list[Status]:
 
 
 def status(job_id: str) -> Status | None:
-    """Return what SLURM knows of one job; None when it has forgotten it."""
+    """Return the state of one job; None when SLURM has forgotten it."""
     known = statuses(job_id)
     return known[0] if known else None
 
 
 def requeue(job_id: str) -> None:
-    """Send a job back into the queue; an array's element is named as `12_3`.
+    """Requeue a job, or an array's element such as `12_3`.
 
     Raises:
         QueueError: SLURM refuses.
@@ -102,7 +102,7 @@ def requeue(job_id: str) -> None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """Return the names that a short form stands for: n[1-2] is n1 and n2."""
+    """Expand a node list: n[1-2] is n1 and n2."""
     return run(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
@@ -112,7 +112,7 @@ def partitions() -> list[str]:
 
 
 def node_kinds(partition: str | None) -> str:
-    """Return what nodes a partition has, for an error message; all partitions if None."""
+    """Return the nodes of a partition, of all if None, for an error message."""
     command = ["sinfo", "--noheader", "--exact", "--format=%D nodes of %c CPUs, %m MB, gres %G"]
     if partition:
         command.append(f"--partition={partition}")
@@ -120,7 +120,7 @@ def node_kinds(partition: str | None) -> str:
 
 
 def own_job_id() -> str | None:
-    """Return the id of the job that this process is part of; None outside of any."""
+    """Return the id of this process's job; None without one."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     if array:
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -128,7 +128,7 @@ def own_job_id() -> str | None:
 
 
 def own_restarts() -> int:
-    """Return how often the job of this process was requeued."""
+    """Return the number of requeues of this process's job."""
     return env_int("SLURM_RESTART_COUNT")
 
 
@@ -147,10 +147,10 @@ def require() -> None:
 
 
 def run(command: Sequence[str], *, timeout_s: float = 60.0) -> str:
-    """Return what a command of SLURM prints.
+    """Return the output of a SLURM command.
 
     Raises:
-        QueueError: it failed; the text is what it said.
+        QueueError: it failed; the text is the first line of its error.
     """
     try:
         done = subprocess.run(
@@ -161,6 +161,6 @@ def run(command: Sequence[str], *, timeout_s: float = 60.0) -> str:
     except subprocess.TimeoutExpired:
         raise QueueError(f"{command[0]} gave no answer in {timeout_s:.0f} s") from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise QueueError(said[0] if said else f"{command[0]} failed with {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise QueueError(lines[0] if lines else f"{command[0]} failed with {done.returncode}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""The batch script of a job, in submitit's terms."""
+"""Batch script of a job, as parameters of submitit's executor."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.launch.slurm import code_snapshot as codecopy
-from distrain.launch.slurm.attempts import read_attempts
+from distrain.launch.slurm import code_snapshot
 from distrain.launch.slurm.task import node_python
+from distrain.runfolder.attempts import read_attempts
 
 if TYPE_CHECKING:
     from distrain.launch.slurm.launcher import SlurmLauncher
 
 RUNS_FILE = "runs.txt"
-"""In the folder of an array: the run folder of each element, a line each."""
+"""In the folder of an array: the run folder of each element, one per line."""
 
 _DEFAULT_LEAD_S = 120
-_SLURM_DELAY_S = 60  # a signal comes up to so much early or late: SLURM looks every 30 s
+_SLURM_DELAY_S = 60  # a signal comes up to this early or late: SLURM checks every 30 s
 
 
 def python(launcher: SlurmLauncher) -> str:
@@ -30,11 +30,11 @@ def python(launcher: SlurmLauncher) -> str:
 
 
 def parameters(launcher: SlurmLauncher, runs: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Return the parameters for submitit's executor.
+    """Return the parameters of submitit's executor.
 
     Args:
-        launcher: what was asked for.
-        runs: the run folders, absolute; several are one array.
+        launcher: options of the job.
+        runs: absolute run folders; several are one array.
         folder: of submitit's files.
     """
     cpus = launcher.cpus_per_task or launcher.ranks_per_node
@@ -61,23 +61,23 @@ def parameters(launcher: SlurmLauncher, runs: Sequence[Path], folder: Path) -> d
 
 
 def lead_s(launcher: SlurmLauncher, run_dir: Path) -> int:
-    """Return how long before the time limit SLURM tells the run to stop, in seconds.
+    """Return the seconds before the time limit at which SLURM asks the run to stop.
 
-    It is twice the longest stop of the run so far and SLURM's own delay, at most half of the limit.
+    Twice the longest stop of the run so far plus SLURM's own delay, at most half of the limit.
     """
     if launcher.signal_s:
         return launcher.signal_s
-    took_s = max((attempt.stop_s for attempt in read_attempts(run_dir)), default=0.0)
-    lead = math.ceil(2 * took_s) + _SLURM_DELAY_S if took_s else _DEFAULT_LEAD_S
+    stop_s = max((attempt.stop_s for attempt in read_attempts(run_dir)), default=0.0)
+    lead = math.ceil(2 * stop_s) + _SLURM_DELAY_S if stop_s else _DEFAULT_LEAD_S
     return min(lead, 30 * launcher.time_min) if launcher.time_min else lead
 
 
 def _options(launcher: SlurmLauncher) -> dict[str, Any]:
-    """Return the options of sbatch that submitit has no name for, and the user's own."""
+    """Return the options of sbatch without a name in submitit, and the user's own."""
     options: dict[str, Any] = {"requeue": True}
     if launcher.min_nodes:
         options["nodes"] = f"{launcher.min_nodes}-{launcher.nodes}"
-    else:  # beside a range of nodes SLURM would give as few as hold that many tasks
+    else:  # with a range of nodes SLURM would allocate the fewest that hold that many tasks
         options["ntasks-per-node"] = 1
     if launcher.account:
         options["account"] = launcher.account
@@ -92,12 +92,12 @@ def _options(launcher: SlurmLauncher) -> dict[str, Any]:
 def _around_step(
     launcher: SlurmLauncher, runs: Sequence[Path], folder: Path
 ) -> dict[str, list[str]]:
-    """Return the lines before and after the step; see `slurm_batch`."""
-    words = [sys.executable, *_flags(launcher), "-m", "distrain.launch.slurm.batch"]
-    moment, allowed = shlex.join(words), f"--max-requeues {launcher.max_requeues}"
+    """Return the lines before and after the step; see `slurm.batch`."""
+    command = [sys.executable, *_flags(launcher), "-m", "distrain.launch.slurm.batch"]
+    batch, allowed = shlex.join(command), f"--max-requeues {launcher.max_requeues}"
     code = []
     if launcher.snapshot:
-        paths = os.pathsep.join(codecopy.python_path(folder / codecopy.FOLDER))
+        paths = os.pathsep.join(code_snapshot.python_path(folder / code_snapshot.FOLDER))
         code = [f"export PYTHONPATH={shlex.quote(paths)}"]
     run = shlex.quote(str(runs[0]))
     if len(runs) > 1:
@@ -105,21 +105,21 @@ def _around_step(
         run = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {file})'
     return {
         "setup": [
-            "trap : TERM CONT  # SLURM ends the step; then this script still notes how",
+            "trap : TERM CONT  # SLURM ends the step; then this script still records how",
             "export SUBMITIT_LOG_LEVEL=WARNING",
             *code,
             f"RUN={run}",
-            f'{moment} begin "$RUN" {allowed} || exit $?',
+            f'{batch} begin "$RUN" {allowed} || exit $?',
         ],
         "teardown": [
             "code=$?",
             "trap '' TERM",
-            f'{moment} end "$RUN" {allowed} --step-exit "$code"',
+            f'{batch} end "$RUN" {allowed} --step-exit "$code"',
             "exit $?",
         ],
     }
 
 
 def _flags(launcher: SlurmLauncher) -> list[str]:
-    """Return flags of python; -P keeps the current folder from going before the snapshot."""
+    """Return flags of python; -P: the current folder must not precede the snapshot."""
     return ["-P"] if launcher.snapshot else []

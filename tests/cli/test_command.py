@@ -16,6 +16,7 @@ from distrain.cli.sweep import folder_name, worst
 from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, RankFailed
+from distrain.launch import Launcher
 
 ROOT = Path(__file__).parents[2]
 STARTED = []
@@ -131,7 +132,7 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         ((*DIGITS, "schedule=multistep"), "schedule.milestones: expected a value, "),
         ((*DIGITS, "seed=${env:HOME}"), "seed: "),
         ((*DIGITS, "launch.rank=3"), "launch.rank: no such key; did you mean launch.ranks?"),
-        ((*DIGITS, "launch.ranks=0"), "launch.ranks=0: expected at least 1"),
+        ((*DIGITS, "launch.ranks=0"), "launch.ranks=0: expected an integer >= 1"),
         ((*DIGITS, "run.dir=/proc/none"), "run.dir=/proc/none: "),
         ((*DIGITS, "run.dir=s3://bucket/a"), "run.dir=s3://bucket/a: expected a path of a mounted"),
         ((*DIGITS, "run.name=s3://bucket/a"), "run.name=s3://bucket/a: expected a path of a"),
@@ -412,9 +413,10 @@ def test_a_crash_in_a_sweep_comes_last(command):
     assert len(STARTED) == 2
 
 
-class Queue:
+class Queue(Launcher):
     """A launcher that takes a whole sweep at once."""
 
+    waits = False
     taken = []
 
     def start(self, job):

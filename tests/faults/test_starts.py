@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError
 
 from distrain.errors import ConfigError
 from distrain.launch.rank import append
-from distrain.launch.rendezvous import Meeting
+from distrain.launch.rendezvous import StaticRendezvous
 from distrain.runfolder import lock as folderlock
 from distrain.runfolder.folder import RunFolder
 
@@ -69,7 +69,7 @@ def test_without_the_lock_all_would_own_it(tmp_path, monkeypatch):
 
 def meet(number, _):
     """Meet as the only node of a run, and use the store of its ranks."""
-    meeting = Meeting(run_id="the same")  # the store ends with it
+    meeting = StaticRendezvous(run_id="the same")  # the store ends with it
     found = meeting.next_rendezvous().bootstrap_store_info
     timeout = timedelta(seconds=30)
     store = TCPStore(found.master_addr, found.master_port, is_master=False, timeout=timeout)

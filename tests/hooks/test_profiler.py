@@ -14,7 +14,7 @@ from torch import nn
 
 from distrain import Trainer
 from distrain.errors import ConfigError
-from distrain.heartbeat import Heard
+from distrain.heartbeat import ObservedHeartbeat
 from distrain.hooks import CallbackHook, StragglerWatch, TorchProfiler
 from distrain.hooks.profiler import _Ranges
 
@@ -92,7 +92,7 @@ def test_a_run_that_ends_in_a_profile_saves_what_it_has(tmp_path):
     trainer = train(0, tmp_path, start=10, warmup=2, active=30)
     found = Counter(event["name"] for event in events(tmp_path, "rank_0.10.pt.trace.json"))
     assert found["forward"] == 10
-    assert not isinstance(trainer.pulse, Heard)
+    assert not isinstance(trainer.pulse, ObservedHeartbeat)
 
 
 def test_other_steps_make_no_range(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_other_steps_make_no_range(tmp_path, monkeypatch):
     monkeypatch.setattr(_Ranges, "beat", lambda self, phase: (made.append(1), real(self, phase)))
 
     def look(trainer):
-        if isinstance(trainer.pulse, Heard):
+        if isinstance(trainer.pulse, ObservedHeartbeat):
             marked.append(trainer.iter)
 
     train(0, tmp_path, start=10, warmup=2, active=3, hooks=[CallbackHook(after_backward=look)])
@@ -114,7 +114,7 @@ def beside_the_straggler_watch(rank, run_dir):
     watch = StragglerWatch(every=2)
     trainer = train(rank, run_dir, start=3, warmup=1, active=4, ranks="all", hooks=[watch])
     measured = trainer.storage.history("straggler/own_s").values()
-    return isinstance(trainer.pulse, Heard), len(measured)
+    return isinstance(trainer.pulse, ObservedHeartbeat), len(measured)
 
 
 @pytest.mark.ranks

@@ -22,12 +22,13 @@ from distrain.errors import RunFailed
 from distrain.files import retry
 from distrain.job import training
 from distrain.job.job import TrainJob
+from distrain.launch.client import JobStatus, State
 from distrain.launch.rank import append
 from distrain.runfolder.files import read_frozen
 from distrain.runfolder.lock import holder
 from distrain.runs.__main__ import run as runs
 from distrain.runs.records import read
-from distrain.runs.states import State, state_of
+from distrain.runs.states import status_of
 from distrain.weights.load import start_from
 from distrain.writers.base import Row
 from distrain.writers.json_lines import JsonLinesWriter
@@ -178,10 +179,10 @@ def test_a_lock_that_cannot_be_read_is_not_called_free(tmp_path, monkeypatch, ca
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(OSError, match="Input/output error"):
         holder(tmp_path)
-    state, why = state_of(read(tmp_path), None)
-    assert (state, why) == (State.UNREADABLE, "lock: Input/output error")
+    found = JobStatus(State.UNREADABLE, "lock: Input/output error")
+    assert status_of(read(tmp_path)) == found
     assert runs(["stop", str(tmp_path)]) == 2
-    assert "it is not known whether it runs: lock: Input/output" in capsys.readouterr().err
+    assert "unknown whether it runs: lock: Input/output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["run", "file.safetensors", "file.pt"])
@@ -330,7 +331,7 @@ def test_a_last_save_that_fails_is_a_failure(folder, period, after, words):
     one_line(result, "distrain: trained up to iteration 30", "File too large", words)
     assert "finished" not in result.stderr
     run = folder / "runs" / "tiny"
-    assert state_of(read(run), None)[0] is State.FAILED
+    assert status_of(read(run)).state is State.FAILED
     result = command(folder, *hook[:1], "+hooks.disk.after=99", f"hooks.checkpoint.period={period}")
     assert result.returncode == 2  # another hook: another configuration
     result = command(folder, *hook, f"hooks.checkpoint.period={period}")

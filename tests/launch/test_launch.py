@@ -18,13 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distrain.config.compose import build
 from distrain.distributed.ranks import process_group
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed
-from distrain.launch import local, start
+from distrain.launch import local
 from distrain.launch.agent import run_node
 from distrain.launch.external import ExternalLauncher, rank_env
 from distrain.launch.local import LocalLauncher
-from distrain.launch.rendezvous import listen
+from distrain.launch.options import RankOptions
+from distrain.launch.rendezvous import StaticRendezvous, listen
 from distrain.launch.stop import StopRequest
 
 FORK = multiprocessing.get_context("fork")
@@ -367,11 +369,12 @@ def start_nodes(tmp_path, what="nothing", *, steps=4, **settings) -> list[Comman
                 ranks=1,
                 log_dir=tmp_path / "logs",
                 stop=stop,
-                nodes=2,
-                node_rank=node_rank,
-                endpoint=listener if node_rank == 0 else address,
-                start_method="fork",
-                **settings,
+                options=RankOptions(start_method="fork", **settings),
+                rendezvous=StaticRendezvous(
+                    nodes=2,
+                    node_rank=node_rank,
+                    endpoint=listener if node_rank == 0 else address,
+                ),
             )
 
     commands = [Command(lambda i=i: agent(i), tmp_path / f"console-{i}") for i in range(2)]
@@ -421,9 +424,8 @@ def test_a_node_that_does_not_come(tmp_path):
             ranks=1,
             log_dir=tmp_path / "logs",
             stop=stop,
-            nodes=2,
-            endpoint=listen(),
-            join_s=0.2,
+            options=RankOptions(),
+            rendezvous=StaticRendezvous(nodes=2, endpoint=listen(), join_s=0.2),
         )
 
 
@@ -441,7 +443,7 @@ def test_one_rank_in_this_process(tmp_path):
             return ExitCode.FINISHED
 
     node = {"_target_": "distrain.launch.local.LocalLauncher", "in_process": True}
-    assert start(Job(), node) is ExitCode.FINISHED
+    assert build(node, "launch").start(Job()) is ExitCode.FINISHED
     assert [seen[name] for name in ENV] == ["0", "0", "1", "1", "127.0.0.1"]
     assert seen["pid"] == os.getpid()
     assert "RANK" not in os.environ
@@ -461,18 +463,21 @@ def test_an_exception_in_this_process_is_not_touched(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"ranks": 0}, "launch.ranks=0: expected at least 1"),
-        ({"in_process": True, "ranks": 2}, "launch.ranks=2: with in_process=true"),
-        ({"max_restarts": -1}, "launch.max_restarts=-1: expected at least 0"),
-        ({"grace_s": 0}, "launch.grace_s=0: expected a number above 0"),
-        ({"start_method": "thread"}, "launch.start_method=thread: fork, spawn or null"),
+        ({"ranks": 0}, "launch.ranks=0: expected an integer >= 1"),
+        (
+            {"in_process": True, "ranks": 2},
+            "launch.ranks=2: expected 1 or null with launch.in_process=true",
+        ),
+        ({"max_restarts": -1}, "launch.max_restarts=-1: expected an integer >= 0"),
+        ({"grace_s": 0}, "launch.grace_s=0: expected a finite number > 0"),
+        ({"start_method": "thread"}, "launch.start_method=thread: expected one of fork, spawn"),
         ({"rank": 2}, "launch.rank: LocalLauncher has no such keyword; did you mean ranks"),
     ],
 )
 def test_settings_that_do_not_work(settings, text):
     node = {"_target_": "distrain.launch.local.LocalLauncher"} | settings
     with pytest.raises(ConfigError) as caught:
-        start(Work("nowhere"), node)
+        build(node, "launch")
     assert str(caught.value).startswith(text)
 
 

@@ -23,10 +23,11 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Beat, Phase
 from distrain.launch.agent import run_node
 from distrain.launch.local import LocalLauncher
-from distrain.launch.rendezvous import listen
-from distrain.launch.stall import Place, Progress, hindmost, report
+from distrain.launch.options import RankOptions
+from distrain.launch.rendezvous import StaticRendezvous, listen
+from distrain.launch.stall import Place, Progress, least_advanced, report
 from distrain.launch.stop import StopRequest
-from distrain.launch.watchdog import _is_excused
+from distrain.launch.watchdog import _is_waiting_for_other_node
 
 LIMIT_S = 2
 
@@ -289,11 +290,12 @@ def test_of_two_nodes_both_name_the_rank_that_is_stuck(start, tmp_path):
                     ranks=1,
                     log_dir=tmp_path / "logs",
                     stop=stop,
-                    nodes=2,
-                    node_rank=number,
-                    endpoint=f"127.0.0.1:{port}" if number else listener,
-                    start_method="fork",
-                    watchdog_s=LIMIT_S,
+                    options=RankOptions(start_method="fork", watchdog_s=LIMIT_S),
+                    rendezvous=StaticRendezvous(
+                        nodes=2,
+                        node_rank=number,
+                        endpoint=f"127.0.0.1:{port}" if number else listener,
+                    ),
                 )
 
         return run
@@ -318,14 +320,14 @@ beats.calls = 0
 def watched(progress, last, seconds, since):
     """Look every half second for a time in which nobody beats; return the places."""
     for half in range(1, 2 * seconds + 1):
-        progress.see(last, since + half / 2)
+        progress.update(last, since + half / 2)
     return progress.places()
 
 
 def test_the_adaptive_limits():
     progress = Progress([0], watchdog_s=None)
     last = beats((0, Phase.START))
-    progress.see(last, 1000.0)
+    progress.update(last, 1000.0)
     assert progress.limit_s(0) == 600
     assert not watched(progress, last, 599, 1000)[0].is_overdue
     assert watched(progress, last, 2, 1599)[0].is_overdue
@@ -339,7 +341,7 @@ def test_the_adaptive_limits():
         (2006, 7, Phase.BACKWARD, 60),
         (2007, 7, Phase.END, 600),
     ]:
-        progress.see(beats((step, phase)), now_s)
+        progress.update(beats((step, phase)), now_s)
         assert progress.limit_s(0) == limit_s, (step, phase)
     slow = Progress([0], watchdog_s=None)
     for step in range(4):
@@ -353,15 +355,15 @@ def test_the_adaptive_limits():
 def test_a_given_limit_holds_everywhere():
     progress = Progress([0], watchdog_s=3)
     for phase in list(Phase)[1:]:
-        progress.see(beats((0, phase)), 0.0)
+        progress.update(beats((0, phase)), 0.0)
         assert progress.limit_s(0) == 3
 
 
 def test_time_in_which_nobody_watched_does_not_count():
     progress = Progress([0], watchdog_s=60)
     last = beats((3, Phase.DATA))
-    progress.see(last, 0.0)
-    progress.see(last, 100_000.0)  # the job was suspended, the agent too
+    progress.update(last, 0.0)
+    progress.update(last, 100_000.0)  # the job was suspended, the agent too
     assert progress.places()[0].silent_s == 2
     assert watched(progress, last, 59, 100_000)[0].is_overdue
 
@@ -370,7 +372,7 @@ def test_a_job_that_does_not_beat_is_not_watched():
     progress = Progress([0, 1], watchdog_s=3)
     last = {rank: Beat(0, Phase.NONE, 0.0, rank == 1) for rank in (0, 1)}
     assert watched(progress, last, 10, 0) == []
-    progress.see(beats((0, Phase.START)), 10.5)
+    progress.update(beats((0, Phase.START)), 10.5)
     assert watched(progress, {1: last[1]}, 4, 10.5)[1].is_overdue  # from then on it should
 
 
@@ -378,20 +380,27 @@ def place(rank, iteration, phase, silent_s=9.0, *, is_overdue=True, finished=Fal
     return Place(rank, iteration, phase, finished, silent_s, is_overdue, state)
 
 
-def test_who_is_hindmost():
+def test_who_is_least_advanced():
     waiting = [place(r, 57, Phase.BACKWARD) for r in (0, 2, 3)]
-    assert [p.rank for p in hindmost([*waiting, place(1, 57, Phase.DATA)])] == [1]
-    assert [p.rank for p in hindmost([*waiting, place(1, 56, Phase.HOOKS)])] == [1]
-    assert [p.rank for p in hindmost([*waiting, place(1, 57, Phase.BACKWARD, state="T")])] == [1]
-    assert [p.rank for p in hindmost([*waiting, place(1, 57, Phase.BACKWARD)])] == [0, 2, 3, 1]
-    assert [p.rank for p in hindmost([*waiting, place(1, 57, Phase.BACKWARD, finished=True)])] == [
-        1
+    assert [p.rank for p in least_advanced([*waiting, place(1, 57, Phase.DATA)])] == [1]
+    assert [p.rank for p in least_advanced([*waiting, place(1, 56, Phase.HOOKS)])] == [1]
+    assert [
+        p.rank for p in least_advanced([*waiting, place(1, 57, Phase.BACKWARD, state="T")])
+    ] == [1]
+    assert [p.rank for p in least_advanced([*waiting, place(1, 57, Phase.BACKWARD)])] == [
+        0,
+        2,
+        3,
+        1,
     ]
-    assert [p.rank for p in hindmost([*waiting, place(1, 57, Phase.END)])] == [1]  # too early
+    assert [
+        p.rank for p in least_advanced([*waiting, place(1, 57, Phase.BACKWARD, finished=True)])
+    ] == [1]
+    assert [p.rank for p in least_advanced([*waiting, place(1, 57, Phase.END)])] == [1]  # too early
     done = place(1, 60, Phase.END, finished=True)
-    assert [p.rank for p in hindmost([place(0, 59, Phase.BACKWARD), done])] == [0]
-    assert [p.rank for p in hindmost([place(0, 60, Phase.END), done])] == [0]
-    assert hindmost([done]) == hindmost([]) == []
+    assert [p.rank for p in least_advanced([place(0, 59, Phase.BACKWARD), done])] == [0]
+    assert [p.rank for p in least_advanced([place(0, 60, Phase.END), done])] == [0]
+    assert least_advanced([done]) == least_advanced([]) == []
 
 
 def test_the_report():
@@ -413,17 +422,19 @@ def test_the_report():
     )
 
 
-def test_waiting_for_another_node_is_excused():
+def test_waiting_for_another_node_is_waiting_for_other_node():
     stuck = [place(0, 57, Phase.BACKWARD)]
     saving = [place(4, 56, Phase.SAVING, is_overdue=False)]
     behind, ahead = [place(4, 57, Phase.DATA)], [place(4, 58, Phase.DATA)]
     late = [place(4, 57, Phase.BACKWARD, is_overdue=False)]
-    assert _is_excused(stuck, {1: ahead, 2: saving})
-    assert _is_excused(stuck, {1: behind})  # that node speaks of it
-    assert _is_excused(stuck, {1: late})
-    assert not _is_excused(stuck, {1: ahead, 2: [place(5, 57, Phase.BACKWARD)], 3: []})
+    assert _is_waiting_for_other_node(stuck, {1: ahead, 2: saving})
+    assert _is_waiting_for_other_node(stuck, {1: behind})  # that node speaks of it
+    assert _is_waiting_for_other_node(stuck, {1: late})
+    assert not _is_waiting_for_other_node(
+        stuck, {1: ahead, 2: [place(5, 57, Phase.BACKWARD)], 3: []}
+    )
 
 
 def test_a_limit_below_zero_is_refused():
-    with pytest.raises(ConfigError, match=r"watchdog_s=-1.*at least 0.*null"):
+    with pytest.raises(ConfigError, match=r"watchdog_s=-1: expected a finite number >= 0"):
         LocalLauncher(watchdog_s=-1)

@@ -11,7 +11,7 @@ import pytest
 from ranks import FORK
 
 from distrain.errors import ConfigError
-from distrain.launch import rendezvous as meeting
+from distrain.launch import rendezvous
 from distrain.launch.slurm import attempts as slurm_attempts
 from distrain.launch.slurm import task as slurm_task
 from distrain.launch.slurm.attempts import NodeRecord
@@ -56,8 +56,8 @@ def test_a_wait_for_the_other_nodes_asks_less_and_less_often(monkeypatch):
         now_s += seconds
 
     clock = SimpleNamespace(monotonic=lambda: now_s, sleep=sleep)
-    monkeypatch.setattr(meeting, "time", clock)
-    assert not meeting._wait(lambda: calls.append(now_s), 60.0)
+    monkeypatch.setattr(rendezvous, "time", clock)
+    assert not rendezvous._wait(lambda: calls.append(now_s), 60.0)
     assert len(calls) < 140  # it was 1,200, from each of up to 512 nodes
     assert calls[1] <= 0.05
     assert 60.0 - calls[-2] <= 0.5

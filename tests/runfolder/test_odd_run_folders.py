@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from test_folder import conf
 
 from distrain.errors import ConfigError
-from distrain.launch.slurm.attempts import read_attempts, refuse_other_job
+from distrain.launch.slurm.attempts import refuse_other_job
 from distrain.runfolder import lock as folderlock
+from distrain.runfolder.attempts import Attempt, read_attempts
 from distrain.runs.__main__ import run
 from distrain.runs.frozen_yaml import load_mapping
-from distrain.runs.records import Attempt
 
 START = {"argv": ["x=1"], "overrides": ["x=1"], "folder": "/", "host": "h", "end": None}
 START |= {"time": "2026-01-02T03:04:05+00:00", "git": None, "versions": {"torch": "2"}}

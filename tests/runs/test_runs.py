@@ -162,7 +162,7 @@ def test_the_states_of_all_runs(runs, project):
     assert bad["kept_iter"] == 10
     assert 10 <= bad["iteration"] <= 12
     assert bad["why"].startswith("rank 1 failed: ValueError: user code is wrong (log: ")
-    assert killed["why"] == f"its process on {os.uname().nodename} is gone and has noted no end"
+    assert killed["why"] == f"its process on {os.uname().nodename} died without an exit record"
     rows = [json.loads(each) for each in (project.path(GOOD) / "metrics.jsonl").open()]
     assert good["values"]["loss"] == rows[-1]["loss"]
     assert good["values"]["eval/error"] == rows[-1]["eval/error"]
@@ -281,13 +281,13 @@ def test_plot_without_matplotlib_is_one_line(runs, monkeypatch):
         (("show", "lung"), "lung: no such run; did you mean long?"),
         (("show", "what=raise"), f"what=raise: no such run; did you mean {BAD}"),
         (("show", "x", "--folder", "conf"), "x: no such run; no runs are in conf; --folder names"),
-        (("show",), "the following arguments are required: RUN; python -m distrain.runs show --h"),
+        (("show",), "the following arguments are required: RUN; see python -m distrain.runs show"),
         (("--sort", "size"), "--sort size: no such column; available: name, state, iteration, "),
         (("--state", "runing"), "--state runing: no such state; available: queued, running, "),
         (("plot", "long", "-o", "x.png", "--scalar", "lss"), "--scalar lss: in none of the runs; "),
         (("plot", "long", "-o", "x.xyz"), "-o x.xyz: Format 'xyz' is not supported"),
         (("plot", "long", "-o", "no/x.png"), "-o no/x.png: "),
-        (("plot", "long", "-o", "x.png", "--smooth", "0"), "--smooth 0: at least 1 row"),
+        (("plot", "long", "-o", "x.png", "--smooth", "0"), "--smooth 0: expected at least 1 row"),
         (("resume", "long"), "runs/long: it is running (process "),
     ],
 )

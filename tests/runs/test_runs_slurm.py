@@ -11,13 +11,12 @@ import pytest
 
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.slurm.attempts import (
-    Attempt,
     NodeRecord,
-    ask_to_stop,
-    is_asked_to_stop,
-    read_attempts,
+    is_stop_requested,
+    request_stop,
 )
 from distrain.launch.slurm.batch import begin, end
+from distrain.runfolder.attempts import Attempt, read_attempts
 from distrain.runs.__main__ import run
 from distrain.runs.control import command
 from distrain.runs.records import Start
@@ -83,12 +82,12 @@ CASES = [
     ((STOPPED,), SECOND, "12 RUNNING", "running", "job 12: RUNNING"),
     ((STOPPED,), None, "", "stopped", "SIGTERM on n1"),
     ((STOPPED,), None, "12 CANCELLED", "stopped", "SIGTERM on n1"),
-    ((), None, "", "stopped", "job 12 has left the queue before it began"),
-    ((), FIRST, "", "dead", "job 12 is gone; attempt 1 has noted no end"),
-    ((STOPPED,), SECOND, "12 TIMEOUT", "dead", "job 12 is gone; attempt 2 has noted no end"),
+    ((), None, "", "stopped", "job 12 left the queue before it started"),
+    ((), FIRST, "", "dead", "job 12 has ended; attempt 1 recorded no end"),
+    ((STOPPED,), SECOND, "12 TIMEOUT", "dead", "job 12 has ended; attempt 2 recorded no end"),
     (
-        (dataclasses.replace(FIRST, outcome="lost", why="no word from n2"),),
-        *(None, "", "dead", "no word from n2"),
+        (dataclasses.replace(FIRST, outcome="lost", why="no record from n2"),),
+        *(None, "", "dead", "no record from n2"),
     ),
     (
         (dataclasses.replace(FIRST, outcome="failed", why="rank 3 failed: x\nTraceback"),),
@@ -133,7 +132,7 @@ def test_a_controller_that_is_down_is_told_and_the_files_go_on_talking(slurm, tm
     assert json.loads(out)[0]["state"] == "running"
     assert json.loads(out)[0]["why"] == "job 12 (by its files): RUNNING"
     assert err == (
-        "distrain.runs: SLURM does not say what its jobs do: "
+        "distrain.runs: SLURM does not answer: "
         "slurm_load_jobs error: Unable to contact slurm controller\n"
     )
 
@@ -193,7 +192,7 @@ def test_stop_takes_a_waiting_job_out_of_the_queue(slurm, tmp_path, capsys):
     assert run(["stop", str(folder), "--no-wait"]) == 0
     assert capsys.readouterr().out == f"{folder}: asked to save and stop\n"
     assert calls.read_text().splitlines()[1:] == ["scancel 12"]
-    assert not is_asked_to_stop(folder, "12")
+    assert not is_stop_requested(folder, "12")
 
 
 def test_stop_signals_the_nodes_of_a_running_job_and_leaves_word(slurm, tmp_path, capsys):
@@ -201,9 +200,9 @@ def test_stop_signals_the_nodes_of_a_running_job_and_leaves_word(slurm, tmp_path
     folder = record(tmp_path / "a", running=FIRST)
     assert run(["stop", str(folder), "--no-wait"]) == 0
     assert calls.read_text().splitlines()[1:] == ["scancel --signal=USR2 12"]
-    assert is_asked_to_stop(folder, "12")
-    assert not is_asked_to_stop(folder, "13")
-    assert not is_asked_to_stop(folder, None)
+    assert is_stop_requested(folder, "12")
+    assert not is_stop_requested(folder, "13")
+    assert not is_stop_requested(folder, None)
 
 
 def test_stop_says_why_slurm_does_not_do_it(slurm, tmp_path, capsys):
@@ -241,21 +240,21 @@ def test_the_batch_script_does_not_requeue_what_was_asked_to_stop(tmp_path, monk
         assert begin(folder, max_requeues=3) == ExitCode.FINISHED
         NodeRecord("n1", code=ExitCode.STOPPED, signals=["SIGUSR2"]).write(folder)
         if asked:
-            ask_to_stop(folder, "12")
+            request_stop(folder, "12")
         assert end(folder, step_exit=0, max_requeues=3) == ExitCode.STOPPED
         assert read_attempts(folder)[0].requeued == (not asked)
         requeued.append((tmp_path / "calls").read_text().count("requeue 12"))
-        assert not is_asked_to_stop(folder, "12")
+        assert not is_stop_requested(folder, "12")
     assert requeued == [0, 1]
 
 
 def test_an_attempt_that_was_asked_to_stop_before_it_began_does_not_begin(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     folder = record(tmp_path / "a", STOPPED)
-    ask_to_stop(folder, "12")
+    request_stop(folder, "12")
     assert begin(folder, max_requeues=3) == ExitCode.STOPPED
     assert not (folder / "slurm/running.json").exists()
-    assert not is_asked_to_stop(folder, "12")  # whoever requeues it by hand wants it to run
+    assert not is_stop_requested(folder, "12")  # whoever requeues it by hand wants it to run
 
 
 # resume
@@ -274,7 +273,7 @@ def test_the_command_of_a_run_in_a_sweep():
         *("+experiment=x", "a.b=3", "+c=6", "~d", "launch=slurm", "run.dir='/r'"),
     ]
     unknown = dataclasses.replace(start, overrides=None)
-    with pytest.raises(ConfigError, match="does not say its overrides; give the command again"):
+    with pytest.raises(ConfigError, match="does not hold its overrides; give the command again"):
         command(unknown, [], run_dir=Path("/r"))
 
 

@@ -15,10 +15,10 @@ from counting import Count
 from dev_cluster import Cluster, is_alive, parent, wait_for
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
-from distrain.launch.slurm.attempts import Attempt, read_attempts
 from distrain.launch.slurm.follow import follow
 from distrain.launch.slurm.launcher import SlurmLauncher
 from distrain.launch.slurm.script import lead_s
+from distrain.runfolder.attempts import Attempt, read_attempts
 
 pytestmark = pytest.mark.slurm
 
@@ -201,7 +201,7 @@ def test_a_node_that_does_not_come_is_named(cluster: Cluster) -> None:
     local = str(cluster.root / "local")
     subprocess.check_call(["nsenter", "-t", child, "-m", "umount", local])  # n1 sees ours
     try:
-        with pytest.raises(RankFailed, match=r"no word from n2 in launch.join_s=3 s \(1 of 2"):
+        with pytest.raises(RankFailed, match=r"no record from n2 in launch.join_s=3 s \(1 of 2"):
             replace(LAUNCHER, follow=True, join_s=3).start(Count(str(run_dir)))
     finally:
         cluster.script("kill-node", "n1")

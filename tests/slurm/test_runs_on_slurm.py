@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from dev_cluster import Cluster, wait_for
 
-from distrain.launch.slurm.attempts import read_attempts
+from distrain.runfolder.attempts import read_attempts
 from distrain.runs.__main__ import run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]

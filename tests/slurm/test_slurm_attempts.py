@@ -10,15 +10,13 @@ from distrain.launch.failure import Failure
 from distrain.launch.slurm import batch as slurm_batch
 from distrain.launch.slurm import queue as slurm_queue
 from distrain.launch.slurm.attempts import (
-    Attempt,
     NodeRecord,
     judge,
     prepare,
-    read_attempts,
-    summary,
     without_progress,
 )
 from distrain.launch.slurm.queue import Status
+from distrain.runfolder.attempts import Attempt, read_attempts, summary
 
 RUNNING = Status("7", "RUNNING", "None", "n[1-2]", 0, 0, 0)
 CANCELLED = Status("7", "COMPLETING", "None", "n[1-2]", 0, 0, 0)
@@ -70,7 +68,7 @@ def test_a_line_of_scontrol_is_read() -> None:
         (  # who lost a peer did not fail by itself
             [failed("n1", 0, "connection closed", time_s=1.0, of_peer=True)],
             RUNNING,
-            (1, "lost", "no word from n2 (srun returned 137)"),
+            (1, "lost", "no record from n2 (srun returned 137)"),
         ),
         (
             [
@@ -81,11 +79,11 @@ def test_a_line_of_scontrol_is_read() -> None:
             (1, "failed", "rank 2 failed: connection closed (log: )"),
         ),
         ([node("n1", 2, error="lr=x: no")], RUNNING, (2, "failed", "lr=x: no")),
-        ([node("n1", 0)], RUNNING, (1, "lost", "no word from n2 (srun returned 137)")),
+        ([node("n1", 0)], RUNNING, (1, "lost", "no record from n2 (srun returned 137)")),
         (
             [node("n1", None), node("n2", None)],
             RUNNING,
-            (1, "lost", "no word from n1, n2 (srun returned 137)"),
+            (1, "lost", "no record from n1, n2 (srun returned 137)"),
         ),
         (
             [node("n1", None), node("n2", None)],

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from dev_cluster import SCRIPT, Cluster, is_alive, wait_for
 
-from distrain.launch.slurm.attempts import Attempt, read_attempts
+from distrain.runfolder.attempts import Attempt, read_attempts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
