@@ -17,6 +17,8 @@ from benchmarks.common import Cost, alternate, estimate, print_table
 from benchmarks.models import MODELS, new_batches, new_optimizer
 from benchmarks.ranks import of_both, on_two_ranks
 from distrain import Trainer
+from distrain.distributed.comm_hooks import CommHook
+from distrain.distributed.ddp import DDP
 
 STEPS = {"mlp": 200, "conv net": 5}  # of a block
 
@@ -26,16 +28,18 @@ class Option(NamedTuple):
 
     name: str
     trainer: Mapping[str, Any] = {}
+    ddp: Mapping[str, Any] = {}
+    comm_hook: CommHook = "none"
     fused: bool = True
 
 
 OPTIONS = (
     Option("defaults"),
     Option("the defaults again: what chance does"),
-    Option("gradient_as_bucket_view: false", {"ddp": {"gradient_as_bucket_view": False}}),
-    Option("static_graph: true", {"ddp": {"static_graph": True}}),
-    Option("find_unused_parameters: true", {"ddp": {"find_unused_parameters": True}}),
-    Option("comm_hook: bf16 (changes numbers)", {"comm_hook": "bf16"}),
+    Option("gradient_as_bucket_view: false", ddp={"gradient_as_bucket_view": False}),
+    Option("static_graph: true", ddp={"static_graph": True}),
+    Option("find_unused_parameters: true", ddp={"find_unused_parameters": True}),
+    Option("comm_hook: bf16 (changes numbers)", comm_hook="bf16"),
     Option("optimizer not fused", fused=False),
     Option("channels_last: true", {"channels_last": True}),
     Option("precision: bf16 (changes numbers)", {"precision": "bf16"}),
@@ -49,7 +53,8 @@ def new_block(option: Option, model_name: str) -> Callable[[], None]:
     build, shape = MODELS[model_name]
     model, steps, done = build(), STEPS[model_name], 0
     optimizer = new_optimizer(model, fused=option.fused)
-    trainer = Trainer(model, optimizer, new_batches(shape), **option.trainer)
+    strategy = DDP(option.ddp, comm_hook=option.comm_hook)
+    trainer = Trainer(model, optimizer, new_batches(shape), strategy=strategy, **option.trainer)
 
     def block() -> None:
         nonlocal done

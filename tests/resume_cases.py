@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
-from distrain import HookBase, Trainer, get_event_storage
+from distrain import HookBase, get_event_storage
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.store import CheckpointStore
+from distrain.distributed.ddp import DDP
 from distrain.distributed.ranks import topology
+from distrain.distributed.strategy import Strategy
 from distrain.errors import ExitCode
 from distrain.job import training
 from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
@@ -188,7 +190,7 @@ def state_of(run_dir, iteration=ITERS):
 def interrupted_and_straight(rank, folder, settle=True, **settings):
     """Return both final states and ledgers as rank 0 has them, those of a stop half way too."""
     if not settle:
-        Trainer._settle_buckets = lambda self: None
+        DDP.warm_up = Strategy.warm_up
     broken, whole = folder / "broken", folder / "whole"
     code, first = train(conf_of(stop={"after": CRASH}, **settings), broken)
     assert code is None, "it should have crashed"

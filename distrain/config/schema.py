@@ -88,7 +88,7 @@ class TrainerKeys:
     ddp: dict[str, Any] = field(default_factory=dict)
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     comm_options: dict[str, Any] = field(default_factory=dict)
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp"] | Target = "ddp"
     fsdp: FsdpKeys = field(default_factory=FsdpKeys)
 
 
@@ -230,6 +230,8 @@ def _one_of(value: Any, hints: tuple[Any, ...], key: str) -> Any:
     """Check a value against `X | None`, or against a union that its own type decides."""
     if value is None and type(None) in hints:
         return None
+    if isinstance(value, dict) and Target in hints:
+        return _target(value, key)
     rest = [hint for hint in hints if hint is not type(None)]
     by_type = [hint for hint in rest if typing.get_origin(hint) is type(value)]
     return _value(value, (by_type or rest)[0], key)

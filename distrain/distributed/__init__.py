@@ -5,9 +5,15 @@ from typing import TYPE_CHECKING
 from distrain._lazy import attach
 
 if TYPE_CHECKING:
+    from distrain.distributed.ddp import DDP
+    from distrain.distributed.fsdp import FSDP
     from distrain.distributed.ranks import Topology, process_group, topology
+    from distrain.distributed.strategy import Strategy
 
 _MODULE_OF = {
+    "DDP": "ddp",
+    "FSDP": "fsdp",
+    "Strategy": "strategy",
     "Topology": "ranks",
     "process_group": "ranks",
     "topology": "ranks",
@@ -15,6 +21,9 @@ _MODULE_OF = {
 __getattr__, __dir__ = attach(__name__, _MODULE_OF)
 
 __all__ = [
+    "DDP",
+    "FSDP",
+    "Strategy",
     "Topology",
     "process_group",
     "topology",

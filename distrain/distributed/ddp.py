@@ -1,38 +1,111 @@
-"""A copy of the model on each rank: DistributedDataParallel."""
+"""DDP strategy: a replica of the model on each rank."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
 
+from distrain.distributed.comm_hooks import CommHook, check_comm_hook, compress_gradients
+from distrain.distributed.ranks import topology
 from distrain.distributed.rng import random_states, restore_random_states
+from distrain.distributed.strategy import Strategy
+from distrain.distributed.unprofiled import UnprofiledDDP
 from distrain.errors import ConfigError
 from distrain.log import logger
 
 _UNUSED = re.compile(r"indices which did not receive grad for rank (\d+): ([\d ]+)")
-_SHOWN = 5  # names in an error
+_MAX_LISTED = 5  # names in an error
+# torch >= 2.13; before it, buffers are broadcast in every forward
+_HAS_FORWARD_SYNC_BUFFERS = (
+    "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+)
 
 
-class Replicated(DistributedDataParallel):
-    """DDP that names unused parameters, and opens a profiler range only under a profiler.
+class DDP(Strategy):
+    """A replica of the model on each rank: DistributedDataParallel.
 
-    torch opens it always, and on a CPU that takes as long as a small layer.
+    Args:
+        options: keywords of torch's DistributedDataParallel.
+        comm_hook: form of the gradients between ranks, see `comm_hooks.compress_gradients`.
+        comm_options: of the comm hook.
+
+    Raises:
+        ConfigError: the comm hook or one of its options is not allowed.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any] | None = None,
+        *,
+        comm_hook: CommHook = "none",
+        comm_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._options = dict(options or {})
+        self._comm_hook: CommHook = comm_hook
+        self._comm_options = comm_options or {}
+        check_comm_hook(comm_hook, self._comm_options)
+
+    @override
+    def check(self, **settings: Any) -> None:
+        if self._options.get("static_graph") and settings["accumulation"] > 1:
+            raise ConfigError(
+                "trainer.ddp.static_graph=true: expected trainer.accumulation=1, not "
+                f"{settings['accumulation']}: DDP fails where gradients are not reduced in each "
+                "backward; leave static_graph out"
+            )
+
+    @override
+    def wrap(self, module: nn.Module, optimizer: Optimizer, device: torch.device) -> nn.Module:
+        module = module.to(device)
+        if topology().world_size == 1:
+            return module
+        options = {"gradient_as_bucket_view": True}
+        if _HAS_FORWARD_SYNC_BUFFERS:
+            options["forward_sync_buffers"] = has_own_buffers(module)
+        device_ids = [device] if device.type == "cuda" else None
+        ddp = Replica(module, device_ids=device_ids, **options | self._options)
+        compress_gradients(ddp, self._comm_hook, self._comm_options)
+        return ddp
+
+    @override
+    def warm_up(self, model: nn.Module, first_loss: Callable[[], Tensor]) -> None:
+        # From three ranks on the order of the buckets changes the order of additions, and DDP
+        # rebuilds its buckets after its first backward. A resumed run has a first backward of its
+        # own, so without this it would differ from a straight run in the last bits.
+        if topology().world_size > 2:
+            assert isinstance(model, Replica)
+            _settle_buckets(model, first_loss)
+
+    @override
+    def reduced_parameters(self, model: nn.Module) -> Collection[str] | None:
+        return model.reduced if isinstance(model, Replica) else None
+
+    @override
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
+        return model.no_sync() if isinstance(model, Replica) else nullcontext()
+
+
+class Replica(UnprofiledDDP):
+    """DistributedDataParallel that names unused parameters.
 
     Attributes:
-        combined: the names of the parameters whose gradients are combined, in DDP's order.
+        reduced: names of the parameters whose gradients are reduced, in DDP's order.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__(module, **options)
         ignored = self.parameters_to_ignore
-        self.combined = [
+        self.reduced = [
             name for name, p in module.named_parameters() if p.requires_grad and name not in ignored
         ]
 
@@ -42,18 +115,14 @@ class Replicated(DistributedDataParallel):
         Raises:
             ConfigError: parameters had no gradient in the last backward; with their names.
         """
-        ddp: Any = super()  # it has no types
         try:
-            if torch.autograd.profiler._is_profiler_enabled or self._delay_all_reduce_all_params:
-                return ddp.forward(*inputs, **kwargs)
-            inputs, kwargs = ddp._pre_forward(*inputs, **kwargs)
-            return ddp._post_forward(ddp._run_ddp_forward(*inputs, **kwargs))
+            return super().forward(*inputs, **kwargs)
         except RuntimeError as error:
             found = _UNUSED.search(str(error))
             if found is None:
                 raise
-            names = [self.combined[int(index)] for index in found[2].split()]
-            shown = ", ".join(names[:_SHOWN]) + (" and others" if len(names) > _SHOWN else "")
+            names = [self.reduced[int(index)] for index in found[2].split()]
+            shown = ", ".join(names[:_MAX_LISTED]) + (" and others" if names[_MAX_LISTED:] else "")
             raise ConfigError(
                 f"model: {len(names)} parameters had no gradient in the last step on rank "
                 f"{found[1]} ({shown}): expected all to take part in each loss; set "
@@ -61,54 +130,27 @@ class Replicated(DistributedDataParallel):
             ) from error
 
 
-def replicate(
-    module: nn.Module, device: torch.device, world_size: int, options: Mapping[str, Any]
-) -> nn.Module:
-    """Return the model behind DistributedDataParallel; the model itself for one rank.
-
-    Args:
-        module: the model, on the device.
-        device: of this rank.
-        world_size: how many ranks there are.
-        options: keywords of DistributedDataParallel, before our own.
-    """
-    if world_size == 1:
-        return module
-    options = {
-        "gradient_as_bucket_view": True,
-        "forward_sync_buffers": has_own_buffers(module),
-    } | dict(options)
-    device_ids = [device] if device.type == "cuda" else None
-    return Replicated(module, device_ids=device_ids, **options)
-
-
-def settle_buckets(ddp: DistributedDataParallel, forward: Callable[[], Tensor]) -> None:
+def _settle_buckets(ddp: Replica, first_loss: Callable[[], Tensor]) -> None:
     """Let DDP rebuild its gradient buckets, which it does once, before training. A collective.
 
-    The model is not called: a module that only holds its parameters stands in for it, so that DDP's
-    first backward gives each of them a gradient of zeros, the last one first. DDP rebuilds the
-    buckets in that order at the next forward, and never again.
-
-    Args:
-        ddp: around the model.
-        forward: calls it with the first batch and returns the loss; used for a static graph only,
-            with a copy of the model in its place.
+    The model is not called: a module that holds its parameters stands in for it, so that the first
+    backward gives each of them a gradient of zeros, the last one first. DDP rebuilds the buckets in
+    that order at the next forward, and never again. The graph that DDP records of a static graph
+    must be the model's, so there a copy of the model stands in.
     """
     if not ddp.static_graph:
-        with _standing_in(ddp, _Parameters(ddp.module)):
+        with _standing_in(ddp, _ZeroLoss(ddp.module)):
             ddp(torch.zeros((), device=ddp.device)).backward()
     else:
-        _settle_static_graph(ddp, forward)
-    for parameter in ddp.module.parameters():  # those that no optimizer has, too
+        _settle_static_graph(ddp, first_loss)
+    for parameter in ddp.module.parameters():  # also those that no optimizer has
         parameter.grad = None
 
 
-def _settle_static_graph(ddp: DistributedDataParallel, forward: Callable[[], Tensor]) -> None:
-    # The graph that DDP records in the first backward must be that of the model, so a copy with the
-    # same parameters is called; such buckets are rebuilt after the second backward.
+def _settle_static_graph(ddp: Replica, first_loss: Callable[[], Tensor]) -> None:
     memo: dict[int, Any] = {id(p): p for p in ddp.module.parameters()}
     try:
-        twin = copy.deepcopy(ddp.module, memo)
+        twin = copy.deepcopy(ddp.module, memo)  # with the same parameters
     except Exception as error:
         logger.warning(
             "trainer.ddp.static_graph=true: the model cannot be copied (%s); on three ranks or "
@@ -118,14 +160,14 @@ def _settle_static_graph(ddp: DistributedDataParallel, forward: Callable[[], Ten
         return
     random = random_states()
     with _standing_in(ddp, twin):
-        for _ in range(2):
-            forward().backward()
+        for _ in range(2):  # such buckets are rebuilt after the second backward
+            first_loss().backward()
     restore_random_states(random)
 
 
 @contextmanager
-def _standing_in(ddp: DistributedDataParallel, other: nn.Module) -> Iterator[None]:
-    """Let DDP call another module in place of the model, without a broadcast of buffers."""
+def _standing_in(ddp: Replica, other: nn.Module) -> Iterator[None]:
+    """Let DDP call another module instead of the model, without a broadcast of buffers."""
     module = ddp.module
     ddp.module = other
     ddp.require_forward_param_sync = False
@@ -136,12 +178,12 @@ def _standing_in(ddp: DistributedDataParallel, other: nn.Module) -> Iterator[Non
         ddp.require_forward_param_sync = True
 
 
-class _Parameters(nn.Module):
-    """Has the parameters of a module, and a loss of 0 that depends on all of them."""
+class _ZeroLoss(nn.Module):
+    """A loss of 0 that depends on all parameters of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.of_module = [p for p in module.parameters() if p.requires_grad]
+        self.trained = [p for p in module.parameters() if p.requires_grad]
         self.sparse = {
             part.weight
             for part in module.modules()
@@ -149,13 +191,13 @@ class _Parameters(nn.Module):
         }
 
     def forward(self, zero: Tensor) -> Tensor:
-        """Return a () loss; its gradients are zeros, in the layout that DDP expects of each.
+        """Return a () loss whose gradients are zeros, in the layout that DDP expects of each.
 
         Args:
             zero: () on the device.
         """
         loss = zero
-        for p in self.of_module:
+        for p in self.trained:
             if p in self.sparse:
                 first = torch.zeros(1, dtype=torch.int64, device=p.device)
                 part = nn.functional.embedding(first, p, sparse=True).sum()
@@ -166,7 +208,7 @@ class _Parameters(nn.Module):
 
 
 def has_own_buffers(module: nn.Module) -> bool:
-    """Whether ranks may come to hold different buffers: those of SyncBatchNorm stay equal."""
+    """Whether buffers may differ between ranks in training; those of SyncBatchNorm stay equal."""
     return any(
         "SyncBatchNorm" not in type(part).__name__
         for part in module.modules()

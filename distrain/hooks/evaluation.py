@@ -108,7 +108,7 @@ class EvalHook(PeriodicHook):
     def _evaluate(self, max_batches: int | None = None) -> dict[str, float]:
         trainer = self.trainer
         assert self._eval_loader is not None
-        with trainer.gathered():
+        with trainer.strategy.whole_parameters(trainer.module):
             return evaluate(
                 trainer.module,
                 self._eval_loader,

@@ -9,6 +9,7 @@ from typing import Any
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config.compose import build
 from distrain.distributed.ranks import Topology
+from distrain.job.strategy import build_strategy
 from distrain.job.training import build_parts
 from distrain.optim.optimizer import explain_groups, format_groups, representative_group
 from distrain.run_layout import CHECKPOINTS
@@ -28,7 +29,10 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         ConfigError: a part cannot be built.
     """
     checkpoints = CheckpointStore(Path(run_dir, CHECKPOINTS), **conf["checkpoint"])
-    parts = build_parts(conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints)
+    strategy = build_strategy(conf["trainer"])
+    parts = build_parts(
+        conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints, strategy=strategy
+    )
     trainer = parts.trainer
     num = sum(p.numel() for p in trainer.module.parameters())
     stream = parts.train_loader.stream

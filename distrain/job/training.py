@@ -6,6 +6,7 @@ import contextlib
 import gc
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,12 +23,14 @@ from distrain.config.instantiate import with_key
 from distrain.data.loader import EvalLoader, TrainLoader, micro_batches
 from distrain.distributed.ranks import Topology, local_device, process_group
 from distrain.distributed.rng import restore_random_states, seed_everything
+from distrain.distributed.strategy import Strategy
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase
 from distrain.job.outcome import conclude, outcome_of, why_done
 from distrain.job.resume import resume_point
 from distrain.job.same_data import check_same_data, open_files
+from distrain.job.strategy import STRATEGY_KEYS, build_strategy
 from distrain.optim.optimizer import build_optimizer
 from distrain.process.environment import env_int, restart_count
 from distrain.run_layout import CHECKPOINTS, LOGS
@@ -68,15 +71,21 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         checkpoints = CheckpointStore(
             Path(run_dir, CHECKPOINTS), attempt=restart_count(), **conf["checkpoint"]
         )
-        sync_batchnorm = conf["trainer"]["sync_batchnorm"]
-        model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
+        strategy = build_strategy(conf["trainer"])
+        model = build_model(conf, where=where, strategy=strategy)
         start_iter, state = _resume_point(conf["resume"], checkpoints, model)
         if why := why_done(start_iter, state, conf["trainer"]):
             log.logger.info("%s %s", run_dir, why)
             return ExitCode.FINISHED
         max_iter = max(conf["trainer"]["max_iter"], start_iter)  # less: only the end is left
         parts = build_parts(
-            conf, where=where, run_dir=run_dir, checkpoints=checkpoints, model=model, state=state
+            conf,
+            where=where,
+            run_dir=run_dir,
+            checkpoints=checkpoints,
+            strategy=strategy,
+            model=model,
+            state=state,
         )
         trainer = parts.trainer
         stop.trainer = trainer
@@ -118,6 +127,7 @@ def build_parts(
     where: Topology,
     run_dir: str,
     checkpoints: CheckpointStore,
+    strategy: Strategy,
     model: nn.Module | None = None,
     state: Conf | None = None,
 ) -> Parts:
@@ -131,6 +141,7 @@ def build_parts(
         where: the place of this process among the ranks.
         run_dir: folder of the run.
         checkpoints: of the run.
+        strategy: as `build_strategy` has built it.
         model: as `build_model` has built it; None builds it.
         state: of the checkpoint that is resumed: a forward gets no more samples than it did there.
 
@@ -138,18 +149,18 @@ def build_parts(
         ConfigError: a part cannot be built; names its key.
     """
     settings = dict(conf["trainer"])
-    for not_of_the_trainer in ("max_iter", *_OF_NUMERICS):
-        del settings[not_of_the_trainer]
-    sync_batchnorm = settings.pop("sync_batchnorm")
+    for other in ("max_iter", "sync_batchnorm", *_OF_NUMERICS, *STRATEGY_KEYS):
+        del settings[other]
     if model is None:
-        model = build_model(conf, where=where, sync_batchnorm=sync_batchnorm)
+        model = build_model(conf, where=where, strategy=strategy)
     if state is None and conf.get("init", {}).get("weights"):
         start_from(model, **conf["init"])
     optimizer, schedule = _optimization(conf, model)
     data = conf["data"]
+    data_ranks = strategy.data_ranks(where)
     settings["accumulation"] = micro_batches(
         data["batch_size"],
-        ranks=where.world_size,
+        ranks=data_ranks.world_size,
         accumulation=settings["accumulation"],
         largest=state["stream"]["samples_per_forward"] if state else None,
     )
@@ -157,8 +168,8 @@ def build_parts(
     train_loader = TrainLoader(
         datasets["data.train"],
         batch_size=data["batch_size"],
-        rank=where.rank,
-        world_size=where.world_size,
+        rank=data_ranks.rank,
+        world_size=data_ranks.world_size,
         accumulation=settings["accumulation"],
         seed=conf["seed"],
         workers=data["workers"],
@@ -166,26 +177,26 @@ def build_parts(
         pin_memory=local_device().type == "cuda",
     )
     hooks = _build_hooks(
-        eval_loader=_eval_loader(datasets.get("data.eval"), conf, where),
+        eval_loader=_eval_loader(datasets.get("data.eval"), conf, data_ranks),
         schedule=schedule,
         checkpoints=checkpoints,
         run_dir=run_dir,
         conf=conf,
     )
-    trainer = Trainer(model, optimizer, train_loader, hooks=hooks, **settings)
+    trainer = Trainer(model, optimizer, train_loader, hooks=hooks, strategy=strategy, **settings)
     return Parts(trainer, train_loader, schedule)
 
 
-def build_model(conf: Conf, *, where: Topology, sync_batchnorm: bool) -> nn.Module:
+def build_model(conf: Conf, *, where: Topology, strategy: Strategy) -> nn.Module:
     """Build the model on this rank's device, with the same initial weights on all ranks.
 
     Args:
         conf: resolved configuration.
         where: the place of this process among the ranks.
-        sync_batchnorm: with several ranks, turn every BatchNorm into a SyncBatchNorm.
+        strategy: a sharded model stays on the CPU: it goes to the device in shards.
 
     Raises:
-        ConfigError: what is built is not a module.
+        ConfigError: it is not a module.
     """
     seed_everything(conf["seed"], rank=0)
     model = build(conf["model"], "model")
@@ -194,11 +205,9 @@ def build_model(conf: Conf, *, where: Topology, sync_batchnorm: bool) -> nn.Modu
             f"model._target_={conf['model']['_target_']}: it built a {type(model).__name__}, not "
             "a torch.nn.Module"
         )
-    if sync_batchnorm and where.world_size > 1:
+    if conf["trainer"]["sync_batchnorm"] and where.world_size > 1:
         model = convert_sync_batchnorm(model)
-    if conf["trainer"].get("strategy") == "fsdp" and where.world_size > 1:
-        return model  # it goes to the device in shards
-    return model.to(local_device())
+    return model if strategy.is_sharded else model.to(local_device())
 
 
 def _optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
@@ -272,15 +281,13 @@ def _build_hooks(**context: Any) -> dict[str, HookBase]:
 def _resume_point(
     resume: str, checkpoints: CheckpointStore, model: nn.Module
 ) -> tuple[int, Conf | None]:
-    """Return where to start and the state to start from, see `resume.resume_point`."""
+    """Return the first iteration and the state, see `resume.resume_point`."""
     if resume == "never" and restart_count() == 0:
         return 0, None
     start_iter, state = resume_point(checkpoints.folder, model)
     if state is None and resume == "must":
-        raise ConfigError(
-            f"resume=must, but {checkpoints.folder} holds no checkpoint; start the run with "
-            "resume=auto"
-        )
+        expected = f"a checkpoint in {checkpoints.folder}; start with resume=auto"
+        raise ConfigError(f"resume=must: expected {expected}")
     return start_iter, state
 
 
@@ -305,10 +312,8 @@ def _log_resume(start_iter: int, state: Conf, where: Topology) -> None:
     )
 
 
-def _watching(
-    where: Topology, run_dir: str
-) -> contextlib.AbstractContextManager[FolderWatch | None]:
-    """Return what watches the run's folder, on rank 0."""
+def _watching(where: Topology, run_dir: str) -> AbstractContextManager[FolderWatch | None]:
+    """Return the watch of the run's folder, on rank 0."""
     return FolderWatch(run_dir) if where.is_main else contextlib.nullcontext()
 
 

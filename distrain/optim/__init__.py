@@ -7,13 +7,12 @@ from distrain._lazy import attach
 if TYPE_CHECKING:
     from distrain.optim.groups import explain_groups, param_groups
     from distrain.optim.large_batch import LAMB, LARS
-    from distrain.optim.optimizer import build_optimizer, clip_gradients
+    from distrain.optim.optimizer import build_optimizer
 
 _MODULE_OF = {
     "LAMB": "large_batch",
     "LARS": "large_batch",
     "build_optimizer": "optimizer",
-    "clip_gradients": "optimizer",
     "explain_groups": "groups",
     "param_groups": "groups",
 }
@@ -23,7 +22,6 @@ __all__ = [
     "LAMB",
     "LARS",
     "build_optimizer",
-    "clip_gradients",
     "explain_groups",
     "param_groups",
 ]

@@ -1,17 +1,17 @@
-"""The optimizer of a run: parameter groups by rules, any optimizer class, clipping."""
+"""The optimizer of a run: parameter groups by rules, any optimizer class."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 
-from distrain.checks import did_you_mean, number
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
 from distrain.optim.groups import GroupRow, explain_groups, format_groups, param_groups
 from distrain.optim.rules import MATCH_KEYS, Rules, parse, plain, resolve
@@ -19,7 +19,6 @@ from distrain.optim.rules import MATCH_KEYS, Rules, parse, plain, resolve
 __all__ = [
     "GroupRow",
     "build_optimizer",
-    "clip_gradients",
     "explain_groups",
     "format_groups",
     "param_groups",
@@ -115,36 +114,6 @@ def build_optimizer(
         return create(groups, lr=float(lr), **keywords)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"{target} refuses its settings: {error}") from error
-
-
-def clip_gradients(
-    parameters: Iterable[Tensor], *, norm: float | None = None, value: float | None = None
-) -> Tensor | None:
-    """Limit the gradients in place and return their total norm as it was before.
-
-    Nothing is read back from the device. A total norm that is not finite raises nothing and spoils
-    all gradients: what follows, such as skipping the step, is the caller's choice.
-
-    Args:
-        parameters: those whose gradients are limited; without a gradient they are passed over.
-        norm: the 2-norm that all gradients together may have; `inf` measures it only.
-        value: the size that each element may have, instead of `norm`.
-
-    Returns:
-        the 2-norm of all gradients, 0-dim on their device; None without `norm`.
-
-    Raises:
-        ConfigError: both are given, or one is not > 0.
-    """
-    if norm is not None and value is not None:
-        raise ConfigError(f"clip_norm={norm!r} and clip_value={value!r} are both set; set one only")
-    if norm is not None:
-        _check_limit("clip_norm", norm)
-        return nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=False)
-    if value is not None:
-        _check_limit("clip_value", value)
-        nn.utils.clip_grad_value_(parameters, value)
-    return None
 
 
 def representative_group(optimizer: Optimizer) -> int:
@@ -244,8 +213,3 @@ def _check_keywords(
                 f"{where}: {target} takes no {key!r} ({did_you_mean(key, known)}); "
                 f"allowed: {', '.join(known)}"
             )
-
-
-def _check_limit(key: str, limit: Any) -> None:
-    if limit != float("inf"):
-        number(key, limit, above=0.0)

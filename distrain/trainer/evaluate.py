@@ -1,4 +1,4 @@
-"""A model's metrics over a data set: each sample once, whatever the number of ranks."""
+"""Evaluate a model over a data set: each sample once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain import heartbeat
-from distrain import progress as progressbar
+from distrain import heartbeat, progress
 from distrain.data.batch import to_channels_last
 from distrain.data.loader import EvalLoader, batch_length, to_device
 from distrain.distributed.collectives import gather_to_all
@@ -18,7 +17,7 @@ from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.trainer.model_call import call, takes_whole_batch, total_loss
 from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
-from distrain.trainer.numerics import Precision, autocast
+from distrain.trainer.numerics import Precision, autocast_dtype
 
 
 def evaluate(
@@ -32,21 +31,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean over all samples of all ranks of each metric of the model. A collective.
 
-    The model's metrics are those of its method `metrics`, called like its forward, which returns
-    (B,) values by name, one per sample; without such a method they are its losses, weighted by the
-    size of the batch. A metric that is in some batches only is divided by the samples of those.
+    The metrics are those of the model's method `metrics`, called like its forward, which returns
+    (B,) values by name, one per sample; without that method they are its losses, weighted by the
+    size of the batch. A metric in some batches only is divided by the samples of those.
 
     The model is in eval mode meanwhile, on all ranks with the buffers of rank 0, which are those
-    of a checkpoint. Afterwards each submodule's mode, the buffers of each rank and the random
-    generators are as before.
+    of a checkpoint. Modes, buffers and random generators are restored afterwards.
 
     Args:
         model: not wrapped: ranks may have different numbers of batches.
-        loader: this rank's share, in batches.
-        device: where the model is.
+        loader: this rank's part of the data set, in batches.
+        device: of the model.
         precision: "bf16" and "fp16" evaluate under autocast.
-        channels_last: give images in that memory format.
-        max_batches: stop after that many of each rank; None takes all.
+        channels_last: convert images to that memory format.
+        max_batches: largest number per rank; None takes all.
 
     Raises:
         ConfigError: a metric is not one value per sample.
@@ -64,26 +62,27 @@ def evaluate(
             batches = loader.batches(max_batches)
         else:
             batches = itertools.islice(loader, max_batches)
-        for batch in progressbar.counted(batches, "evaluation", total=num):
+        dtype = autocast_dtype(precision)
+        for batch in progress.counted(batches, "evaluation", total=num):
             heartbeat.current().beat(Phase.EVALUATION)
             length = batch_length(batch)
             batch = to_device(batch, device)
             if channels_last:
                 batch = to_channels_last(batch)
-            with autocast(device, precision):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 totals.add(batch, length)
-        shares = gather_to_all(
+        ranks = gather_to_all(
             {name: (totals.counts[name], float(total)) for name, total in totals.sums.items()}
         )
     return {
-        name: sum(share[name][1] for share in shares if name in share)
-        / sum(share[name][0] for share in shares if name in share)
-        for name in sorted({name for share in shares for name in share})
+        name: sum(rank[name][1] for rank in ranks if name in rank)
+        / sum(rank[name][0] for rank in ranks if name in rank)
+        for name in sorted({name for rank in ranks for name in rank})
     }
 
 
 class _Totals:
-    """Sums of a model's metrics over batches, and over how many samples each is."""
+    """Sums of a model's metrics over batches, and their numbers of samples."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -115,6 +114,6 @@ def _sums(values: Any, length: int) -> dict[str, Tensor]:
             shape = [*value.shape] if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(
                 f"metric {name!r} is {shape}: expected one value per sample, [{length}]; return "
-                "what metrics() computes before its mean over the batch"
+                "the values before the mean over the batch"
             )
     return {name: value.double().sum() for name, value in values.items()}

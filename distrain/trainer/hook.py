@@ -1,4 +1,4 @@
-"""What a hook is: six moments of training at which code of the user's choice runs."""
+"""HookBase: callbacks at six moments of the training loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 STEP_MOMENTS: tuple[Moment, ...] = ("before_step", "after_backward", "after_step")
 
 
-_MISSPELT_RATIO = 0.88  # of difflib: after_setp is 0.90 like after_step, after_state 0.86
+_MISSPELT_RATIO = 0.88  # of difflib, to after_step: after_setp has 0.90, after_state 0.86
 
 
 class HookBase:
@@ -38,23 +38,22 @@ class HookBase:
         hook.after_last_step()          # not if training failed
         hook.after_train()              # also when training failed: see trainer.error
 
-    Only the moments that a class overrides are called, so an empty one costs nothing. Hooks run in
-    the order of `order`, and in the order given where that is equal.
+    Only the moments that a class overrides are called. Hooks run in the order of `order`, and in
+    the order given where it is equal.
 
     Attributes:
         trainer: the trainer that the hook is registered with; set before `before_train`.
-        order: smaller runs first. 10 timers, 20 schedules, 50 what users add, 60 evaluation,
-            70 what decides on its result, 80 checkpoints, 90 writers. A hook above 80 must not put
+        order: smaller runs first. 10 timers, 20 schedules, 50 hooks of users, 60 evaluation,
+            70 decisions on its result, 80 checkpoints, 90 writers. A hook above 80 must not put
             scalars or change state: the checkpoint of the iteration is made already.
         ranks: "all", or "main" for a hook that runs on rank 0 only (it must not communicate).
-        order_at_end: its place among the calls of `after_train`, if that is another than `order`.
-            75 for writers: what they write last is on the disk before the final checkpoint says
-            that all is done.
-        part: the part of a checkpoint that its state lies in.
+        order_at_end: order among the calls of `after_train`; None is `order`. 75 for writers: their
+            last rows are on the disk before the final checkpoint.
+        part: the part of a checkpoint that holds its state.
         is_idle: set in `before_train` by a hook that has nothing to do in this run: its
             `before_step`, `after_backward` and `after_step` are not called then.
-        only_closes: whether `after_train` closes what the hook has open, and no more. Before any
-            other the trained state is saved, so that nothing is lost if it fails.
+        only_closes: whether `after_train` only closes resources. Before any other `after_train` the
+            trained state is saved, so that nothing is lost if it fails.
     """
 
     trainer: TrainerBase
@@ -72,10 +71,10 @@ class HookBase:
         """Run before each iteration."""
 
     def after_backward(self) -> None:
-        """Run between backward and update: gradients are complete, summed up and averaged.
+        """Run between backward and update: gradients are complete and reduced over ranks.
 
         With trainer.precision=fp16 they are unscaled already; where the scaled loss overflowed,
-        they hold inf or NaN, and the update is left out.
+        they hold inf or NaN, and the update is skipped.
         """
 
     def after_step(self) -> None:
@@ -89,28 +88,24 @@ class HookBase:
         """
 
     def after_train(self) -> None:
-        """Run once, at the end; after a failure too, a hook's as well: see `trainer.error`.
+        """Run once, at the end; also after a failure, see `trainer.error`.
 
         Other ranks may be dead then, so a hook communicates here only if `trainer.error` is None.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; equal on all ranks, for rank 0's copy is kept."""
+        """Return the state for a resumed run; equal on all ranks, as rank 0's is saved."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Args:
-            state: as it was returned, with tensors on the CPU.
-        """
+        """Load what `state_dict` returned; tensors are on the CPU."""
 
 
 def check_moments(kind: type[HookBase]) -> None:
-    """Check that no method of a hook is named almost as a moment: it would never be called.
+    """Check that no method of a hook has almost the name of a moment: it is never called.
 
     Raises:
-        ConfigError: one is; with both names.
+        ConfigError: one has.
     """
     for name in dir(kind):
         if name.startswith("_") or hasattr(HookBase, name) or not callable(getattr(kind, name)):

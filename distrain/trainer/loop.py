@@ -1,4 +1,4 @@
-"""The loop: iterations, hooks, and scalars combined over ranks."""
+"""TrainerBase: the loop over iterations, its hooks, and the reduction of scalars."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distrain import heartbeat
+from distrain.checks import whole
 from distrain.distributed.ranks import default_store, new_cpu_group, topology
 from distrain.errors import ConfigError
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
@@ -17,13 +18,13 @@ from distrain.trainer.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check
 
 
 class TrainerBase:
-    """A loop over iterations with hooks; subclasses say what one step is.
+    """A loop over iterations with hooks; subclasses define the step.
 
     Args:
-        hooks: by name, or a list of them (then named after their classes). The name is the key of
-            a hook's state in checkpoints.
-        window: scalars are written every so many iterations, and combined over ranks as often or,
-            where these pass in less than a second, more seldom.
+        hooks: by name, or a list, named after their classes then. The name is the key of a hook's
+            state in checkpoints.
+        window: iterations per row of the writers. Scalars are reduced over ranks once per window,
+            or, where windows take less than a second, once in several of them.
         stop_on_nonfinite: end training on all ranks when a loss is not finite on any.
 
     Attributes:
@@ -32,11 +33,11 @@ class TrainerBase:
         start_iter: the first iteration of this run.
         max_iter: one past the last.
         storage: the EventStorage of this run.
-        reduction: combines its scalars over ranks.
-        error: what ended training, None while all is well.
+        reduction: reduces its scalars over ranks.
+        error: exception that ended training, else None.
         ends_only: whether an earlier start has done all iterations, and only `after_train` is left.
-        where: the place of this process among the ranks.
-        pulse: tells whoever watches this rank where it is.
+        where: topology of this process among the ranks.
+        pulse: heartbeat of this rank, which the watchdog reads.
     """
 
     storage: EventStorage
@@ -50,10 +51,8 @@ class TrainerBase:
         window: int = 20,
         stop_on_nonfinite: bool = True,
     ) -> None:
-        if window < 1:
-            raise ConfigError(f"trainer.window={window}; it is at least 1 iteration")
         self.iter = self.iter_done = self.start_iter = self.max_iter = 0
-        self.window = window
+        self.window = whole("trainer.window", window, least=1)
         self.error: BaseException | None = None
         self.where = topology()
         self.pulse: Pulse = heartbeat.current()
@@ -69,14 +68,14 @@ class TrainerBase:
         self.register_hooks(hooks)
 
     def register_hooks(self, hooks: Mapping[str, HookBase] | Iterable[HookBase]) -> None:
-        """Add hooks; all are put in the order that `HookBase.order` asks for.
+        """Add hooks; all are sorted by `HookBase.order`.
 
         Args:
             hooks: by name, or a list of them.
 
         Raises:
             ValueError: a name is taken.
-            ConfigError: a method of a hook is named almost as a moment.
+            ConfigError: a method of a hook has almost the name of a moment.
         """
         if not isinstance(hooks, Mapping):
             named: dict[str, HookBase] = {}
@@ -91,7 +90,7 @@ class TrainerBase:
         for name, hook in hooks.items():
             check_moments(type(hook))
             if name in self.hooks:
-                raise ValueError(f"there is a hook {name!r} already; choose another name")
+                raise ValueError(f"hook {name!r}: expected a name that is not taken")
             hook.trainer = self
             self.hooks[name] = hook
         self.hooks = dict(sorted(self.hooks.items(), key=lambda item: item[1].order))
@@ -115,23 +114,25 @@ class TrainerBase:
 
         Args:
             start_iter: 0, or the number of iterations that the loaded state has done.
-            max_iter: how many iterations will be done in the end.
+            max_iter: number of iterations at the end.
 
         Raises:
             NonFiniteLoss: a loss was not finite on some rank; on all ranks at one iteration.
         """
         if not 0 <= start_iter <= max_iter:
-            raise ConfigError(f"start_iter={start_iter}, max_iter={max_iter}: 0 <= start <= max")
+            raise ConfigError(
+                f"start_iter={start_iter}: expected at least 0, and at most max_iter={max_iter}"
+            )
         self.iter = self.iter_done = self.start_iter = start_iter
         self.max_iter = max_iter
         self.error = None
         stopped_early = self._end_left is not None and self._end_left["stop"] == STOP_EARLY
         self.ends_only = self._end_left is not None and (stopped_early or start_iter == max_iter)
-        # what is put at the end belongs to the last iteration
+        # scalars put at the end belong to the last iteration
         first_iter = start_iter - 1 if self.ends_only else start_iter
         with EventStorage(first_iter) as self.storage:
             self.storage.load_state_dict(self._histories)
-            # at the end of a period it was obeyed: more iterations were asked for since
+            # At the end of a window the early stop was obeyed: this start asks for more iterations.
             is_obeyed = start_iter % self.window == 0 and not stopped_early
             self.storage.early_stop = self._early_stop and not is_obeyed
             self.reduction = ScalarReduction(
@@ -151,7 +152,7 @@ class TrainerBase:
             try:
                 self.prepare()
                 self._call("before_train")
-                self._order_calls(*STEP_MOMENTS)  # now that hooks know whether they are idle
+                self._order_calls(*STEP_MOMENTS)  # without the hooks that are idle
                 if not self.ends_only:
                     self._loop()
                 self._beat_end()
@@ -185,12 +186,12 @@ class TrainerBase:
         self.iter = self.iter_done
 
     def _end(self) -> None:
-        """Call each hook's `after_train`, though another's may fail; raise the first error."""
+        """Call each hook's `after_train`, even if one fails; raise the first error."""
         failed = self.error is not None
         for call in self._calls["after_train"]:
             try:
                 call()
-            except Exception as error:  # a Ctrl-C leaves at once
+            except Exception as error:  # not KeyboardInterrupt, which ends at once
                 if self.error is None:
                     self.error = error
                 else:
@@ -203,14 +204,14 @@ class TrainerBase:
         self.pulse.beat(Phase.END)
 
     def prepare(self) -> None:
-        """Make ready for the first step; runs before any hook."""
+        """Prepare for the first step; called before any hook."""
 
     def run_step(self) -> None:
         """Do one iteration."""
-        raise TypeError(f"{type(self).__name__} does not say what a step is: override run_step")
+        raise TypeError(f"{type(self).__name__} has no step: override run_step")
 
     def report_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Put the results of an evaluation, and hand them to the hooks that decide on a metric.
+        """Record the results of an evaluation, for the writers and for `metric_now`.
 
         Args:
             metrics: by the scalars' full names, as "eval/accuracy"; equal on all ranks.
@@ -224,28 +225,26 @@ class TrainerBase:
         )
 
     def metric_now(self, name: str) -> float | None:
-        """Return a metric reported, or a scalar put by this rank, in this iteration, or None."""
+        """Return a metric reported, or a scalar put on this rank, in this iteration; else None."""
         done, metrics = self._reported
         if done == self.iter_done and name in metrics:
             return metrics[name]
         return self.storage.put_now(name)
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop after one common iteration soon; safe in a signal handler."""
+        """Request a stop of all ranks after one common iteration; safe in a signal handler."""
         self._stop_requested = True
         if hasattr(self, "reduction"):
             self.reduction.stop_request = STOP_REQUESTED
 
     def listen(self, listener: Callable[[int], None]) -> None:
-        """Tell a listener of each phase that a step comes to, until `unlisten`."""
-        if not isinstance(
-            self.pulse, ObservedHeartbeat
-        ):  # while nobody listens, a beat costs no more
+        """Call a listener at each phase of a step, until `unlisten`."""
+        if not isinstance(self.pulse, ObservedHeartbeat):  # without listeners a beat costs no more
             self.pulse = ObservedHeartbeat(self.pulse)
         self.pulse.listeners.append(listener)
 
     def unlisten(self, listener: Callable[[int], None]) -> None:
-        """Tell a listener nothing any more."""
+        """Remove a listener."""
         assert isinstance(self.pulse, ObservedHeartbeat)
         self.pulse.listeners.remove(listener)
         if not self.pulse.listeners:
@@ -256,13 +255,13 @@ class TrainerBase:
             call()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the hooks' states by part and name, the histories.
+        """Return the state for a resumed run: histories, and the hooks' states by part and name.
 
-        With several ranks, `reduction.drain` comes first: it brings both up to date.
+        With several ranks, call `reduction.drain` first.
         """
         state: dict[str, Any] = {
             "histories": self.storage.state_dict(),
-            # where training was to end when an early stop was asked for; 0: it was not
+            # max_iter at the time of an early stop; 0: none
             "early_stop": self.max_iter if self.storage.early_stop else 0,
         }
         for name, hook in self.hooks.items():
@@ -270,9 +269,7 @@ class TrainerBase:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned, before `train`.
-
-        A hook that the state does not know starts anew.
+        """Load what `state_dict` returned, before `train`; hooks not in it keep their state.
 
         Args:
             state: with tensors on the CPU.

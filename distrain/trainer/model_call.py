@@ -1,4 +1,4 @@
-"""How a model is called, and what of its answer is minimised."""
+"""Call the model with a batch; validate and sum its losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distrain.errors import ConfigError
 
 
 def takes_whole_batch(model: nn.Module) -> bool:
-    """Whether the model's forward has exactly one parameter, so that it gets the batch whole."""
+    """Whether the model's forward has exactly one parameter, which takes the batch as it is."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     kinds = {p.kind for p in parameters}
     starred = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
@@ -21,12 +21,12 @@ def takes_whole_batch(model: nn.Module) -> bool:
 
 
 def call(model: Callable[..., Any], batch: Any, *, whole: bool) -> Any:
-    """Call a model with a batch.
+    """Call a model, or a method of it, with a batch.
 
     Args:
-        model: the model, or a method of it.
+        model: the model or the method.
         batch: a tensor, or a tuple, list or dict of arguments.
-        whole: hand the batch over as it is.
+        whole: pass the batch as one argument.
     """
     return caller(model, type(batch), whole=whole)(batch)
 
@@ -47,7 +47,7 @@ def total_loss(output: Any) -> dict[str, Tensor]:
         output: of a model: a tensor with one element, or a mapping of such.
 
     Raises:
-        ConfigError: it is neither; says what came.
+        ConfigError: it is neither.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
         return {"loss": _zero_dim(output)}
@@ -55,22 +55,22 @@ def total_loss(output: Any) -> dict[str, Tensor]:
         for name, loss in output.items():
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ConfigError(
-                    f"the model's forward returned {name!r}: {_describe(loss)}; a loss is a tensor "
-                    "with one element. Keep losses in the result and put the rest with "
+                    f"the model's forward returned {name!r}: {_describe(loss)}; expected a tensor "
+                    "with one element. Return losses only, and record the rest by "
                     "get_event_storage().put_scalar"
                 )
         if len(output) == 1 and "loss" in output:
             return {"loss": _zero_dim(output["loss"])}
         if "loss" in output:
             raise ConfigError(
-                f"the model's forward returned 'loss' among {list(output)}; all of them are added "
-                "up and the sum is called loss: return the parts only, or the loss only"
+                f"the model's forward returned 'loss' among {list(output)}: expected the parts "
+                "only, whose sum is the loss, or the loss only"
             )
         total = torch.stack([_zero_dim(loss) for loss in output.values()]).sum()
         return {"loss": total, **output}
     raise ConfigError(
-        f"the model's forward returned {_describe(output)}, not a loss; in training it returns a "
-        "tensor with one element, or a dict of such by name"
+        f"the model's forward returned {_describe(output)}: expected a loss in training, a tensor "
+        "with one element, or a dict of losses by name"
     )
 
 
@@ -79,7 +79,7 @@ def mean_losses(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the mean of each loss over the forwards that returned it, and the weights below 1.
 
-    A loss that only some forwards returned weighs less in the mean over ranks: the weight is the
+    A loss that some forwards returned weighs less in the mean over ranks: its weight is the
     fraction of forwards that returned it. Example: {loss: 1, a: 1}, {loss: 5, a: 3, b: 2} give
     {loss: 3, a: 2, b: 2} and {b: 0.5}.
 
@@ -96,7 +96,7 @@ def mean_losses(
 
 
 def _zero_dim(loss: Tensor) -> Tensor:
-    return loss.reshape(()) if loss.dim() else loss  # a reshape costs a node of the graph
+    return loss.reshape(()) if loss.dim() else loss  # a reshape adds a node to the graph
 
 
 def _describe(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""State of a model that a look at it must leave alone: modes, buffers, random generators."""
+"""Restore modes, buffers and random generators after a use of the model outside of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distrain.events.storage import EventStorage
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode inside `with`; each submodule gets its own mode back."""
+    """Put a module into eval mode; at the end each submodule returns to its own mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -27,26 +27,26 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def train_mode(module: nn.Module) -> None:
-    """Put a module into train mode, except those of its parts that are in eval mode.
+    """Put a module into train mode, except for parts that are in eval mode.
 
-    A module that is in eval mode as a whole, as `from_pretrained` returns it, has no such parts.
+    A module in eval mode as a whole, as `from_pretrained` returns it, has no such parts.
     """
     frozen = {part for part in module.modules() if not part.training} if module.training else set()
-    module.train()  # one of the user's own may put parts into eval mode
+    module.train()  # an overridden one may put parts into eval mode
     _set_modes([(part, part.training and part not in frozen) for part in module.modules()])
 
 
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for part, mode in modes:  # a parent before its children, whose own modes come later
+    for part, mode in modes:  # parents first: their train() also sets their children
         if part.training != mode:
             part.train(mode)
     for part, mode in modes:
-        part.training = mode  # where a `train` of the user's own does something else
+        part.training = mode  # where an overridden train() sets another mode
 
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Give the random generators of this process their states back at the end of `with`."""
+    """Restore the random generators of this process at the end."""
     states = random_states()
     try:
         yield
@@ -56,18 +56,14 @@ def kept_generators() -> Iterator[None]:
 
 @contextmanager
 def no_trace(module: nn.Module) -> Iterator[None]:
-    """Call a module inside `with`, leaving no trace of it.
-
-    Its buffers, the generators and the storage stay as they are, and each attribute of a submodule
-    keeps its object.
-    """
+    """Restore a module's buffers and attributes, the generators and the storage at the end."""
     attributes = [(part, dict(vars(part))) for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if _is_writable(buffer)]
     with contextlib.ExitStack() as inside:
         inside.enter_context(kept_generators())
         inside.enter_context(EventStorage())
         if getattr(module, "_compiled_call_impl", None) is not None:
-            # with hooks and without gradients it would be compiled again, which takes a minute
+            # with hooks and without gradients it would compile again, which takes a minute
             inside.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield
@@ -92,10 +88,10 @@ def _is_writable(buffer: Tensor) -> bool:
 
 @contextmanager
 def buffers_of_rank_0(module: nn.Module) -> Iterator[None]:
-    """Let all ranks have rank 0's buffers inside `with`, and their own again after it.
+    """Use rank 0's buffers on all ranks; at the end each rank's own are restored.
 
-    They differ where BatchNorm is not synchronised; rank 0's are those that checkpoints hold. The
-    beginning is a collective, the end is not.
+    They differ where BatchNorm is not synchronised; checkpoints hold those of rank 0. Entering is a
+    collective, leaving is not.
     """
     buffers = [
         b for b in module.buffers() if b.layout is torch.strided and b.numel() and _is_writable(b)
@@ -115,12 +111,12 @@ def buffers_of_rank_0(module: nn.Module) -> Iterator[None]:
 
 
 def _broadcast(tensors: list[Tensor]) -> None:
-    """Give all ranks the values of rank 0, with one collective per device."""
+    """Broadcast tensors from rank 0, by one collective per device."""
     for device in dict.fromkeys(tensor.device for tensor in tensors):
-        here = [tensor for tensor in tensors if tensor.device == device]
-        # bytes, as not every backend sends every dtype
-        parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in here]
+        group = [tensor for tensor in tensors if tensor.device == device]
+        # as bytes: not every backend sends every dtype
+        parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in group]
         packed = torch.cat(parts)
         dist.broadcast(packed, 0)
-        for tensor, part in zip(here, packed.split([len(part) for part in parts]), strict=True):
+        for tensor, part in zip(group, packed.split([len(part) for part in parts]), strict=True):
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))

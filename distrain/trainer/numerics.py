@@ -1,4 +1,4 @@
-"""How arithmetic rounds and whether it repeats: torch's switches of a process, for one training."""
+"""Determinism, float32 matmul precision and autocast of one training."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by torch and by cuBLAS when the first product is made
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read by torch and by cuBLAS at the first matrix product
 
 
 @contextmanager
 def numerics(
     *, deterministic: bool, float32_matmul: Literal["highest", "high", "medium"] | None
 ) -> Iterator[None]:
-    """Set torch's switches where asked to, and put them back at the end.
+    """Set torch's process-wide switches, and restore them at the end.
 
     Args:
-        deterministic: only kernels that give the same bits each time, as resuming bit for bit on a
+        deterministic: use kernels that give the same bits each time, as resuming bit for bit on a
             GPU needs. torch raises RuntimeError where an operation has none.
-        float32_matmul: "highest" multiplies matrices of float32 as they are; "high" and "medium"
-            let GPUs of Ampere and later round the factors to TF32 or less, which is several times
-            as fast. See `torch.set_float32_matmul_precision`.
+        float32_matmul: "highest" multiplies float32 matrices as they are; "high" and "medium" let
+            GPUs of Ampere and later round the factors to TF32 or less, which is several times as
+            fast. See `torch.set_float32_matmul_precision`. None leaves torch's setting.
     """
     with contextlib.ExitStack() as stack:
         if float32_matmul is not None:
@@ -37,13 +37,9 @@ def numerics(
         yield
 
 
-def autocast(
-    device: torch.device, precision: Precision
-) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which a model is called for a precision."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """Return the dtype of autocast, None for "fp32"."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from distrain import Trainer
+from distrain.distributed import DDP
 from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook
 
@@ -23,7 +24,7 @@ class Model(nn.Module):
         return self.net(batch).square().mean()
 
 
-def gradients(rank, steps=4, **keywords):
+def gradients(rank, steps=4, comm_hook="none", comm_options=None):
     """Return the gradients of each step, and the bytes that the hook gave to its all_reduce."""
     torch.manual_seed(0)
     model = Model()
@@ -46,7 +47,7 @@ def gradients(rank, steps=4, **keywords):
         torch.optim.SGD(model.parameters(), lr=0.0),
         data,
         hooks=[CallbackHook(after_backward=keep)],
-        **keywords,
+        strategy=DDP(comm_hook=comm_hook, comm_options=comm_options),
     )
     trainer.train(0, steps)
     return seen, sum(sizes)
@@ -115,7 +116,8 @@ def test_what_powersgd_leaves_out_of_a_step_comes_with_the_next_ones():
 def test_one_rank_has_nothing_to_compress():
     model = Model()
     data = [torch.randn(4, 32)]
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), data, comm_hook="bf16")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = Trainer(model, optimizer, data, strategy=DDP(comm_hook="bf16"))
     trainer.train(0, 2)
     assert trainer.model is model
 
@@ -123,8 +125,14 @@ def test_one_rank_has_nothing_to_compress():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"comm_hook": "int8"}, "trainer.comm_hook='int8'; choose none, bf16, fp16, powersgd"),
-        ({"comm_hook": "bf16", "comm_options": {"rank": 2}}, "bf16 has none; only powersgd"),
+        (
+            {"comm_hook": "int8"},
+            "comm_hook=int8: expected one of none, bf16, fp16, powersgd",
+        ),
+        (
+            {"comm_hook": "bf16", "comm_options": {"rank": 2}},
+            "expected none, as bf16 has none",
+        ),
         (
             {"comm_hook": "powersgd", "comm_options": {"start": 2}},
             "comm_options.start: no such",
@@ -136,6 +144,5 @@ def test_one_rank_has_nothing_to_compress():
     ],
 )
 def test_mistakes(keywords, message):
-    model = Model()
     with pytest.raises(ConfigError, match=message):
-        Trainer(model, torch.optim.SGD(model.parameters(), 0.1), [], **keywords)
+        DDP(**keywords)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel as we call it: the same numbers, and a range where somebody profiles."""
+"""The DDP strategy: the numbers of torch's own forward, a range under a profiler only."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain.distributed.ddp import replicate
+from distrain.distributed import DDP
 
 pytestmark = pytest.mark.ranks
 
@@ -16,6 +16,12 @@ RANGE = "DistributedDataParallel.forward"
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+def wrapped(options):
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    return DDP(options).wrap(module, optimizer, torch.device("cpu"))
 
 
 def trained(ddp, rank):
@@ -36,7 +42,7 @@ def trained(ddp, rank):
 
 
 def against_torchs(rank, options):
-    ours = replicate(model(), torch.device("cpu"), 2, options)
+    ours = wrapped(options)
     theirs = DistributedDataParallel(model(), gradient_as_bucket_view=True, **options)
     mine, other = trained(ours, rank), trained(theirs, rank)
     return all(torch.equal(mine[name], other[name]) for name in other)
@@ -51,7 +57,7 @@ def test_the_numbers_are_those_of_torchs_own_forward(options):
 
 def ranges(rank):
     """Return how many ranges a profiled forward opens, and which one that is not: ours, torch's."""
-    ddp = replicate(model(), torch.device("cpu"), 2, {})
+    ddp = wrapped({})
     with torch.profiler.profile() as profile:
         ddp(torch.ones(2, 4))
     seen = [event.count for event in profile.key_averages() if event.key == RANGE]

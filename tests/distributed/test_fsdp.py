@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 from distrain import Trainer
+from distrain.distributed import FSDP
 from distrain.distributed.fsdp_blocks import find_blocks
 from distrain.errors import ConfigError
 
@@ -39,7 +40,7 @@ def bad(rank):
 @pytest.mark.ranks
 def test_what_cannot_be_sharded_is_refused_in_one_line():
     for norm, permuted in run_ranks(bad, 2):
-        assert norm.startswith("trainer.strategy=fsdp: 1 is a BatchNorm of its rank alone")
+        assert norm.startswith("trainer.strategy=fsdp: 1 is a BatchNorm with statistics per rank")
         assert permuted.startswith("trainer.strategy=fsdp: weight has shape [2, 3] and strides")
         assert "\n" not in norm + permuted
 
@@ -51,10 +52,10 @@ def test_one_rank_trains_and_bad_settings_are_one_line():
     for settings in ({"precision": "fp16"}, {"compile": True}, {"channels_last": True}):
         with pytest.raises(ConfigError, match=r"trainer\.strategy=fsdp does not go with"):
             make(0, "fsdp", **settings)
-    with pytest.raises(ConfigError, match="'zero'; choose ddp or fsdp"):
+    with pytest.raises(ConfigError, match="trainer.strategy=zero: expected one of ddp, fsdp"):
         make(0, "zero")
-    with pytest.raises(ConfigError, match="'Blok' is no class or name"):
-        make(0, "fsdp", fsdp={"blocks": ["Blok"]})
+    with pytest.raises(ConfigError, match="blocks=Blok: expected a class or name"):
+        make(0, FSDP(blocks=["Blok"]))
 
 
 def test_blocks_are_what_repeats_and_what_is_shared_stays_together():

@@ -18,6 +18,7 @@ from benchmarks.gpu import ForbidsSynchronisation
 from benchmarks.ours import default_hooks
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint.store import CheckpointStore
+from distrain.distributed.ddp import DDP
 from distrain.distributed.ranks import process_group
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.events import reduction
@@ -134,7 +135,7 @@ def resumed(rank, folder):
         hooks = [PeriodicCheckpointer(4, checkpoints=store), ReplicaGuard(3)]
         hooks += [CallbackHook(before_step=lambda t: torch.manual_seed(100 * t.iter + rank))]
         data = batches(stop, seed=rank)[resume:]
-        trainer = Trainer(model, optimizer, data, hooks=hooks, comm_hook="bf16")
+        trainer = Trainer(model, optimizer, data, hooks=hooks, strategy=DDP(comm_hook="bf16"))
         if resume:
             trainer.load_state_dict(store.load(resume))
         trainer.train(resume, stop)

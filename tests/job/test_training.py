@@ -115,7 +115,7 @@ def test_a_run_and_the_same_command_again(folder):
         (["model._target_=tiny.Fitt"], ["model._target_=tiny.Fitt", "Fit"]),
         (["model._target_=nowhere.Fit"], ["model._target_=nowhere.Fit", "no module nowhere"]),
         (["+model.wide=3"], ["model.wide", "answer"]),
-        (["+model.answer=logits"], ["returned a tensor of shape [8, 1]", "not a loss"]),
+        (["+model.answer=logits"], ["returned a tensor of shape [8, 1]", "expected a loss"]),
         (["+data.train.num=0"], ["data.train", "length 0"]),
         (["schedule=multistep", "schedule.milestones=[20,10]"], ["[20, 10]"]),
         (["schedule._target_=distrain.schedule.schedules.Cosine"], ["schedule._target_", "Cosine"]),

@@ -1,17 +1,14 @@
 """Optimizers of any class over our groups, clipping, and the group that stands for the run."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.errors import ConfigError
 from distrain.optim.optimizer import (
     build_optimizer,
-    clip_gradients,
     param_groups,
     representative_group,
 )
@@ -156,62 +153,6 @@ def test_an_optimizer_without_weight_decay():
 def test_mistakes_name_the_key_the_value_and_what_is_allowed(keywords, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(Net(), **{"lr": 0.1, **keywords})
-
-
-def leaves(*gradients):
-    """Return parameters with these gradients."""
-    made = [torch.zeros(len(g), requires_grad=True) for g in gradients]
-    for p, g in zip(made, gradients, strict=True):
-        p.grad = torch.tensor(g)
-    return [*made, torch.zeros(2, requires_grad=True)]  # one without a gradient
-
-
-def test_clip_by_norm():
-    parameters = leaves([3.0, 0.0], [4.0])
-    total = clip_gradients(iter(parameters), norm=1.0)
-    assert total.shape == ()
-    assert total.item() == 5.0
-    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0.0]))
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.8]))
-    parameters = leaves([3.0, 0.0], [4.0])
-    assert clip_gradients(parameters, norm=math.inf).item() == 5.0
-    assert parameters[1].grad.tolist() == [4.0]
-    assert clip_gradients(leaves([math.nan]), norm=1.0).isnan()
-
-
-class NoReadBack(TorchDispatchMode):
-    """Fails where a tensor becomes a number of Python, which would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_clipping_reads_nothing_back():
-    parameters = leaves([3.0, 0.0], [4.0])
-    with NoReadBack():
-        clip_gradients(parameters, norm=1.0)
-        clip_gradients(parameters, value=1.0)
-    with pytest.raises(AssertionError), NoReadBack():
-        parameters[1].grad.sum().item()
-
-
-def test_clip_by_value():
-    parameters = leaves([3.0, -0.5], [-4.0])
-    assert clip_gradients(parameters, value=1.0) is None
-    assert [p.grad.tolist() for p in parameters[:2]] == [[1.0, -0.5], [-1.0]]
-
-
-def test_no_clipping():
-    assert clip_gradients(leaves([3.0])) is None
-
-
-@pytest.mark.parametrize(
-    "limits", [{"norm": 1.0, "value": 1.0}, {"norm": 0}, {"value": -1}, {"norm": math.nan}]
-)
-def test_wrong_limits(limits):
-    with pytest.raises(ConfigError, match="clip_"):
-        clip_gradients(leaves([3.0]), **limits)
 
 
 def sgd(sizes, rates):

@@ -13,6 +13,7 @@ from torch import nn
 from distrain import HookBase, Trainer, get_event_storage
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.distributed import DDP
 from distrain.errors import ConfigError
 from distrain.hooks import EMA, BestCheckpointer, EvalHook, PeriodicCheckpointer, PreciseBN
 from distrain.trainer.evaluate import evaluate
@@ -285,7 +286,12 @@ def local_norm(rank, folder):
         ),
     }
     trainer = trained(
-        rank, 2, evaluates=False, draws=False, hooks=hooks, ddp={"broadcast_buffers": False}
+        rank,
+        2,
+        evaluates=False,
+        draws=False,
+        hooks=hooks,
+        strategy=DDP({"broadcast_buffers": False}),
     )
     return trainer.storage.history("eval/value").latest(), trainer.module.norm.running_mean.tolist()
 

@@ -196,7 +196,7 @@ def test_histories_go_on_after_resumption():
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 5), (6, 5)])
 def test_iterations_out_of_range(start, end):
-    with pytest.raises(ConfigError, match=f"start_iter={start}, max_iter={end}"):
+    with pytest.raises(ConfigError, match=f"start_iter={start}: expected at least 0"):
         Steps().train(start, end)
 
 

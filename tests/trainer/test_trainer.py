@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from distrain import HookBase, Trainer, get_event_storage
+from distrain.distributed import DDP
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.hooks import CallbackHook, EarlyStopping, EvalHook, IterationTimer, LRScheduler
 from distrain.schedule.schedules import WarmupCosineLR
@@ -221,7 +222,7 @@ def test_named_losses_are_summed_and_put():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda w: w.expand(3), r"returned a tensor of shape \[3\], not a loss"),
+        (lambda w: w.expand(3), r"returned a tensor of shape \[3\]: expected a loss"),
         (lambda w: None, "returned NoneType"),
         (lambda w: {"loss": w, "logits": w.expand(4)}, r"'logits': a tensor of shape \[4\]"),
         (lambda w: {"loss": w, "loss_a": w}, "'loss' among"),
@@ -278,8 +279,8 @@ def test_bf16_runs_forward_under_autocast():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"precision": "fp8"}, "trainer.precision='fp8'; choose"),
-        ({"nonfinite": "ignore"}, "trainer.nonfinite='ignore'"),
+        ({"precision": "fp8"}, "trainer.precision=fp8: expected one of"),
+        ({"nonfinite": "ignore"}, "trainer.nonfinite=ignore"),
         ({"accumulation": 0}, "trainer.accumulation=0"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "keep one"),
     ],
@@ -339,7 +340,7 @@ def leaves_no_trace(rank, ddp):
     CALLS.clear()
     model = Watched()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, optimizer, batches(4), ddp=ddp)
+    trainer = Trainer(model, optimizer, batches(4), strategy=DDP(ddp))
     ready = Ready(trainer, model)
     first = next(trainer._batches)
     assert ready.same_random
@@ -392,7 +393,7 @@ def buckets_after_steps(rank, kind, ddp):
     options = {"bucket_cap_mb": 0.3} | ddp
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hooks = [CallbackHook(after_step=look)]
-    trainer = Trainer(model, optimizer, data, hooks=hooks, ddp=options)
+    trainer = Trainer(model, optimizer, data, hooks=hooks, strategy=DDP(options))
     trainer.train(0, 3)
     sizes = trainer.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
     return rebuilt, sizes.split(","), model.num if kind == "watched" else 3
@@ -422,7 +423,8 @@ def straight_and_resumed(rank, ddp):
         model = Watched(parts=5)
         model.net[2].p = 0.0
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        return Trainer(model, optimizer, batches(6, seed=rank), ddp={"bucket_cap_mb": 0.3} | ddp)
+        strategy = DDP({"bucket_cap_mb": 0.3} | ddp)
+        return Trainer(model, optimizer, batches(6, seed=rank), strategy=strategy)
 
     straight, first, second = fresh_trainer(), fresh_trainer(), fresh_trainer()
     straight.train(0, 6)
@@ -452,7 +454,8 @@ class Halves(nn.Module):
 
 def unused(rank, ddp):
     model = Halves()
-    Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), batches(2), ddp=ddp).train(0, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, optimizer, batches(2), strategy=DDP(ddp)).train(0, 3)
 
 
 @pytest.mark.ranks
@@ -503,7 +506,7 @@ def test_a_parameter_that_is_unfrozen_and_in_a_group_is_trained():
 @pytest.mark.ranks
 @pytest.mark.parametrize("keywords", [{"group": True}, {"everything": True}], ids=str)
 def test_a_parameter_that_is_unfrozen_but_not_combined_over_ranks_is_named(keywords):
-    with pytest.raises(ConfigError, match=r"not combined over ranks by DDP \(frozen.weight"):
+    with pytest.raises(ConfigError, match=r"DDP does not reduce over ranks \(frozen.weight"):
         run_ranks(unfrozen, 2, 3, **keywords)
 
 
@@ -538,7 +541,8 @@ def test_a_static_graph_does_not_go_with_accumulation():
     model, optimizer = fresh()
     message = "trainer.ddp.static_graph=true: expected trainer.accumulation=1, not 2"
     with pytest.raises(ConfigError, match=message):
-        Trainer(model, optimizer, batches(1), accumulation=2, ddp={"static_graph": True})
+        strategy = DDP({"static_graph": True})
+        Trainer(model, optimizer, batches(1), accumulation=2, strategy=strategy)
 
 
 def test_evaluation_and_early_stopping():

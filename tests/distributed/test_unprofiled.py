@@ -1,11 +1,11 @@
-"""The update without torch's record: the same numbers, and nobody who listens is left out."""
+"""optimizer.step() without the profiler range: the same numbers; hooks and profilers see it."""
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distrain.trainer.optimizer_step import clear_gradients, update
+from distrain.distributed.unprofiled import clear_gradients, update
 
 
 class Counted(torch.optim.SGD):

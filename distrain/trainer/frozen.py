@@ -1,4 +1,4 @@
-"""Detect parameters that were frozen when training was set up and require gradients now."""
+"""Parameters that were frozen when training was set up, and require gradients now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from distrain.errors import ConfigError
 
-_SHOWN = 5  # names in an error
+_MAX_LISTED = 5  # names in an error
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -18,29 +18,29 @@ def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_still_frozen(
-    frozen: dict[str, nn.Parameter], optimizer: Optimizer, combined: Collection[str] | None
+    frozen: dict[str, nn.Parameter], optimizer: Optimizer, reduced: Collection[str] | None
 ) -> None:
     """Check that no parameter was unfrozen that would not be trained, or differ between ranks.
 
     Args:
         frozen: the parameters that were frozen at the start, by name.
-        optimizer: whose groups a trained parameter is in.
-        combined: names of the parameters whose gradients DDP combines; None without DDP.
+        optimizer: holds the trained parameters in its groups.
+        reduced: names of the parameters whose gradients are reduced over ranks; None for all.
 
     Raises:
-        ConfigError: one requires gradients, and is in no group or not combined over ranks.
+        ConfigError: one requires gradients, and is in no group or not reduced over ranks.
     """
     thawed = {name: p for name, p in frozen.items() if p.requires_grad}
     if not thawed:
         return
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = [name for name, p in thawed.items() if id(p) not in trained]
-    apart = [name for name in thawed if combined is not None and name not in combined]
+    apart = [name for name in thawed if reduced is not None and name not in reduced]
     if not lost and not apart:
         return
     names = lost or apart
-    shown = ", ".join(names[:_SHOWN]) + (" and others" if len(names) > _SHOWN else "")
-    problem = "are in no group of the optimizer" if lost else "are not combined over ranks by DDP"
+    shown = ", ".join(names[:_MAX_LISTED]) + (" and others" if names[_MAX_LISTED:] else "")
+    problem = "are in no group of the optimizer" if lost else "DDP does not reduce over ranks"
     raise ConfigError(
         f"requires_grad=True was set during training for {len(names)} parameters that {problem} "
         f"({shown}): expected the same parameters as at the start; let them require gradients from "

@@ -1,0 +1,31 @@
+"""Build the strategy that a configuration names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distrain.config.compose import build
+from distrain.distributed.strategies import make_strategy
+from distrain.distributed.strategy import Strategy
+from distrain.errors import ConfigError
+
+STRATEGY_KEYS = ("strategy", "ddp", "fsdp", "comm_hook", "comm_options")
+
+
+def build_strategy(trainer_conf: dict[str, Any]) -> Strategy:
+    """Return the strategy of `trainer.strategy`: ddp, fsdp, or a node with a `_target_`.
+
+    Raises:
+        ConfigError: the node does not build a Strategy, or settings exclude each other.
+    """
+    settings = {key: trainer_conf[key] for key in STRATEGY_KEYS}
+    strategy = settings.pop("strategy")
+    if isinstance(strategy, dict):
+        target = strategy["_target_"]
+        strategy = build(strategy, "trainer.strategy")
+        if not isinstance(strategy, Strategy):
+            raise ConfigError(
+                f"trainer.strategy._target_={target}: expected a class that is derived from "
+                "distrain.distributed.Strategy"
+            )
+    return make_strategy(strategy, **settings)
