@@ -1,6 +1,6 @@
-"""The command line: compose the configuration, claim the run's folder, hand the job to a launcher.
+"""Command line: compose the configuration, claim the run folder, start the job by its launcher.
 
-Nothing here imports torch, so that help, mistakes and submissions take a moment only.
+No torch is imported here: help, errors and submissions stay fast.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _KINDS_OF_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "sear
 
 
 class Command:
-    """One use of the command line: Hydra calls it once for each run.
+    """One command, with one run or those of a sweep.
 
     Args:
         argv: the arguments.
-        is_last: this process ends next: `run` goes on taking signals as requests to stop, so that
-            none of them changes its exit code.
+        is_last: the process ends after `run`: signals remain requests to stop after it, so that
+            none of them changes the exit code.
 
     Attributes:
-        codes: how the runs ended, in their order.
-        crash: an exception that is nobody's mistake but ours.
+        codes: exit codes of the runs, in their order.
+        crash: an unexpected exception (a bug in distrain).
     """
 
     def __init__(self, argv: Sequence[str], *, is_last: bool = False) -> None:
@@ -70,9 +70,9 @@ class Command:
         self._open = contextlib.ExitStack()  # run folders of the submissions
 
     def run(self) -> ExitCode:
-        """Do what the arguments say; return the exit code of the worst run."""
+        """Run the command; return the most severe exit code of its runs."""
         before = os.environ.get(_FULL_ERROR)
-        os.environ[_FULL_ERROR] = "1"  # Hydra hands exceptions on to us, and does not exit
+        os.environ[_FULL_ERROR] = "1"  # Hydra raises exceptions instead of exiting
         try:
             with folder_of_processes() as scratch:
                 OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
@@ -81,7 +81,7 @@ class Command:
                 )
                 start(lambda cfg: self._one(cfg))()
         except Exception as error:
-            self.codes.append(self._tell(config.explain(error), error))
+            self.codes.append(self._report_error(config.explain(error), error))
         finally:
             if before is None:
                 os.environ.pop(_FULL_ERROR, None)
@@ -96,15 +96,15 @@ class Command:
         return worst(self.codes)
 
     def _one(self, cfg: DictConfig) -> None:
-        """Start one run. It ends here, whatever becomes of it: a sweep goes on."""
+        """Start one run; catch its exceptions, so that a sweep goes on."""
         if ExitCode.STOPPED in self.codes or self._stop.since is not None:
-            self.codes.append(ExitCode.STOPPED)  # who stops a sweep means all of it
+            self.codes.append(ExitCode.STOPPED)  # a stop ends the whole sweep
             return
         try:
             cfg = composition.clean(cfg, HydraConfig.get())
             self.codes.append(self._start(cfg))
         except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
-            self.codes.append(self._tell(error, error))
+            self.codes.append(self._report_error(error, error))
         except Exception as error:
             if self.crash is not None:
                 traceback.print_exception(self.crash)
@@ -208,14 +208,16 @@ class Command:
         try:
             self.codes.append(launchers[0].start_all(jobs))
         except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
-            self.codes.append(self._tell(error, error))
+            self.codes.append(self._report_error(error, error))
 
-    def _tell(self, what: Exception, error: Exception) -> ExitCode:
-        """Print a failure in as few lines as it needs; return its exit code."""
+    def _report_error(self, explained: Exception, error: Exception) -> ExitCode:
+        """Print an error as one line, with the traceback on request; return its exit code."""
         if self._wants_trace:
             traceback.print_exception(error)
-        print(f"distrain: {masked_text(str(what), self._secrets)}", file=sys.stderr, flush=True)
-        return ExitCode.BAD_CONFIG if isinstance(what, ConfigError) else ExitCode.FAILED
+        print(
+            f"distrain: {masked_text(str(explained), self._secrets)}", file=sys.stderr, flush=True
+        )
+        return ExitCode.BAD_CONFIG if isinstance(explained, ConfigError) else ExitCode.FAILED
 
 
 def _launcher(conf: Mapping[str, Any]) -> Launcher:
@@ -229,7 +231,7 @@ def _launcher(conf: Mapping[str, Any]) -> Launcher:
 
 @contextlib.contextmanager
 def _storage_of(job: TrainJob) -> Iterator[None]:
-    """Turn an OSError of a file in the run's folder into one line: it is no bug."""
+    """Report an OSError of a file in the run folder as RunFailed: it is not a bug."""
     try:
         yield
     except OSError as error:
@@ -239,12 +241,12 @@ def _storage_of(job: TrainJob) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
+    """Run the command line; exit with its code."""
     stdio.protect()
-    os.umask(os.umask(0o077) | 0o002)  # who can write to a run's folder can run code in it
+    os.umask(os.umask(0o077) | 0o002)  # a user who can write to a run folder can run code in it
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # `_target_` names modules of the folder one starts from
+        sys.path.insert(0, here)  # `_target_` may name modules of the current folder
     sys.argv[1:] = overrides.readable(from_here(sys.argv[1:]))
     script = completion.script(sys.argv[1:])
     if script is not None:
@@ -260,10 +262,9 @@ def main() -> None:
 
 
 def from_here(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with all flags first, and `--config-path` relative to this folder.
+    """Return the arguments with all flags first, and an absolute `--config-path`.
 
-    Hydra takes the path relative to this file, where no user has a folder; it refuses overrides
-    that stand on both sides of a flag.
+    Hydra resolves the path relative to this module, and refuses overrides on both sides of a flag.
     """
     flags: list[str] = []
     overrides: list[str] = []

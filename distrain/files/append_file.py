@@ -1,4 +1,4 @@
-"""A file that grows by whole records only, whatever the disk or a kill does to the process."""
+"""AppendFile: crash-safe append-only file; each record is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MAX_WAITING_BYTES = 64 * 2**20
 
 
 class AppendFile:
-    """A file to which records are appended; a reader never meets a torn one in its middle.
+    """A file to which whole records are appended.
 
-    One `flush` is one system call in the ordinary case, so kill -9 tears no record. A write that
-    fails half way, on a full disk, is taken back; its records wait in memory (64 MiB at most, then
-    they are dropped with a warning) and go out with the first flush that succeeds. A file that
-    cannot be opened now, for want of space, rights or handles, is opened by such a flush.
+    A `flush` is usually one system call: kill -9 leaves no partial record. A partial write, as on a
+    full disk, is truncated; its records stay in memory (at most 64 MiB, then they are dropped with
+    a warning) until a flush succeeds, which also opens a file that could not be opened before.
 
     Args:
-        path: the file; made with its folder if it is missing, continued if it is there. Or what
-            returns it; called when the file is opened, an OSError of it is as one of the opening.
-        exclusive: refuse a file that is there.
-        prepare: called before the file is opened; an OSError of it is as one of the opening.
+        path: the file, created with its folder, or a function that returns it, called when the file
+            is opened.
+        exclusive: the file must not exist.
+        prepare: called before the file is opened. An OSError of it, or of the function, counts as a
+            failure to open the file.
 
     Raises:
         FileExistsError: of an exclusive file.
@@ -44,17 +44,17 @@ class AppendFile:
         self._flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if exclusive else 0)
         self._prepare = prepare
         self._fd = -1
-        self._size = 0  # what is written and whole
+        self._size = 0  # bytes of complete records
         self._num_lost = 0
         self._is_torn = self._is_closed = False
-        # append may run in another thread than flush: both ends of a deque are safe without a lock
+        # append and flush may run in different threads: deques need no lock
         self._waiting: deque[bytes] = deque()
         try:
             self._open()
         except FileExistsError:
             raise
         except OSError:
-            pass  # the first flush tries again, and tells
+            pass  # the first flush tries again, and raises
 
     def _open(self) -> None:
         self.path = self._locate()
@@ -69,14 +69,14 @@ class AppendFile:
         self._fd = fd
 
     def append(self, record: bytes) -> None:
-        """Let a record wait for the next `flush`; touches no disk."""
+        """Queue a record for the next `flush`; does not access the disk."""
         self._waiting.append(record)
 
     def flush(self) -> None:
-        """Hand all waiting records to the operating system.
+        """Write all queued records.
 
         Raises:
-            OSError: nothing was written, the records wait on.
+            OSError: nothing was written; the records stay queued.
         """
         if self._is_closed:
             return
@@ -87,7 +87,7 @@ class AppendFile:
             if self._fd < 0:
                 self._open()
             if self._is_torn:
-                self._take_back()
+                self._truncate()
             while done < len(data):
                 done += os.write(self._fd, data[done:])
         except OSError as error:
@@ -96,24 +96,26 @@ class AppendFile:
                 self._waiting.extendleft(reversed(records))
             else:
                 self._num_lost += len(records)
-                logger.warning("%s: %d bytes that cannot be written are lost", self.path, len(data))
+                logger.warning(
+                    "%s: %d bytes could not be written and are lost", self.path, len(data)
+                )
             if done:
                 self._is_torn = True
-                with contextlib.suppress(OSError):  # or else the next flush does it
-                    self._take_back()
+                with contextlib.suppress(OSError):  # the next flush tries again
+                    self._truncate()
             raise
         self._size += done
 
-    def _take_back(self) -> None:
-        """Remove what half a record has left at the end."""
+    def _truncate(self) -> None:
+        """Remove a partial record from the end."""
         os.ftruncate(self._fd, self._size)
         self._is_torn = False
 
     def close(self) -> None:
-        """Flush, wait until the data is on the disk, and close; a second call does nothing.
+        """Flush, wait for the disk, and close.
 
         Raises:
-            OSError: the text has how many records are lost; the file is closed all the same.
+            OSError: the text has the number of lost records; the file is closed.
         """
         if self._is_closed:
             return
@@ -122,7 +124,7 @@ class AppendFile:
             os.fsync(self._fd)
         except OSError as error:
             num = self._num_lost + len(self._waiting)
-            lost = f"{num} records are lost" if num else "what was written last may be lost"
+            lost = f"{num} records are lost" if num else "the last records may be lost"
             raise OSError(error.errno, f"{lost}: {error.strerror}", str(self.path)) from error
         finally:
             self._is_closed = True

@@ -1,8 +1,7 @@
-"""Temporary folders that a killed process leaves to the next one, which removes them.
+"""Temporary folders; leftovers of killed processes are removed by the next one.
 
-A process that ends by kill -9 cleans up nothing. So each folder holds a file that its process, and
-the children that it forks, keep locked; whoever makes a folder in the same place, or ends one,
-removes those that nobody keeps any more. Folders of other users, of other hosts and of other
+Each folder has a file that is locked by its process and its forked children. A process that creates
+or closes a folder removes unlocked ones in the same place; folders of other users, hosts and
 programs are left alone.
 """
 
@@ -17,25 +16,24 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 _PREFIX = "distrain"
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _LOCK_FILE = ".distrain-lock"
-# a socket's path has 107 bytes at most (linux/un.h); two names of ours and multiprocessing's follow
+# a socket's path has at most 107 bytes (linux/un.h), two names after the parent included
 _MAX_PARENT_BYTES = 107 - len("/distrain-01234567/listener-01234567")
 
 
 class TemporaryFolder:
-    """A folder for this user alone, removed at the end of the `with`.
+    """A folder private to the user, removed at the end of the `with`.
 
     Args:
-        purpose: a part of its name.
-        parent: the folder that it is made in; None: the one for temporary files, see TMPDIR.
+        purpose: part of its name.
+        parent: folder to create it in; None for that of temporary files, see TMPDIR.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
 
     def __init__(self, purpose: str = "", *, parent: str | None = None) -> None:
@@ -44,23 +42,18 @@ class TemporaryFolder:
         self.path = tempfile.mkdtemp(prefix=f"{_PREFIX}-{purpose}", dir=parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._lock = os.open(os.path.join(self.path, _LOCK_FILE), flags, 0o600)
-        with contextlib.suppress(OSError):  # no locks or no space here: then nobody removes it
+        with contextlib.suppress(OSError):  # without locks or space, it is never removed
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._lock, socket.gethostname().encode())
 
     def __enter__(self) -> str:
         return self.path
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Remove it; a second call does nothing."""
+        """Remove the folder."""
         if self._lock < 0:
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -71,11 +64,11 @@ class TemporaryFolder:
 
 @contextlib.contextmanager
 def folder_of_processes() -> Iterator[str]:
-    """Have what `tempfile` and multiprocessing make lie in a temporary folder; yield its path.
+    """Set the folder of `tempfile` and multiprocessing to a temporary folder; yield its path.
 
-    That holds for this process and the ranks and loader workers that come of it: a killed one would
-    leave its files and its folder of sockets behind. The cache of torch.compile stays where it is,
-    for the next run. The folder lies in /tmp where TMPDIR is too long for the path of a socket.
+    For this process, its ranks and loader workers: a killed one would leave files and sockets. The
+    cache of torch.compile stays in place for the next run. If TMPDIR is too long for the path of a
+    socket, the folder lies in /tmp.
     """
     config = _config_of_process()
     parent = tempfile.gettempdir()
@@ -94,20 +87,20 @@ def folder_of_processes() -> Iterator[str]:
 
 
 def use_inherited() -> None:
-    """Use the folder of the process that has started this one; a spawned one knows it only so."""
+    """Use the folder of the parent process, in a spawned process."""
     path = _config_of_process().get("tempdir")
     if path is not None:
         tempfile.tempdir = path
 
 
 def _config_of_process() -> dict[str, Any]:
-    """Return what multiprocessing hands on to every process that it starts."""
+    """Return the settings that multiprocessing passes to each process that it starts."""
     config: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
     return config
 
 
 def _remove_abandoned(parent: str) -> None:
-    """Remove the folders whose process, on this host and of this user, is gone."""
+    """Remove the folders of dead processes of this user on this host."""
     with contextlib.suppress(OSError):
         for name in os.listdir(parent):
             if name.startswith(_PREFIX) and _is_abandoned(os.path.join(parent, name)):
@@ -123,7 +116,7 @@ def _is_abandoned(path: str) -> bool:
     except OSError:
         return False
     try:
-        # the name is written under the lock: who has none yet is just being made
+        # a folder without a host name is just being created
         if os.pread(fd, 256, 0) != socket.gethostname().encode():
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

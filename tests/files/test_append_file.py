@@ -93,7 +93,7 @@ def test_waiting_records_are_bounded(
         with pytest.raises(OSError):
             file.flush()
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path}/f: 12 bytes that cannot be written are lost"
+        f"{tmp_path}/f: 12 bytes could not be written and are lost"
     ]
     give()
     file.close()
