@@ -16,24 +16,21 @@ from torch.utils.data import Dataset
 
 CLASSES = 10
 SIDE = 8  # pixels
-TEST_SHARE = 0.2
-SPLIT_SEED = 1797  # of the split only: the same images are held out whatever the run's seed
+TEST_FRACTION = 0.2
+SPLIT_SEED = 1797  # independent of the run's seed: the same images are always held out
 
 Split = Literal["train", "test"]
 
 
 def split_indices(labels: Tensor, split: Split) -> Tensor:
-    """Return which images belong to `split`: a fifth of every class is held out for the test.
+    """Return the indices of the images in a split, increasing: a fifth of every class is held out.
 
     Args:
-        labels: (N,) int64, the class of every image.
-        split: "train" or "test"; the two never share an image.
-
-    Returns:
-        Increasing indices into `labels`, int64.
+        labels: (N,) int64, class of each image.
+        split: "train" or "test".
 
     Raises:
-        ValueError: for another name of a split.
+        ValueError: another split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
@@ -42,24 +39,24 @@ def split_indices(labels: Tensor, split: Split) -> Tensor:
     chosen = []
     for label in range(CLASSES):
         members = order[labels[order] == label]
-        held_out = round(TEST_SHARE * len(members))
+        held_out = round(TEST_FRACTION * len(members))
         chosen.append(members[:held_out] if split == "test" else members[held_out:])
     return torch.cat(chosen).sort().values
 
 
 def load_split(split: Split) -> tuple[Tensor, Tensor]:
     """Return the images (N, 8, 8) float32 in [0, 1] and the labels (N,) int64 of one split."""
-    # to import sklearn.datasets takes almost as long as torch; the file lies ready
+    # importing sklearn.datasets takes almost as long as torch
     file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     table = torch.from_numpy(np.loadtxt(str(file), delimiter=","))  # (N, 64 pixels and a label)
-    images = table[:, :-1].reshape(-1, SIDE, SIDE).float() / 16  # ink is counted from 0 to 16
+    images = table[:, :-1].reshape(-1, SIDE, SIDE).float() / 16  # gray levels are 0 to 16
     labels = table[:, -1].long()
     chosen = split_indices(labels, split)
     return images[chosen], labels[chosen]
 
 
 def shifted(image: Tensor, *, down: int, right: int) -> Tensor:
-    """Return `image` (H, W) moved by whole pixels; zeros come in, what leaves is lost."""
+    """Return `image` (H, W) moved by whole pixels and padded with zeros."""
     height, width = image.shape
     reach = max(abs(down), abs(right))
     padded = functional.pad(image, (reach, reach, reach, reach))
@@ -68,15 +65,15 @@ def shifted(image: Tensor, *, down: int, right: int) -> Tensor:
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):
-    """The digits of one split; in training each is moved at random by up to one pixel.
+    """Digits of one split; in training each is moved at random by up to one pixel.
 
     A sample is an image (1, 8, 8) float32 in [0, 1] and its label () int64. The random move is
-    drawn from torch's global generator, which the loader seeds for each (seed, epoch, sample)
-    when `data.seed_samples=true`.
+    drawn from torch's global generator, which the loader seeds per (seed, epoch, sample) with
+    `data.seed_samples=true`.
 
     Args:
         split: "train" (1,438 images) or "test" (359 images).
-        max_shift: largest move in pixels along each side; none in the test split.
+        max_shift: largest move along each side, in pixels; 0 in the test split.
     """
 
     def __init__(self, split: Split = "train", *, max_shift: int = 1) -> None:
@@ -128,7 +125,7 @@ class DigitsNet(nn.Module):
 
 
 def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
-    """Return a 3x3 convolution, BatchNorm (whose bias replaces the convolution's) and ReLU."""
+    """Return a 3x3 convolution without bias, BatchNorm and ReLU."""
     return (
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),

@@ -1,6 +1,6 @@
-"""Finding a digit on a canvas: several named losses, images and histograms, as a detector has.
+"""Find a digit on a canvas: several named losses, images and histograms, as in a detector.
 
-A box is four numbers `left, top, right, bottom`, each a share of the canvas' side, from 0 to 1.
+A box is four numbers `left, top, right, bottom`, each a fraction of the canvas' side.
 """
 
 import torch
@@ -18,7 +18,7 @@ FOUND_COLOR = (1.0, 0.2, 0.2)  # red
 
 
 def ink_boxes(images: Tensor) -> Tensor:
-    """Return the smallest boxes (N, 4), in pixels, around what is drawn in `images` (N, H, W)."""
+    """Return the bounding boxes (N, 4), in pixels, of the ink in `images` (N, H, W)."""
     rows, columns = images.amax(dim=2) > 0, images.amax(dim=1) > 0  # (N, H), (N, W)
     ends = []
     for inked in (columns, rows):
@@ -30,12 +30,12 @@ def ink_boxes(images: Tensor) -> Tensor:
 
 
 def render(images: Tensor, *, corner: Tensor, scale: Tensor) -> Tensor:
-    """Return canvases on which each digit is enlarged and moved, with bilinear interpolation.
+    """Return canvases with each digit scaled and moved, with bilinear interpolation.
 
     Args:
         images: (B, 8, 8).
         corner: (B, 2), x and y of the digit's upper left corner, in pixels of the canvas.
-        scale: (B,), pixels of the canvas for one of the digit.
+        scale: (B,), pixels of the canvas per pixel of the digit.
 
     Returns:
         (B, 1, 32, 32).
@@ -49,14 +49,14 @@ def render(images: Tensor, *, corner: Tensor, scale: Tensor) -> Tensor:
 
 
 class DigitCanvas(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Canvases with one digit each; where and how large it is depends on the index alone.
+    """Canvases with one digit each, whose place and size depend on the index alone.
 
     A sample is a canvas (1, 32, 32) float32 in [0, 1], its label () int64 and its box (4,).
 
     Args:
-        split: "train" or "test"; the digits are those of `digits.load_split`.
-        canvases: how many canvases show each digit.
-        places_seed: of places and sizes; the seed of a run does not change them.
+        split: "train" or "test", see `digits.load_split`.
+        canvases: number of canvases per digit.
+        places_seed: seed of places and sizes, independent of the seed of the run.
     """
 
     def __init__(self, split: Split = "train", *, canvases: int = 8, places_seed: int = 0) -> None:
@@ -96,7 +96,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def draw_box(image: Tensor, box: Tensor, color: tuple[float, float, float]) -> None:
-    """Draw the frame of `box` (4,) in one pixel's width into `image` (3, H, W), in place."""
+    """Draw the outline of `box` (4,), one pixel wide, into `image` (3, H, W), in place."""
     height, width = image.shape[1:]
     sides = torch.tensor([width, height, width, height])
     left, top, right, bottom = (box.cpu() * sides).round().int().tolist()
@@ -108,13 +108,13 @@ def draw_box(image: Tensor, box: Tensor, color: tuple[float, float, float]) -> N
 
 
 def draw_found(canvases: Tensor, *, boxes: Tensor, found: Tensor, zoom: int = 3) -> Tensor:
-    """Return the canvases side by side, with true boxes in green and those found in red.
+    """Return the canvases side by side, with true boxes in green and predictions in red.
 
     Args:
         canvases: (B, 1, H, W) in [0, 1].
-        boxes: (B, 4), the true ones.
-        found: (B, 4), the model's.
-        zoom: pixels of the result for one of a canvas.
+        boxes: (B, 4), true boxes.
+        found: (B, 4), predictions.
+        zoom: pixels of the result per pixel of a canvas.
 
     Returns:
         (3, zoom * H, B * zoom * W) float32 in [0, 1], on the CPU.
@@ -130,15 +130,15 @@ def draw_found(canvases: Tensor, *, boxes: Tensor, found: Tensor, zoom: int = 3)
 
 
 class DigitFinder(nn.Module):
-    """Convolutions shared by two heads: which digit it is, and where.
+    """Convolutional backbone with two heads: class and box of the digit.
 
-    In training it puts its accuracy and box IoU of every iteration into the EventStorage and, every
+    In training it puts accuracy and box IoU of every iteration into the EventStorage and, every
     `image_period` iterations, an image of eight canvases with their boxes and a histogram of IoU.
 
     Args:
         width: channels of the first convolution; the last has four times as many.
-        box_weight: factor of the box loss beside the class loss.
-        image_period: iterations from one image to the next; 0 for none.
+        box_weight: factor of the box loss.
+        image_period: iterations per image; 0 for none.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class DigitFinder(nn.Module):
     def _report(
         self, canvases: Tensor, labels: Tensor, boxes: Tensor, scores: Tensor, found: Tensor
     ) -> None:
-        """Put what the batch shows into the EventStorage, where there is one."""
+        """Put scalars, an image and a histogram of the batch into the EventStorage, if any."""
         storage = _storage()
         if storage is None:
             return
@@ -202,7 +202,7 @@ class DigitFinder(nn.Module):
 
 
 def _storage() -> EventStorage | None:
-    """Return the EventStorage of the training that calls, None where nothing trains."""
+    """Return the current EventStorage, None outside of training."""
     try:
         return get_event_storage()
     except RuntimeError:
@@ -210,7 +210,7 @@ def _storage() -> EventStorage | None:
 
 
 def _convolution(channels_in: int, channels_out: int, *, stride: int) -> tuple[nn.Module, ...]:
-    """Return a 3x3 convolution, BatchNorm (whose bias replaces the convolution's) and ReLU."""
+    """Return a 3x3 convolution without bias, BatchNorm and ReLU."""
     return (
         nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),

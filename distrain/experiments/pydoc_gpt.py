@@ -1,7 +1,7 @@
 """A small character-level GPT on the text of Python's own documentation.
 
 The text is `pydoc_data.topics` of the running interpreter, so its length depends on the Python
-version (377,000 characters in 3.11); the vocabulary does not. Letters beside tensors:
+version (377,000 characters in 3.11); the vocabulary does not. Letters in shapes:
 
     B windows of a batch     T characters of a window     V size of the vocabulary
     C width of the network   H attention heads            D = C / H width of a head
@@ -18,49 +18,46 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # printable ASCII
-OTHER = len(ALPHABET)  # stands for every other character: about one in a thousand
+OTHER = len(ALPHABET)  # every other character: about one in a thousand
 VOCABULARY = len(ALPHABET) + 1
-HELD_OUT_SHARE = 0.1
+HELD_OUT_FRACTION = 0.1
 
 Split = Literal["train", "test"]
 
 
 @cache
 def corpus() -> str:
-    """Return the documentation as one text in which every paragraph occurs once.
-
-    Topics repeat each other (a fifth of the text in Python 3.11). What is held out for the test
-    would otherwise be known from training.
-    """
+    """Return the documentation as one text without repeated paragraphs."""
+    # a fifth of the text in Python 3.11 is repeated: the test split would be known from training
     paragraphs = (part.strip("\n") for topic in topics.values() for part in topic.split("\n\n"))
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
 def encode(text: str) -> Tensor:
-    """Return the number of every character of `text` in the alphabet: (characters,) int64."""
+    """Return the index of each character in the alphabet: (characters,) int64."""
     numbers = {character: number for number, character in enumerate(ALPHABET)}
     return torch.tensor([numbers.get(character, OTHER) for character in text], dtype=torch.int64)
 
 
 class PydocText(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of the text: `context` characters and, one place further, those to predict.
+    """Windows of the text: `context` characters and, shifted by one, their targets.
 
     A sample is (inputs (T,), targets (T,)), both int64. Training windows begin at every character
-    of the first 90 %. Test windows tile the last 10 % so that each character is predicted once.
+    of the first 90 %. Test windows tile the last 10 %: each character is predicted once.
 
     Args:
-        split: "train" or "test"; no character belongs to both.
+        split: "train" or "test".
         context: T, characters of a window.
 
     Raises:
-        ValueError: for another split, or a context that does not fit into the split's text.
+        ValueError: another split, or a context longer than its text.
     """
 
     def __init__(self, split: Split = "train", *, context: int = 96) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
         text = corpus()
-        boundary = len(text) - round(HELD_OUT_SHARE * len(text))
+        boundary = len(text) - round(HELD_OUT_FRACTION * len(text))
         self.text = encode(text[:boundary] if split == "train" else text[boundary:])
         if not 0 < context < len(self.text):
             raise ValueError(f"context={context}: allowed are 1 to {len(self.text) - 1}")
@@ -82,7 +79,7 @@ class PydocText(Dataset[tuple[Tensor, Tensor]]):
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention: every place looks at itself and the places before it."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -91,7 +88,7 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what every place of `x` (B, T, C) gathers from the past: (B, T, C)."""
+        """Return the attention output (B, T, C) for `x` (B, T, C)."""
         split = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         gathered = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -100,7 +97,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and a two-layer network, each on normed input and added to `x`."""
+    """Pre-norm transformer layer: attention and MLP, each with a residual connection."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -117,25 +114,22 @@ class Block(nn.Module):
         """Return the layer's output (B, T, C) for `x` (B, T, C)."""
         x = x + self.attention(self.attention_norm(x))
         x = x + self.mlp(self.mlp_norm(x))
-        return x  # noqa: RET504 - the two lines read alike
+        return x  # noqa: RET504 - symmetric to the line above
 
 
 class CharGpt(nn.Module):
-    """A pre-norm transformer decoder whose output weights are its character embedding.
+    """A pre-norm transformer decoder with tied input and output embeddings.
 
-    Sizes and initial values follow GPT-2 (A. Radford et al., "Language Models are Unsupervised
-    Multitask Learners", 2019): deviation 0.02, and 0.02 / sqrt(2 * depth) for what is added to
-    the residual stream. An untrained model therefore predicts every character alike: its loss
-    is about ln(97) = 4.57 nats, 6.6 bits.
+    Initial values follow GPT-2 (A. Radford et al., "Language Models are Unsupervised Multitask
+    Learners", 2019): standard deviation 0.02, and 0.02 / sqrt(2 * depth) for projections into the
+    residual stream. An untrained model predicts a uniform distribution: its loss is about
+    ln(97) = 4.57 nats, 6.6 bits.
 
     Args:
-        context: T, the most characters that `inputs` may have.
+        context: T, largest number of characters in `inputs`.
         depth: number of layers.
         width: C.
-        heads: H; must divide `width`.
-
-    Raises:
-        ValueError: if `heads` does not divide `width`.
+        heads: H; must divide `width`, else ValueError.
     """
 
     def __init__(
@@ -151,7 +145,7 @@ class CharGpt(nn.Module):
         self._initialize(depth)
 
     def _initialize(self, depth: int) -> None:
-        """Draw every matrix anew, smaller where it ends on the residual stream."""
+        """Initialise matrices, with a smaller deviation at the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 ends_on_stream = name.endswith(("project.weight", "mlp.2.weight"))
@@ -160,7 +154,7 @@ class CharGpt(nn.Module):
                 nn.init.zeros_(parameter)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Return the scores (B, T, V) of the next character at every place of `inputs` (B, T)."""
+        """Return the logits (B, T, V) of the next character for `inputs` (B, T)."""
         places = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.character(inputs) + self.place(places)  # (B, T, C)
         x = self.norm(self.blocks(x))
