@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain import HookBase, Trainer
+from distrain.distributed.ddp import DDP
 from distrain.errors import ConfigError
 from distrain.hooks import Histograms
 
@@ -30,7 +31,7 @@ def data(factor=1.0):
 def train(hook, *more, steps=12, factor=1.0, **keywords):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    keywords = {"window": 3, "ddp": {"find_unused_parameters": True}, **keywords}
+    keywords = {"window": 3, "strategy": DDP({"find_unused_parameters": True}), **keywords}
     trainer = Trainer(model, optimizer, data(factor), hooks=[hook, *more], **keywords)
     trainer.train(0, steps)
     trainer.reduction.drain(trainer.storage.iter)
