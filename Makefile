@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-gpu test-clock check docs image faults flatness bench bench-quick
+.PHONY: demo test test-all test-gpu test-clock test-compat check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
@@ -29,6 +29,10 @@ CLOCK_TESTS := $(addprefix tests/,$(addsuffix .py,events/test_reduction trainer/
 test-clock: $(VENV)/installed-dev
 	for pace in 5 0.2; do \
 	    TEST_CLOCK=$$pace $(BIN)/python -m pytest -n 2 -m "not slow" $(CLOCK_TESTS) || exit 1; done
+
+# The oldest and the newest Python and torch that are supported, where they can be had.
+test-compat:
+	.ci/test-compat
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

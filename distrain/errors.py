@@ -27,6 +27,11 @@ class ReplicaDrift(RuntimeError):
     """Ranks no longer hold the same model; every rank raises this after the same iteration."""
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Do what `error.add_note` does; in Python 3.10 tracebacks do not show the note."""
+    vars(error).setdefault("__notes__", []).append(note)
+
+
 class ExitCode(IntEnum):
     """What the command returns to the shell."""
 

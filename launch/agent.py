@@ -165,10 +165,12 @@ class _Agent(LocalElasticAgent):
         self._decide_restart(worker_group.spec.max_restarts)
         return RunResult(WorkerState.FAILED, failures=self._for_torch(worker_group))
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(  # type: ignore[override]  # torch >= 2.12 has a timeout
+        self, death_sig: signal.Signals = signal.SIGTERM, **timeout: int
+    ) -> None:
         """Kill remaining ranks; torch calls this at the end in any case."""
         self._kill()
-        super()._shutdown(signal.SIGKILL, timeout)
+        super()._shutdown(signal.SIGKILL, **timeout)
 
     def _processes(self) -> list[Any]:
         """Return the processes of the ranks, in their order."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 
 
-class State(StrEnum):
+class State(str, Enum):
     """State of a run."""
+
+    __str__ = str.__str__
 
     QUEUED = "queued"
     """The job waits in the queue for its first attempt."""

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from distrain.checks import did_you_mean, one_of, parsed_number, wrong
 from distrain.config.import_path import locate, name_of
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, add_note
 
 _SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -83,7 +83,7 @@ def _build(node: Mapping[str, Any], key: str, mode: _Mode, context: Mapping[str,
     except Exception as error:
         if isinstance(error, ValueError) or _is_wrong_call(error, target, signature, keywords):
             raise ConfigError(with_key(str(error), key or name_of(target), keywords)) from error
-        error.add_note(f"while building {key or 'a node'}: {name_of(target)}")
+        add_note(error, f"while building {key or 'a node'}: {name_of(target)}")
         raise
 
 

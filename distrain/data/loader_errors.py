@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from distrain.errors import add_note
+
 SHM_HINT = (
     "/dev/shm is full: give the container more by --shm-size=8g or --ipc=host, or set "
     "data.workers=0"
@@ -34,20 +36,20 @@ class Failed:
             return self.error
         error: Exception = type(self.name, (RuntimeError,), {})(self.text)
         for note in self.notes:
-            error.add_note(note)
+            add_note(error, note)
         return error
 
 
 def failed(error: Exception) -> Failed:
     """Return what a loader process sends of an exception."""
     worker = get_worker_info()
-    error.add_note(f"in DataLoader worker process {worker.id if worker else 0}")
+    add_note(error, f"in DataLoader worker process {worker.id if worker else 0}")
     if re.search(r"shared memory|\bshm\b|file </torch_", str(error)):
         is_full = "Too many open files" not in str(error)
-        error.add_note(SHM_HINT if is_full else FILES_HINT)
+        add_note(error, SHM_HINT if is_full else FILES_HINT)
     trace = "".join(traceback.format_exception(error))
     sent = error if _survives_pickle(error) else None
-    return Failed(sent, type(error).__name__, str(error), error.__notes__, trace)
+    return Failed(sent, type(error).__name__, str(error), vars(error)["__notes__"], trace)
 
 
 def _survives_pickle(error: Exception) -> bool:

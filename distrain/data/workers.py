@@ -26,7 +26,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 from distrain.data.loader_errors import SHM_HINT, Failed, failed
 from distrain.data.permutation import Ints, sample_seeds
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, add_note
 
 Collate = Callable[[list[Any]], Any]
 
@@ -107,7 +107,7 @@ class Fetch(Dataset[Any]):
         try:
             return self._dataset[index]
         except Exception as error:
-            error.add_note(f"while loading sample {index} of {type(self._dataset).__name__}")
+            add_note(error, f"while loading sample {index} of {type(self._dataset).__name__}")
             raise
 
 

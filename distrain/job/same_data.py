@@ -179,7 +179,7 @@ def _print_of(fetch: Fetch, index: int) -> Print | None:
             elif not isinstance(part, bytes):
                 texts.append(str(part))
             data = part if isinstance(part, bytes) else str(part).encode(errors="replace")
-            digest.update(len(data).to_bytes(8) + data)
+            digest.update(len(data).to_bytes(8, "big") + data)
     except Exception:  # the user's; where it is raised in training, too, it ends that
         return None
     text = ", ".join(texts)

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,10 @@ class RunFolder:
 
     def _note_end(self, code: ExitCode, why: str = "") -> None:
         file = self.path / STARTS_FILE
-        now, why = datetime.now(UTC).isoformat("T", "seconds"), masked_text(why, self._secrets)
+        now, why = (
+            datetime.now(timezone.utc).isoformat("T", "seconds"),
+            masked_text(why, self._secrets),
+        )
         try:
             starts = read_starts(file)
             if starts:

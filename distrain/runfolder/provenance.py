@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
@@ -33,7 +33,7 @@ def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
     """Return the JSON record of a start of the command `argv`."""
     return {
         "argv": list(argv),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "user": _user(),

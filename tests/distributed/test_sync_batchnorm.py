@@ -191,9 +191,7 @@ def test_a_network_in_ddp_trains_as_one_process_does(sizes: tuple[int, ...]) -> 
     batches = [(randn(total, 2, 6, 6, seed=n), randn(total, 5, seed=9 + n)) for n in range(4)]
 
     def work(rank: int) -> dict[str, Tensor]:
-        model = DistributedDataParallel(
-            convert_sync_batchnorm(network()), forward_sync_buffers=False
-        )
+        model = DistributedDataParallel(convert_sync_batchnorm(network()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for x, target in batches:
             optimizer.zero_grad()

@@ -247,7 +247,7 @@ PLAIN_ITERS = 200
 def plain_ddp(rank):
     """The same training without distrain's trainer, schedule, loader, hooks or optimizer."""
     model = convert_sync_batchnorm(initial())
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), **plain_sgd())
     dataset, stream = Images(noise=0.0), SampleStream(29, batch_size=BATCH, seed=3)
     for iteration in range(PLAIN_ITERS):
