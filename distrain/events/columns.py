@@ -1,4 +1,4 @@
-"""How the scalars of one window become two vectors, and what the combined vectors say.
+"""Pack a window of scalars into two all-reduce buffers, and unpack the results.
 
     sums      (2 * T * A,) float64   value * weight, then weight, of the additive scalars
     extremes  (T * E + 2 * K,) int64   exact values of the max and min scalars, then the largest and
@@ -24,28 +24,38 @@ from distrain.events.pending import RowGroup, ScalarKind, ScalarRow
 from distrain.events.storage import Spread
 
 _ABSENT = np.iinfo(np.int64).min
+_MAX_LAYOUTS = 1000  # sets of names that are remembered
 
 
 class _Layout(NamedTuple):
-    """Where the scalars of a row go: positions in the row, and the columns they have."""
+    """Positions of the scalars of a row, by their destination.
+
+    Attributes:
+        known: scalars that have columns.
+        columns: these columns.
+        at_column: the position per column, if the row has all of them.
+        local: scalars that are not reduced.
+        local_names: their names.
+        unknown: scalars without a column, which the ranks have to exchange first.
+    """
 
     known: Ints
     columns: Ints
-    at_column: Ints | None  # position of each column's scalar, if the row has all of them
+    at_column: Ints | None
     local: Ints
     local_names: tuple[str, ...]
-    rest: list[int]  # of what all ranks have to learn first
+    unknown: list[int]
 
 
 @dataclass
 class Unrolled:
-    """The rows of one rank, laid out.
+    """The rows of one rank as arrays.
 
     Attributes:
-        packed: (2, T, K) floats, then their weights in a mean: 1 where none was given, 0 where the
-            scalar is absent (the float too).
-        weighted: whether some weight was given.
-        local: scalars that do not travel.
+        packed: (2, T, K) values, then their weights in a mean: 1 by default; both are 0 where the
+            scalar is absent.
+        weighted: whether a weight was given.
+        local: scalars that are not reduced.
         held: rows of the values whose names have no column yet.
     """
 
@@ -56,13 +66,13 @@ class Unrolled:
 
 
 class Columns:
-    """Which scalar stands in which column; the same on all ranks."""
+    """The column of each scalar in the buffers; the same on all ranks."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, ScalarKind] = {}  # in the order of the columns
         self._index: dict[str, int] = {}
         self._layouts: dict[tuple[str, ...], _Layout] = {}
-        self._spreads: Ints = np.empty((2, 0), dtype=np.int64)  # largest, then least, newest
+        self._spreads: Ints = np.empty((2, 0), dtype=np.int64)  # newest largest and smallest keys
         self.learn({})
 
     def index(self, name: str) -> int:
@@ -70,7 +80,7 @@ class Columns:
         return self._index[name]
 
     def learn(self, kinds: Mapping[str, ScalarKind]) -> None:
-        """Give new names their columns, in alphabetical order; known ones keep theirs."""
+        """Append columns for new names, in alphabetical order."""
         new = sorted(kinds.keys() - self._index.keys())
         for name in new:
             self.kinds[name] = kinds[name]
@@ -88,27 +98,27 @@ class Columns:
     def unknown(
         self, groups: Iterable[RowGroup], kinds: Mapping[str, ScalarKind]
     ) -> dict[str, ScalarKind]:
-        """Return the kinds of the names that travel but have no column yet."""
+        """Return the kinds of the names that are to be reduced but have no column yet."""
         return {
             group.names[position]: kinds[group.names[position]]
             for group in groups
-            for position in self._layout(group.names, kinds).rest
+            for position in self._layout(group.names, kinds).unknown
         }
 
     def _layout(self, names: tuple[str, ...], kinds: Mapping[str, ScalarKind]) -> _Layout:
         layout = self._layouts.get(names)
         if layout is None:
-            if len(self._layouts) > 1000:  # names at random
+            if len(self._layouts) > _MAX_LAYOUTS:
                 self._layouts.clear()
             columns = np.array([self._index.get(name, -1) for name in names], dtype=np.int64)
             is_local = np.array([kinds[name].reduce == "local" for name in names], dtype=bool)
             known, local = np.flatnonzero(columns >= 0), np.flatnonzero(is_local)
-            rest = np.flatnonzero((columns < 0) & ~is_local).tolist()
+            unknown = np.flatnonzero((columns < 0) & ~is_local).tolist()
             local_names = tuple(compress(names, is_local.tolist()))
             at_column = None
             if len(known) == len(self._index):
                 at_column = known[np.argsort(columns[known])]
-            layout = _Layout(known, columns[known], at_column, local, local_names, rest)
+            layout = _Layout(known, columns[known], at_column, local, local_names, unknown)
             self._layouts[names] = layout
         return layout
 
@@ -120,11 +130,11 @@ class Columns:
         since: int,
         last: int,
     ) -> Unrolled:
-        """Lay the rows of one rank out.
+        """Return the rows of one rank as arrays.
 
         Args:
-            groups: of rows with iterations in [since, last].
-            kinds: of all names in the rows.
+            groups: rows with iterations in [since, last].
+            kinds: settings of all names in the rows.
             since: the first iteration.
             last: the last iteration.
         """
@@ -135,7 +145,7 @@ class Columns:
             layout = self._layout(group.names, kinds)
             iterations = np.array([row.iteration for row in group.rows])
             at = iterations - since
-            if layout.at_column is not None:  # as a rule
+            if layout.at_column is not None:  # the usual case, and the fast one
                 values[at] = group.values[:, layout.at_column]
                 weights[at] = 1.0
             else:
@@ -143,28 +153,28 @@ class Columns:
                 weights[at[:, None], layout.columns] = 1.0
             if layout.local_names:
                 local.append(Block(layout.local_names, group.values[:, layout.local], iterations))
-            if layout.rest:
+            if layout.unknown:
                 unrolled.held += [
-                    _held(row, group.names, of_row, layout.rest)
-                    for row, of_row in zip(group.rows, group.values, strict=True)
+                    _held(row, group.names, row_values, layout.unknown)
+                    for row, row_values in zip(group.rows, group.values, strict=True)
                 ]
             for row in group.rows:
                 if row.counts:
                     self._weigh(row.counts, weights[row.iteration - since])
                     unrolled.weighted = True
         if unrolled.weighted:
-            values[weights <= 0] = 0.0  # a NaN of no sample is no NaN
+            values[weights <= 0] = 0.0  # the mean of no samples is NaN, and has no weight
         unrolled.local = _merged(local, since=since, last=last)
         return unrolled
 
     def _weigh(self, counts: Mapping[str, float], weights: Floats) -> None:
-        """Put the counts into the (K,) weights of an iteration."""
+        """Write the counts into the (K,) weights of an iteration."""
         for name, count in counts.items():
             if name in self._index and self.kinds[name].reduce == "mean":
                 weights[self._index[name]] = count
 
     def pack_sums(self, unrolled: Unrolled) -> Floats:
-        """Return the vector to sum over ranks; its memory is that of `unrolled` as a rule."""
+        """Return the buffer to sum over ranks; it usually shares the memory of `unrolled`."""
         packed = unrolled.packed
         if self._extreme_names:
             packed = packed[:, :, ~self._is_extreme]
@@ -173,12 +183,12 @@ class Columns:
         return packed.reshape(-1)
 
     def pack_extremes(self, unrolled: Unrolled, rank: int) -> Ints:
-        """Return the vector whose maximum over ranks is taken."""
+        """Return the buffer of the maximum over ranks."""
         values, weights = unrolled.packed
-        num = (weights > 0).sum(axis=0)  # (K,)
-        keys = with_rank(values.sum(axis=0) / np.maximum(num, 1), rank)  # (2, K)
-        if not num.all():
-            keys[:, num == 0] = _ABSENT
+        counts = (weights > 0).sum(axis=0)  # (K,)
+        keys = with_rank(values.sum(axis=0) / np.maximum(counts, 1), rank)  # (2, K)
+        if not counts.all():
+            keys[:, counts == 0] = _ABSENT
         if not self._extreme_names:
             return keys.reshape(-1)
         exact = ordered(values[:, self._is_extreme] * self._signs)  # (T, E)
@@ -186,11 +196,11 @@ class Columns:
         return np.concatenate([exact.ravel(), keys.ravel()])
 
     def unpack_sums(self, sums: Sequence[Floats], iterations: Sequence[Ints]) -> Iterator[Block]:
-        """Return the additive scalars, combined over ranks.
+        """Return the reduced additive scalars.
 
         Args:
-            sums: of neighbouring windows.
-            iterations: of each of them.
+            sums: buffers of consecutive windows.
+            iterations: (T,) per window.
         """
         if self._additive_names:
             at = np.concatenate(iterations)  # (T,) of all windows
@@ -198,7 +208,7 @@ class Columns:
             values, weights = np.concatenate(shaped, axis=1)
             present = weights > 0
             if present.all() and self._is_mean.all():
-                values /= weights  # several times as quick as under a mask
+                values /= weights  # several times as fast as with a mask
             else:
                 np.divide(values, weights, out=values, where=present & self._is_mean)
             yield from _blocks(self._additive_names, values, present, at)
@@ -206,11 +216,11 @@ class Columns:
     def unpack_extremes(
         self, extremes: Sequence[Ints], iterations: Sequence[Ints]
     ) -> Iterator[Block]:
-        """Return the max and min scalars, combined over ranks; take note of the spreads.
+        """Return the reduced max and min scalars; keep the spreads.
 
         Args:
-            extremes: of neighbouring windows.
-            iterations: of each of them.
+            extremes: buffers of consecutive windows.
+            iterations: (T,) per window.
         """
         parts = []
         for vector, at in zip(extremes, iterations, strict=True):
@@ -225,11 +235,7 @@ class Columns:
             yield from _blocks(self._extreme_names, values, keys != _ABSENT, at)
 
     def spread(self, name: str) -> Spread:
-        """Return how a scalar's mean differed between ranks in its last window.
-
-        Raises:
-            KeyError: it was in no window yet.
-        """
+        """Return the spread of a scalar over ranks in its last window; KeyError if unknown."""
         keys = self._spreads[:, self._index[name]]
         if keys[0] == _ABSENT:
             raise KeyError(name)
@@ -241,14 +247,14 @@ class Columns:
 def _held(
     row: ScalarRow, names: Sequence[str], values: Floats, positions: Sequence[int]
 ) -> ScalarRow:
-    """Return a row of some of a row's scalars."""
+    """Return a row with the scalars at some positions of a row."""
     floats = {names[position]: float(values[position]) for position in positions}
     counts = {name: row.counts[name] for name in floats if name in row.counts}
     return ScalarRow(row.iteration, floats, counts=counts)
 
 
 def _merged(blocks: Sequence[Block], *, since: int, last: int) -> list[Block]:
-    """Return blocks that share no name, with all values in the order of iterations."""
+    """Return the same values in blocks that share no name, in the order of iterations."""
     if len(blocks) < 2:
         return list(blocks)
     names = tuple(dict.fromkeys(name for block in blocks for name in block.names))
@@ -265,15 +271,15 @@ def _merged(blocks: Sequence[Block], *, since: int, last: int) -> list[Block]:
 def _blocks(
     names: tuple[str, ...], values: Floats, present: NDArray[np.bool_], iterations: Ints
 ) -> Iterator[Block]:
-    """Return the scalars as blocks: what is there in the same iterations shares one.
+    """Return the scalars as blocks: those with the same iterations share one.
 
     Args:
         names: of the K scalars.
         values: (T, K).
-        present: (T, K) which of them there are.
-        iterations: (T,); those in which nothing was put, as the one before a window, are left out.
+        present: (T, K) whether a value was put.
+        iterations: (T,); those without values, as the one before a window, are left out.
     """
-    if len(iterations) and present.all():  # as a rule
+    if len(iterations) and present.all():  # the usual case
         yield Block(names, values, iterations)
         return
     used = np.logical_or.reduce(present, axis=1)
@@ -281,16 +287,13 @@ def _blocks(
         values, present, iterations = values[used], present[used], iterations[used]
     if not len(iterations):
         return
-    whole: NDArray[np.bool_] = np.logical_and.reduce(present, axis=0)
-    if whole.all():
-        yield Block(names, values, iterations)
-        return
-    if whole.any():
-        yield Block(tuple(compress(names, whole.tolist())), values[:, whole], iterations)
-    alike: dict[bytes, list[int]] = {}
-    for column in np.flatnonzero(present.any(axis=0) & ~whole).tolist():
-        alike.setdefault(present[:, column].tobytes(), []).append(column)
-    for columns in alike.values():
-        here = present[:, columns[0]]
-        names_here = tuple(names[column] for column in columns)
-        yield Block(names_here, values[here][:, columns], iterations[here])
+    complete: NDArray[np.bool_] = np.logical_and.reduce(present, axis=0)
+    if complete.any():
+        yield Block(tuple(compress(names, complete.tolist())), values[:, complete], iterations)
+    by_presence: dict[bytes, list[int]] = {}
+    for column in np.flatnonzero(present.any(axis=0) & ~complete).tolist():
+        by_presence.setdefault(present[:, column].tobytes(), []).append(column)
+    for columns in by_presence.values():
+        rows = present[:, columns[0]]
+        block_names = tuple(names[column] for column in columns)
+        yield Block(block_names, values[rows][:, columns], iterations[rows])

@@ -1,4 +1,4 @@
-"""The histories of all scalars; whole windows wait as blocks until somebody asks for a history."""
+"""Histories of all scalars; reduced windows are buffered and merged on first access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distrain.events.history import Floats, HistoryBuffer, Ints
 from distrain.events.pending import ScalarKind
 
-_MAX_WAITING = 1000  # iterations of one set of names, before they move into the histories
+_MAX_WAITING = 1000  # iterations per set of names, before they move into the histories
 
 
 class Block(NamedTuple):
@@ -30,11 +30,11 @@ class Block(NamedTuple):
 
 
 class Histories:
-    """A HistoryBuffer for each scalar.
+    """One HistoryBuffer per scalar.
 
-    The scalars of a window come as one block, and what is written of it is read from there: a row
-    of 300 scalars costs one sort, not 300 appends and 300 medians. The blocks move into the
-    buffers when somebody asks for these, which is at the checkpoints in most runs.
+    The scalars of a window arrive as one block, and rows are read from there: a row of 300 scalars
+    costs one sort, not 300 appends and 300 medians. The blocks move into the buffers on access to
+    these, which is at checkpoints in most runs.
 
     Args:
         kinds: the settings of every scalar; a live view.
@@ -45,20 +45,21 @@ class Histories:
         self._hints_of: dict[tuple[str, ...], NDArray[np.bool_]] = {}
         self._buffers: dict[str, HistoryBuffer] = {}
         self._waiting: dict[tuple[str, ...], list[Block]] = {}  # no name is in two of the keys
-        self._settled: dict[str, tuple[float, int]] = {}  # latest value of what is in buffers only
-        self._is_settled_known = True
-        self._settled_from = -1  # the first iteration of which `_settled` is the answer
-        self._settled_window = 0  # in iterations, of its medians
+        # cached result of `until` for scalars without waiting blocks
+        self._settled: dict[str, tuple[float, int]] = {}
+        self._is_settled_valid = True
+        self._settled_from = -1  # the first iteration that the cache is valid for
+        self._settled_window = 0  # iterations of its medians
 
     def append(self, block: Block) -> None:
-        """Append a block; O(1) where its names are those of the block before."""
+        """Append a block; O(1) if its names are those of an earlier block."""
         waiting = self._waiting.get(block.names)
         if waiting is None:
-            if not self._are_new(block.names):
+            if not all(names.isdisjoint(block.names) for names in map(set, self._waiting)):
                 self._settle()
-            self._is_settled_known = False
+            self._is_settled_valid = False
         elif len(waiting) * len(waiting[-1].iterations) > _MAX_WAITING:
-            # before it is appended, and without those of other names: the newest are asked for soon
+            # neither the new block nor those of other names: these are read soon
             self._move(block.names, waiting)
             waiting.clear()
         self._waiting.setdefault(block.names, []).append(block)
@@ -67,7 +68,7 @@ class Histories:
         """Append one value to one history."""
         self._settle()
         self._buffer(name).update(value, iteration)
-        self._is_settled_known = False
+        self._is_settled_valid = False
 
     def buffers(self) -> dict[str, HistoryBuffer]:
         """Return all histories by name."""
@@ -82,19 +83,13 @@ class Histories:
         return self._buffers[name].latest_iteration() if name in self._buffers else -1
 
     def load(self, name: str, state: Mapping[str, object]) -> None:
-        """Take back the history of one scalar."""
+        """Restore the history of one scalar."""
         self._settle()
         self._buffer(name).load_state_dict(state)
-        self._is_settled_known = False
+        self._is_settled_valid = False
 
     def until(self, iteration: int, *, window_size: int) -> dict[str, tuple[float, int]]:
-        """Return every scalar as it stood after an iteration: name -> (value, its iteration).
-
-        Args:
-            iteration: later values are left out.
-            window_size: where the scalar may be smoothed, the median is over the values of this
-                many iterations, the last of them `iteration`; without any it is the newest value.
-        """
+        """Return every scalar as of an iteration; see `EventStorage.scalars_until`."""
         found = self._until_in_buffers(iteration, window_size)
         for blocks in self._waiting.values():
             found.update(self._until_in_blocks(blocks, iteration, window_size))
@@ -122,14 +117,9 @@ class Histories:
     def until_each(
         self, iterations: Sequence[int], *, window_size: int
     ) -> list[dict[str, tuple[float, int]]]:
-        """Return `until` of several iterations that are `window_size` apart, at the cost of one.
-
-        Args:
-            iterations: rising.
-            window_size: as in `until`.
-        """
+        """Return `until` per rising iteration; at the cost of one if `window_size` apart."""
         settled = self._until_in_buffers(iterations[-1], window_size)
-        if not self._is_settled_known or iterations[0] < self._settled_from:
+        if not self._is_settled_valid or iterations[0] < self._settled_from:
             return [self.until(iteration, window_size=window_size) for iteration in iterations]
         found = [dict(settled) for _ in iterations]
         for names, blocks in self._waiting.items():
@@ -159,10 +149,10 @@ class Histories:
         return _latest(name, values, iterations, iteration, num)
 
     def _until_in_buffers(self, iteration: int, window_size: int) -> dict[str, tuple[float, int]]:
-        """Return `until` for what does not wait; kept while it can not change."""
+        """Return `until` for scalars without waiting blocks; cached while it cannot change."""
         if window_size != self._settled_window:
-            self._is_settled_known, self._settled_window = False, window_size
-        if self._is_settled_known and iteration >= self._settled_from:
+            self._is_settled_valid, self._settled_window = False, window_size
+        if self._is_settled_valid and iteration >= self._settled_from:
             return dict(self._settled)
         waiting = {name for names in self._waiting for name in names}
         found: dict[str, tuple[float, int]] = {}
@@ -172,15 +162,15 @@ class Histories:
                 values, iterations = buffer.arrays()
                 num = window_size if self._kinds[name].smoothing_hint else 1
                 found |= _latest(name, values, iterations, iteration, num)
-                if len(iterations):  # later than that the window holds nothing of it
+                if len(iterations):  # windows of later iterations have no value of it
                     settled_from = max(settled_from, int(iterations[-1]) + num - 1)
         if iteration >= settled_from:
-            self._settled, self._is_settled_known = found, True
+            self._settled, self._is_settled_valid = found, True
             self._settled_from = settled_from
         return dict(found)
 
     def _hints(self, names: tuple[str, ...]) -> NDArray[np.bool_]:
-        """Return (K,) which of the scalars are shown as a median."""
+        """Return (K,) flags of the scalars that are shown as a median."""
         hints = self._hints_of.get(names)
         if hints is None:
             self._hints_of = {n: h for n, h in self._hints_of.items() if n in self._waiting}
@@ -188,25 +178,21 @@ class Histories:
             self._hints_of[names] = hints
         return hints
 
-    def _are_new(self, names: Sequence[str]) -> bool:
-        """Whether none of the names waits."""
-        return all(waiting.isdisjoint(names) for waiting in map(set, self._waiting))
-
     def _settle(self) -> None:
-        """Move what waits into the buffers."""
+        """Move all waiting blocks into the buffers."""
         if not self._waiting:
             return
         for names, blocks in self._waiting.items():
             self._move(names, blocks)
         self._waiting = {}
-        self._is_settled_known = False
+        self._is_settled_valid = False
 
     def _move(self, names: tuple[str, ...], blocks: Sequence[Block]) -> None:
-        """Append what waits under some names to their buffers."""
+        """Append waiting blocks to the buffers of their names."""
         values = np.concatenate([block.values for block in blocks]).T.copy()  # (K, n)
         iterations = np.concatenate([block.iterations for block in blocks])
-        for name, of_name in zip(names, values, strict=True):
-            self._buffer(name).extend(of_name, iterations)
+        for name, column in zip(names, values, strict=True):
+            self._buffer(name).extend(column, iterations)
 
     def _buffer(self, name: str) -> HistoryBuffer:
         buffer = self._buffers.get(name)
@@ -216,12 +202,12 @@ class Histories:
 
 
 def _newest(blocks: Sequence[Block], iteration: int, num: int) -> Block:
-    """Return the newest `num` values up to an iteration, fewer if the blocks do not reach so far.
+    """Return the newest `num` values up to an iteration, or fewer if the blocks hold fewer.
 
     Args:
         blocks: of the same names, oldest first, not empty.
-        iteration: later values are left out.
-        num: how many are asked for.
+        iteration: later values are ignored.
+        num: number of values.
     """
     taken: list[Block] = []
     for block in reversed(blocks):
@@ -244,9 +230,9 @@ def _newest(blocks: Sequence[Block], iteration: int, num: int) -> Block:
 
 
 def _windows(blocks: Sequence[Block], iterations: Sequence[int], size: int) -> Floats | None:
-    """Return the (size, num, K) values of the windows that end with iterations `size` apart.
+    """Return the (size, num, K) values of `num` windows by their last iterations, `size` apart.
 
-    None where an iteration has no value, or two.
+    None if an iteration has no value, or two.
     """
     num = len(iterations) * size
     newest = _newest(blocks, iterations[-1], num)
@@ -264,7 +250,7 @@ def _windows(blocks: Sequence[Block], iterations: Sequence[int], size: int) -> F
 def _latest(
     name: str, values: Floats, iterations: Ints, iteration: int, num: int
 ) -> dict[str, tuple[float, int]]:
-    """Return one scalar's median over `num` iterations, by its name; of 1 the newest value."""
+    """Return one scalar's median over `num` iterations, by its name; for 1 the newest value."""
     end = int(np.searchsorted(iterations, iteration, side="right"))
     if not end:
         return {}
@@ -273,22 +259,20 @@ def _latest(
 
 
 def _start(iterations: Ints, last: int, num: int) -> int:
-    """Return where the values of the `num` iterations up to `last` begin; the newest is in.
+    """Return the first position of a window's values, at most that of the newest value.
 
     Args:
         iterations: (n,) of the values, none later than `last`.
-        last: the window's last iteration.
-        num: of iterations.
+        last: the last iteration of the window.
+        num: number of iterations in it.
     """
     return max(0, min(len(iterations) - 1, int(np.searchsorted(iterations, last - num, "right"))))
 
 
 def medians(values: Floats) -> Floats:
-    """Return the (..., K) medians of (n, ..., K) values; NaN where one is NaN.
-
-    numpy's own takes several times as long for windows of twenty values.
-    """
-    rising = np.sort(values, axis=0)  # NaN is sorted behind all numbers
+    """Return the (..., K) medians of (n, ..., K) values; NaN where one is NaN."""
+    # np.median takes several times as long for windows of twenty values
+    rising = np.sort(values, axis=0)  # NaN comes last
     middle = len(rising) // 2
     found: Floats = rising[middle]
     if len(rising) % 2 == 0:
