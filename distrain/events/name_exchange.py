@@ -6,24 +6,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from distrain.events.pending import ScalarKind
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 _instances = itertools.count()
-
-
-class Store(Protocol):
-    """The methods used of a torch.distributed.Store."""
-
-    def add(self, key: str, amount: int, /) -> int:
-        """Add to a counter and return it."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Set a key."""
-
-    def get(self, key: str, /) -> bytes:
-        """Get a key, waiting until it is set."""
 
 
 class NameExchange:

@@ -23,39 +23,34 @@ def nonfinite_losses(block: Block, kinds: Mapping[str, ScalarKind]) -> dict[str,
     }
 
 
-def ranks_with_nonfinite(
-    names: Mapping[str, int],
+def describe(
+    losses: Mapping[str, int],
     groups: Sequence[RowGroup],
     group: dist.ProcessGroup | None,
     world_size: int,
-) -> list[int]:
-    """Return the ranks that put values of the names that are not finite; a collective.
+) -> str:
+    """Return the error message: losses, first iteration, ranks, fixes; a collective.
 
     Args:
-        names: of losses.
+        losses: of `nonfinite_losses`.
         groups: the rows of this rank.
         group: the process group.
         world_size: number of ranks.
     """
-    if world_size == 1:
-        return [0]
-    mine = torch.tensor(
-        [
+    ranks = [0]
+    if world_size > 1:
+        flags = [
             not np.isfinite(rows.values[:, rows.names.index(name)]).all()
             for rows in groups
-            for name in names
+            for name in losses
             if name in rows.names
         ]
-    ).any()[None]
-    all_ranks = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(all_ranks, mine, group=group)
-    return [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
-
-
-def describe_nonfinite(names: Mapping[str, int], ranks: Sequence[int], world_size: int) -> str:
-    """Return the error message: losses, first iteration, ranks, fixes."""
+        mine = torch.tensor([any(flags)])
+        all_ranks = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(all_ranks, mine, group=group)
+        ranks = [rank for rank, is_bad in enumerate(all_ranks) if is_bad]
     return (
-        f"{', '.join(names)} not finite from iteration {min(names.values())} on, on rank "
+        f"{', '.join(losses)} not finite from iteration {min(losses.values())} on, on rank "
         f"{', '.join(map(str, ranks))} of {world_size}; no checkpoint was saved since. Lower "
         "optim.lr, clip gradients (trainer.clip_norm=1.0), check the data, or skip such updates "
         "(trainer.nonfinite=skip)"

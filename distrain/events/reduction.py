@@ -19,29 +19,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from distrain.errors import NonFiniteLoss
 from distrain.events.columns import Columns
 from distrain.events.float_encoding import join, split
 from distrain.events.history import Floats, Ints
 from distrain.events.history_store import Block
-from distrain.events.name_exchange import NameExchange, Store
-from distrain.events.nonfinite import describe_nonfinite, nonfinite_losses, ranks_with_nonfinite
-from distrain.events.pending import (
-    RowGroup,
-    ScalarKind,
-    ScalarRow,
-    flatten,
-    group_rows,
-)
+from distrain.events.name_exchange import NameExchange
+from distrain.events.nonfinite import describe, nonfinite_losses
+from distrain.events.pending import RowGroup, ScalarKind, ScalarRow, flatten, group_rows
 from distrain.events.storage import EventStorage, Spread
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
 
@@ -67,7 +65,7 @@ class _Window:
     local: Sequence[Block] = ()
     sums: Tensor | None = None
     extremes: Tensor | None = None
-    works: Sequence[dist.Work] = ()
+    works: list[dist.Work | None] = field(default_factory=list)
 
 
 class _Arrived(NamedTuple):
@@ -186,7 +184,7 @@ class ScalarReduction:
         if self._world_size > 1:
             # blocking: no rank may begin the next iteration before it has the result
             asked = torch.tensor([bool(self._storage.early_stop), request], dtype=torch.uint8)
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(asked, ReduceOp.MAX, group=self._group)
             early, request = asked.numpy().tolist()
             self._storage.early_stop = bool(early)
         self.stop = max(self.stop, request)
@@ -242,17 +240,14 @@ class ScalarReduction:
         window.sums = torch.from_numpy(sums)
         window.extremes = torch.from_numpy(np.concatenate([header, extremes]))
         if self._world_size > 1:
-            works = (
-                dist.all_reduce(window.sums, group=self._group, async_op=True),
-                dist.all_reduce(
-                    window.extremes, dist.ReduceOp.MAX, group=self._group, async_op=True
-                ),
-            )
-            window.works = [work for work in works if work is not None]
+            for buffer, op in (window.sums, ReduceOp.SUM), (window.extremes, ReduceOp.MAX):
+                work = dist.all_reduce(buffer, op, group=self._group, async_op=True)
+                window.works.append(work)
 
     def _finish(self, window: _Window, iteration: int) -> None:
         """Stage 3: read the results."""
         for work in window.works:
+            assert work is not None
             work.wait()
         assert window.sums is not None
         assert window.extremes is not None
@@ -276,8 +271,7 @@ class ScalarReduction:
         self.combined_iter = max(self.combined_iter, combined_iter)
         self._close_at = max(iteration, self._next_close(window.last))
         if bad and self._stop_on_nonfinite:
-            ranks = ranks_with_nonfinite(bad, window.groups, self._group, self._world_size)
-            raise NonFiniteLoss(describe_nonfinite(bad, ranks, self._world_size))
+            raise NonFiniteLoss(describe(bad, window.groups, self._group, self._world_size))
 
     def _next_close(self, last: int) -> int:
         """Return the iteration that ends the next window; the same on all ranks."""

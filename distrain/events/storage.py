@@ -17,6 +17,8 @@ from distrain.events.history_store import Block, Histories
 from distrain.events.pending import ScalarKind
 from distrain.events.recorder import ScalarRecorder
 
+_KIND_KEYS = ("reduce", "smoothing_hint", "is_loss")  # of ScalarKind, in a checkpoint
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -180,14 +182,14 @@ class EventStorage(ScalarRecorder):
     def state_dict(self) -> dict[str, Any]:
         """Return the histories and kinds by name, without values that are not reduced yet."""
         return {
-            name: {**history.state_dict(), **self.kinds[name]._asdict()}
+            name: {**history.state_dict(), **dict(zip(_KIND_KEYS, self.kinds[name], strict=True))}
             for name, history in self.histories().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Restore the histories of `state_dict`."""
         for name, saved in state.items():
-            self.kinds[name] = ScalarKind(*(saved[field] for field in ScalarKind._fields))
+            self.kinds[name] = ScalarKind(*(saved[key] for key in _KIND_KEYS))
             self._histories.load(name, saved)
 
     def __enter__(self) -> EventStorage:

@@ -1,4 +1,4 @@
-"""Which charts TensorBoard's Custom Scalars tab shows, by the names of the scalars."""
+"""Charts of TensorBoard's Custom Scalars tab, chosen by the names of the scalars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _NO_METRIC = "|".join([*NONDETERMINISTIC_PREFIXES, "lr/", "final/"])
 
 
 def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
-    """Return charts for scalars: losses together, one a metric over all scopes, lr, performance.
+    """Return charts: all losses, one per metric over all scopes, learning rates, performance.
 
-    The expressions depend on the names only as far as charts of several runs merge into one.
+    The regular expressions are general enough for charts of several runs to merge into one.
 
     Example:
-        `["loss", "accuracy", "eval/accuracy", "perf/step_s"]` gives a chart "losses", a chart
+        `["loss", "accuracy", "eval/accuracy", "perf/step_s"]` returns a chart "losses", a chart
         "accuracy" with both accuracies and a chart "seconds".
     """
     layout: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""Progress for people: a live bar in a terminal, one plain line a row elsewhere."""
+"""ConsoleWriter: a live progress bar in a terminal, elsewhere one plain line per row."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 MAX_VALUES = 12
-LINE_S = 0.25  # from one plain line to the next
-_HIDDEN = 3
+LINE_S = 0.25  # minimum time between plain lines
+_HIDDEN = 3  # the place of scalars that are not listed
 
 
 class ConsoleWriter(Writer):
@@ -70,7 +70,7 @@ class ConsoleWriter(Writer):
         if not new:
             return
         if self._skipped is not None and self._skipped[0].iteration == row.iteration:
-            new = {**self._skipped[1], **new}  # the end adds to the last row
+            new = {**self._skipped[1], **new}  # the final evaluation adds to the last row
         rare = new.keys() - self._usual
         self._usual = frozenset(new)
         now_s = time.monotonic()
@@ -94,12 +94,10 @@ class ConsoleWriter(Writer):
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """Return the readable values of a line: losses (a total first), metrics, lr, time, time left.
+    """Return a line of values: losses (a total first), metrics, lr, time per step, time left.
 
-    Args:
-        values: by name. Names with "loss" in them are losses; `lr`, `perf/step_s` and `perf/eta_s`
-            have their places at the end; others under `lr/`, `guard/` and
-            `NONDETERMINISTIC_PREFIXES` are left out.
+    Names with "loss" in them are losses; those under `lr/`, `guard/` and NONDETERMINISTIC_PREFIXES
+    are left out.
 
     Example:
         `{"accuracy": 0.98, "loss": 0.03123, "lr": 1e-3, "perf/step_s": 0.0042, "perf/eta_s": 7.4}`
@@ -122,7 +120,7 @@ def describe(values: Mapping[str, float]) -> str:
 
 @lru_cache(10_000)
 def _place(name: str) -> int:
-    """Return where in a line a scalar is listed: totals, other losses, metrics, not at all."""
+    """Return the place of a scalar in a line: 0 totals, 1 other losses, 2 metrics, or _HIDDEN."""
     if name == LR or name.startswith((f"{LR}/", GUARD, *NONDETERMINISTIC_PREFIXES)):
         return _HIDDEN
     if "loss" not in name.lower():

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: scalars, images, histograms, text, hyperparameters, chart layout.
+"""TensorBoardWriter: scalars, images, histograms, configuration and chart layouts.
 
 Written with tensorboard's protobuf messages alone (0.05 s to import; torch.utils.tensorboard and
 tensorboard's EventFileWriter would bring tensorflow in where it is installed).
@@ -91,11 +91,8 @@ class TensorBoardWriter(Writer):
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard takes the first START of a folder for its beginning, and purges from each
         # later one: so the first file needs one as well
-        self._add(
-            Event(
-                wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)
-            )
-        )
+        log = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=start, session_log=log))
         if run.conf:
             self._add_conf(run.conf, step=start)
         if self._layout is not None:
@@ -220,28 +217,20 @@ class _ScalarsEvent:
         self._places = (first + ends)[:, None] + np.arange(4)  # (num_names, 4)
 
     def serialized(self, values: Sequence[float], *, step: int) -> bytes:
-        """Return the event with these values, of this moment."""
-        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, as in protobuf
+        """Return the event with these values and the current time."""
+        with np.errstate(over="ignore"):  # beyond float32's range: infinite, as in protobuf
             floats = np.array(values).astype("<f4")
         self._bytes[self._places] = floats.view(np.uint8).reshape(-1, 4)
         head: bytes = Event(wall_time=time.time(), step=step).SerializeToString()
         return head + self._bytes.tobytes()
 
 
-def _stamps(folder: Path) -> list[int]:
-    """Return the times in the names of a folder's event files."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    matches = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in names)
-    return [int(match[1]) for match in matches if match]
-
-
 def _new_event_path(folder: Path) -> Path:
-    """Return a path that sorts behind all others: TensorBoard reads them in that order."""
-    # the clock of another node, or a restart within a second, must not put it in front
-    stamp = max([int(time.time()), *(stamp + 1 for stamp in _stamps(folder))])
+    """Return a path that sorts after all existing ones: TensorBoard reads them in that order."""
+    names = os.listdir(folder) if folder.exists() else []
+    matches = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in names)
+    # the clock of another node, or a restart within a second, must not put it first
+    stamp = max([int(time.time()), *(int(match[1]) + 1 for match in matches if match)])
     return folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
