@@ -35,7 +35,7 @@ from distrain.experiments.pydoc_gpt import (
     corpus,
     encode,
 )
-from distrain.optim.optimizer import param_groups
+from distrain.optim.groups import param_groups
 from distrain.trainer.model_call import total_loss
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from distrain.config.compose import build
 from distrain.distributed.ranks import Topology
 from distrain.job.strategy import build_strategy
 from distrain.job.training import build_parts
-from distrain.optim.optimizer import explain_groups, format_groups, representative_group
+from distrain.optim.groups import GroupSettings, explain_groups, format_groups
+from distrain.optim.optimizer import representative_group
 from distrain.run_layout import CHECKPOINTS
 from distrain.schedule.preview import schedule_values
 from distrain.trainer.hook import MOMENTS, HookBase
@@ -66,8 +66,8 @@ def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
     """Return the table of parameters, or where it comes from if the model has its own groups."""
     if optim is None:
         return "the model's own groups, by its configure_optimizers"
-    own = inspect.signature(explain_groups).parameters
-    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in own})
+    keys = {"lr", "weight_decay", *GroupSettings.__annotations__}
+    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in keys})
     return format_groups(rows)
 
 

@@ -1,36 +1,48 @@
-"""Which parameter gets which settings, worked out once: for the optimizer and for the table."""
+"""Parameter groups: assign learning rate and weight decay per parameter, and explain why."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from typing_extensions import Unpack
 
 from distrain.checks import number
 from distrain.errors import ConfigError
 from distrain.optim.layer_decay import with_layer_decay
 from distrain.optim.rules import Place, Rule, Rules
 
-# _NormBase: batch norms (lazy, synchronised and our own too) and instance norms
+# _NormBase: batch norms (lazy, synchronised and distrain's own too) and instance norms
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
+class GroupSettings(TypedDict, total=False):
+    """Keywords of `param_groups` beyond `lr` and `weight_decay`, and of all that pass them on."""
+
+    weight_decay_norm: float | None
+    bias_lr_factor: float
+    weight_decay_bias: float | None
+    rules: Rules
+    layer_decay: float | None
+    layers: str | None
+
+
 class GroupRow(NamedTuple):
-    """One line of the table: a parameter and where it fell.
+    """One line of the table: a parameter and its group.
 
     Args:
-        name: of the parameter, as the model calls it.
-        shape: of the parameter; None as long as a lazy module has not seen a batch.
-        group: the name of its group.
+        name: of the parameter in the model.
+        shape: of the parameter; None for a lazy one before its first batch.
+        group: name of its group.
         lr: learning rate, before any schedule.
         weight_decay: weight decay.
-        why: what decided: the kind of parameter, then the rules.
+        why: the kind of the parameter, then the rules that apply.
     """
 
     name: str
@@ -53,42 +65,32 @@ class _Assigned:
 
 
 def param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    weight_decay_norm: float | None = None,
-    bias_lr_factor: float = 1.0,
-    weight_decay_bias: float | None = None,
-    rules: Rules = (),
-    layer_decay: float | None = None,
-    layers: str | None = None,
+    model: nn.Module, *, lr: float, weight_decay: float, **settings: Unpack[GroupSettings]
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups for an optimizer: as few as there are different settings.
+    """Return the parameter groups for an optimizer, one per different settings.
 
-    Each trainable parameter falls into exactly one group. Parameters of norm layers, biases of
-    theirs included, take `weight_decay_norm`; other biases (`bias`, `bias_*`, `*_bias`) take
+    Each trainable parameter is in exactly one group. Parameters of norm layers, their biases
+    included, take `weight_decay_norm`; other biases (`bias`, `bias_*`, `*_bias`) take
     `lr * bias_lr_factor` and `weight_decay_bias`; the rest takes `lr` and `weight_decay`. Rules
-    come on top, in their order: for each key, the first rule that matches a parameter and sets the
+    apply on top, in their order: for each key, the first rule that matches a parameter and sets the
     key wins. `lr_factor` and `layer_decay` multiply the learning rate found so far, with
     `layer_decay ** (L + 1 - depth)` for L layers (see `Rule`; Clark et al. 2020, ELECTRA): with
-    layer_decay 0.5 and two layers 0.125 before them, 0.25, 0.5, and 1 behind. A rule's `lr` takes
-    the place of `lr * bias_lr_factor`; `lr` and `lr_factor` are one key. A shared parameter counts
-    where the model names it first; a rule reaches it by any of its names.
+    layer_decay 0.5 and two layers 0.125 before them, 0.25, 0.5, and 1 behind. A rule's `lr`
+    replaces `lr * bias_lr_factor`; `lr` and `lr_factor` are one key. A shared parameter counts
+    where the model names it first; a rule matches it by any of its names.
 
-    The answer is the same for a model in DDP, after torch.compile, and before and after conversion
+    The result is the same for a model in DDP, after torch.compile, and before and after conversion
     to SyncBatchNorm.
 
     Args:
         model: the model; frozen parameters are left out.
-        lr: learning rate of all that no factor changes.
-        weight_decay: weight decay of all that is neither norm nor bias.
-        weight_decay_norm: weight decay of norm layers; None means `weight_decay`.
-        bias_lr_factor: factor on `lr` for biases outside norm layers.
-        weight_decay_bias: weight decay of these biases; None means `weight_decay`.
-        rules: see `Rule`.
-        layer_decay: multiplies rates by depth, without a rule for it; see `with_layer_decay`.
-        layers: how its layers are named, as "blocks.{}.*"; None finds them.
+        lr: learning rate where no factor applies.
+        weight_decay: weight decay of parameters that are neither of a norm nor a bias.
+        **settings: `weight_decay_norm`, weight decay of norm layers (default None: as
+            `weight_decay`); `bias_lr_factor`, factor on `lr` for biases outside norm layers (1.0);
+            `weight_decay_bias`, weight decay of these biases (None: as `weight_decay`); `rules`,
+            see `Rule`; `layer_decay`, factor on the rate per layer (None), and `layers`, a pattern
+            of its layers' names such as "blocks.{}.*" (None finds them), see `with_layer_decay`.
 
     Returns:
         dicts with `name`, `params`, `lr`, `weight_decay` and the other keys that rules set, in the
@@ -98,8 +100,7 @@ def param_groups(
     Raises:
         ConfigError: nothing is trainable, a value is out of range, or a rule matches no parameter.
     """
-    defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
-    assigned = _assign(model, defaults, rules, layer_decay, layers)
+    assigned = _assign(model, lr=lr, weight_decay=weight_decay, **settings)
     return [
         {"name": name, "params": [member.parameter for member in members], **members[0].settings}
         for name, members in _grouped(assigned).items()
@@ -107,23 +108,13 @@ def param_groups(
 
 
 def explain_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    weight_decay_norm: float | None = None,
-    bias_lr_factor: float = 1.0,
-    weight_decay_bias: float | None = None,
-    rules: Rules = (),
-    layer_decay: float | None = None,
-    layers: str | None = None,
+    model: nn.Module, *, lr: float, weight_decay: float, **settings: Unpack[GroupSettings]
 ) -> list[GroupRow]:
-    """Return one row for each trainable parameter, in the model's order: its group, and why.
+    """Return one row per trainable parameter, in the model's order: its group, and why.
 
-    Takes what `param_groups` takes, raises what it raises, and comes from the same assignment.
+    Arguments and errors are those of `param_groups`.
     """
-    defaults = _defaults(lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias)
-    assigned = _assign(model, defaults, rules, layer_decay, layers)
+    assigned = _assign(model, lr=lr, weight_decay=weight_decay, **settings)
     group = {id(m): name for name, members in _grouped(assigned).items() for m in members}
     return [
         GroupRow(
@@ -156,40 +147,21 @@ def format_groups(rows: Sequence[GroupRow]) -> str:
     return f"{_columns(summary)}\n\n{_columns(listing)}\n"
 
 
-def _defaults(
-    lr: float,
-    weight_decay: float,
-    weight_decay_norm: float | None,
-    bias_lr_factor: float,
-    weight_decay_bias: float | None,
-) -> dict[str, dict[str, Any]]:
-    """Return the settings of each kind of parameter before any rule."""
-    lr, decay = number("lr", lr, above=0.0), number("weight_decay", weight_decay)
-    of_norm = decay if weight_decay_norm is None else number("weight_decay_norm", weight_decay_norm)
-    of_bias = decay if weight_decay_bias is None else number("weight_decay_bias", weight_decay_bias)
-    factor = number("bias_lr_factor", bias_lr_factor)
-    return {
-        "weight": {"lr": lr, "weight_decay": decay},
-        "norm": {"lr": lr, "weight_decay": of_norm},
-        "bias": {"lr": lr * factor, "weight_decay": of_bias},
-    }
-
-
 def _walk(
-    module: nn.Module, prefix: str = "", around: tuple[nn.Module, ...] = ()
+    module: nn.Module, prefix: str = "", parents: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[Place, nn.Parameter]]:
     """Yield every place of every parameter, shared ones as often as they occur."""
     inner = module.module if isinstance(module, WRAPPERS) else module._modules.get("_orig_mod")
     if isinstance(inner, nn.Module):  # DDP, DataParallel or torch.compile: their names are left out
-        yield from _walk(inner, prefix, around)
+        yield from _walk(inner, prefix, parents)
         return
-    around = (*around, module)
+    parents = (*parents, module)
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield Place(prefix + name, around), parameter
+            yield Place(prefix + name, parents), parameter
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{prefix}{name}.", around)
+            yield from _walk(child, f"{prefix}{name}.", parents)
 
 
 def _kind(place: Place) -> str:
@@ -203,48 +175,61 @@ def _kind(place: Place) -> str:
 
 def _assign(
     model: nn.Module,
-    defaults: Mapping[str, Mapping[str, Any]],
-    given: Rules,
-    layer_decay: float | None,
-    layers: str | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+    rules: Rules = (),
+    layer_decay: float | None = None,
+    layers: str | None = None,
 ) -> list[_Assigned]:
-    """Return each trainable parameter once, in the model's order, with the settings it takes."""
+    """Return each trainable parameter once, in the model's order, with its settings."""
+    lr, decay = number("lr", lr, above=0.0), number("weight_decay", weight_decay)
+    of_norm = decay if weight_decay_norm is None else number("weight_decay_norm", weight_decay_norm)
+    of_bias = decay if weight_decay_bias is None else number("weight_decay_bias", weight_decay_bias)
+    defaults = {
+        "weight": {"lr": lr, "weight_decay": decay},
+        "norm": {"lr": lr, "weight_decay": of_norm},
+        "bias": {"lr": lr * number("bias_lr_factor", bias_lr_factor), "weight_decay": of_bias},
+    }
     parameters: dict[nn.Parameter, list[Place]] = {}
     for place, parameter in _walk(model):
         parameters.setdefault(parameter, []).append(place)
     names = {places[0].name: p for p, places in parameters.items()}
-    rules = with_layer_decay(names, given, layer_decay, layers)
     # Frozen parameters count where a rule is checked and layers are numbered: thawing one must not
     # change the settings of the others.
-    matched: list[dict[nn.Parameter, tuple[int, int]]] = []
-    for rule in rules:
+    matched: list[tuple[Rule, dict[nn.Parameter, tuple[int, int]]]] = []
+    for rule in with_layer_decay(names, rules, layer_decay, layers):
         members = [p for p, places in parameters.items() if rule.matches(places)]
         if not members:
             raise rule.nothing_matched(parameters.values())
         depths, last = rule.depths([parameters[p] for p in members])
-        matched.append({p: (depth, last) for p, depth in zip(members, depths, strict=True)})
-    trainable = [(p, places) for p, places in parameters.items() if p.requires_grad]
-    if not trainable:
+        matched.append((rule, {p: (d, last) for p, d in zip(members, depths, strict=True)}))
+    assigned = []
+    for p, places in parameters.items():
+        if p.requires_grad:
+            kind = _kind(places[0])
+            hits = [(rule, *members[p]) for rule, members in matched if p in members]
+            assigned.append(_settle(p, places, kind, defaults[kind], hits))
+    if not assigned:
         raise ConfigError(
             f"nothing to train: the model has {len(parameters)} parameters and all are frozen; "
             "set requires_grad=True for some"
         )
-    assigned = []
-    for p, places in trainable:
-        hits = [(rule, *m[p]) for rule, m in zip(rules, matched, strict=True) if p in m]
-        assigned.append(_settle(p, places, defaults, hits))
     return assigned
 
 
 def _settle(
     parameter: nn.Parameter,
     places: list[Place],
-    defaults: Mapping[str, Mapping[str, Any]],
+    kind: str,
+    defaults: Mapping[str, Any],
     rules: Sequence[tuple[Rule, int, int]],
 ) -> _Assigned:
     """Return the settings of one parameter; `rules` match it, each with (depth, last depth)."""
-    kind = _kind(places[0])
-    settings = dict(defaults[kind])
+    settings = dict(defaults)
     labels, reasons, factor = [], [kind], 1.0
     taken: set[str] = set()
     for rule, depth, last in rules:
@@ -271,14 +256,14 @@ def _settle(
 
 
 def _grouped(assigned: Sequence[_Assigned]) -> dict[str, list[_Assigned]]:
-    """Return the groups by name: parameters whose settings are all equal are together."""
+    """Return the groups by name: parameters with equal settings are together."""
     groups: dict[str, list[_Assigned]] = {}
     for each in assigned:
         groups.setdefault(repr(sorted(each.settings.items())), []).append(each)
     named: dict[str, list[_Assigned]] = {}
-    labels = {each.label for each in assigned}
+    all_labels = {each.label for each in assigned}
     for members in groups.values():
-        name = base = _name(list(dict.fromkeys(member.label for member in members)), labels)
+        name = base = _name(list(dict.fromkeys(member.label for member in members)), all_labels)
         count = 1
         while name in named:  # a rule may be called `norm` or `bias`
             count += 1
@@ -287,15 +272,15 @@ def _grouped(assigned: Sequence[_Assigned]) -> dict[str, list[_Assigned]]:
     return named
 
 
-def _name(labels: Sequence[tuple[str, str]], everywhere: set[tuple[str, str]]) -> str:
-    """Return the name of a group from the (rules, kind) that fell together in it."""
+def _name(labels: Sequence[tuple[str, str]], all_labels: set[tuple[str, str]]) -> str:
+    """Return the name of a group from the (rules, kind) of its members."""
     if ("", "weight") in labels:
         return "default"
-    # The kind needs no telling with the weights here, or with all that the rules reach.
+    # without the kind if the group has the rules' weights, or all that the rules match
     whole = [
         rules
         for rules in dict.fromkeys(rules for rules, _ in labels if rules)
-        if (rules, "weight") in labels or {x for x in everywhere if x[0] == rules} <= {*labels}
+        if (rules, "weight") in labels or {x for x in all_labels if x[0] == rules} <= {*labels}
     ]
     parts = ["/".join(filter(None, label)) for label in labels if label[0] not in whole]
     return "+".join(whole + parts)

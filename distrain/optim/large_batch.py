@@ -1,7 +1,7 @@
-"""Optimizers for large batches: each layer's step is as long as its weights ask for.
+"""LARS and LAMB: layer-wise trust ratios for large batches.
 
-Both multiply the update of a tensor by a trust ratio of norms. They work on lists of tensors, and
-the ratios stay on the device: nothing is read back. A tensor of norm 0 has the ratio 1.
+Both multiply the update of a tensor by a ratio of norms, in foreach kernels and without a read-back
+from the device. A tensor of norm 0 has the ratio 1.
 """
 
 from __future__ import annotations
@@ -13,32 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from distrain.checks import number
-from distrain.errors import ConfigError
-
-__all__ = ["LAMB", "LARS"]
+from distrain.checks import number, wrong
 
 
 class _TrustRatio(Optimizer):
-    """What both share: the walk through groups, devices and dtypes, and who is adapted."""
+    """Base: lists of tensors per group, device and dtype, with or without the ratio."""
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one update.
-
-        Args:
-            closure: computes loss and gradients anew; its loss is returned.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[Any, list[Tensor]] = {}  # lists of one device and dtype, adapted or not
+            alike: dict[Any, list[Tensor]] = {}  # one device and dtype, with or without the ratio
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -83,11 +74,11 @@ class LARS(_TrustRatio):
     Args:
         params: parameters, or groups of them.
         lr: learning rate, >= 0.
-        momentum: share of the update before.
+        momentum: fraction of the previous update.
         weight_decay: b.
         trust: the trust coefficient, > 0.
-        adapt: whether a group has the ratio (it is 1 otherwise); None: tensors of two dimensions or
-            more, so that biases and parameters of norms follow plain SGD.
+        adapt: whether a group has the ratio (else 1); None: tensors of two dimensions or more, so
+            that biases and parameters of norms follow plain SGD.
 
     Raises:
         ConfigError: a value is out of range.
@@ -162,7 +153,7 @@ class LAMB(_TrustRatio):
         adapt: bool | None = None,
     ) -> None:
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError(f"betas={betas}; give two numbers in [0, 1)")
+            raise wrong("betas", betas, "two numbers in [0, 1)")
         number("eps", eps)
         number("weight_decay", weight_decay)
         keys = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
@@ -196,7 +187,7 @@ class LAMB(_TrustRatio):
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the (n,) 2-norms of n tensors, in float32 at least: float16 ends at 65504."""
+    """Return the (n,) 2-norms of n tensors, in float32 or wider: float16 overflows at 65504."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm([*tensors], 2, dtype=dtype))
 

@@ -181,7 +181,7 @@ def test_a_rule_may_take_a_group_out():
     [
         (LARS, {"trust": 0}, "trust=0: expected a finite number"),
         (LARS, {"momentum": -1}, "momentum=-1: expected a finite number"),
-        (LAMB, {"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\); give two numbers in \[0, 1\)"),
+        (LAMB, {"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): expected two numbers in \[0, 1\)"),
         (LAMB, {"eps": -1}, "eps=-1: expected a finite number"),
     ],
 )

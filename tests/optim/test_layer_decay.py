@@ -99,8 +99,8 @@ def test_layers_are_found_by_their_numbers(names, pattern):
     ("keywords", "message"),
     [
         ({"layer_decay": 0}, "layer_decay=0: expected a finite number"),
-        ({"layer_decay": 0.5, "layers": "block.{}.*"}, "'block.{}.\\*' numbers no.*did you mean"),
-        ({"layers": "blocks.{}.*"}, "layers='blocks.{}.\\*' numbers them for layer_decay"),
+        ({"layer_decay": 0.5, "layers": "block.{}.*"}, "layers=block.{}.\\*: expected a pattern.*did you mean"),
+        ({"layers": "blocks.{}.*"}, "layers=blocks.{}.\\*: expected null without layer_decay"),
     ],
 )  # fmt: skip
 def test_mistakes(keywords, message):
@@ -108,9 +108,9 @@ def test_mistakes(keywords, message):
         rates(Vit(), **keywords)
 
 
-def test_a_model_without_layers_is_told_what_there_is():
+def test_a_model_without_layers_is_an_error_that_names_the_numbered_modules():
     two = OrderedDict(big=nn.Linear(9, 9), few=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    with pytest.raises(ConfigError, match=r"layer_decay=0.5: no numbered .*; there are few.{}.\*"):
+    with pytest.raises(ConfigError, match=r"layer_decay=0.5: expected a model .*found: few.{}.\*"):
         rates(nn.Sequential(two), layer_decay=0.5)
-    with pytest.raises(ConfigError, match=r"half of the model's weights; say .*optim.layers"):
+    with pytest.raises(ConfigError, match=r"half of its weights; set optim.layers"):
         rates(nn.Linear(2, 2), layer_decay=0.5)

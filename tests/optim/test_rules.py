@@ -122,35 +122,35 @@ def test_rules_as_a_list_and_switched_off():
     [
         (
             {"h": {"match": "haed.*", "lr": 1}},
-            r"rules.h matches no parameter: match='haed\.\*' .*head",
+            r"rules.h: matches no parameter: match=haed\.\* .*head",
         ),
         (
             {"h": {"module": "Linaer", "lr": 1}},
-            r"rules.h matches .*module='Linaer' \(did you mean Linear",
+            r"rules.h: matches .*module=Linaer \(did you mean Linear",
         ),
         (
             {"h": {"module": "torch.nn.Nothing", "lr": 1}},
-            "rules.h.module='torch.nn.Nothing' cannot",
+            "rules.h.module=torch.nn.Nothing: expected the import path",
         ),
-        ({"h": {"match": "head.*"}}, "rules.h sets nothing"),
-        ({"h": {"lr": 1}}, "rules.h says not what it matches"),
+        ({"h": {"match": "head.*"}}, "rules.h: sets nothing"),
+        ({"h": {"lr": 1}}, "rules.h: no match condition"),
         (
             {"h": {"match": "*", "lr_factor": "10"}},
             "rules.h.lr_factor='10': expected a finite number",
         ),
         ({"h": {"match": "*", "lr_factor": -1}}, "rules.h.lr_factor=-1: expected a finite number"),
         ({"h": {"match": "*", "lr": 1, "lr_factor": 2}}, "both lr and lr_factor"),
-        ({"h": {"match": "*", "params": 1}}, "rules.h sets params"),
+        ({"h": {"match": "*", "params": 1}}, "rules.h: sets params"),
         ({"h": {"match": 3, "lr": 1}}, "rules.h.match=3"),
         ({"h": {"module": 3, "lr": 1}}, "rules.h.module=3"),
-        ({"h": {"match": "*", "layer_decay": 0.5}}, "layer_decay needs layers"),
-        ({"h": {"layers": "blocks.*", "layer_decay": 0.5}}, "layer_decay needs layers"),
+        ({"h": {"match": "*", "layer_decay": 0.5}}, "rules.h: expected layers"),
+        ({"h": {"layers": "blocks.*", "layer_decay": 0.5}}, "rules.h: expected layers"),
         (
             {"h": {"layers": "block.{}.*", "layer_decay": 0.5}},
-            "numbers no parameter; did you mean blocks",
+            "rules.h.layers=block.* expected a pattern .*did you mean blocks",
         ),
-        ({"h": "head.*"}, "rules.h='head.*'; give a mapping"),
-        ("head.*", "rules='head.*'; give a mapping"),
+        ({"h": "head.*"}, "rules.h=head.*: expected a mapping"),
+        ("head.*", "rules=head.*: expected a mapping"),
     ],
 )
 def test_mistakes_in_rules_name_rule_and_value(rules, message):
