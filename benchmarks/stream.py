@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import alternate, estimate, print_table
-from distrain.data.loader import SampleStream, TrainLoader
+from distrain.data.loader import TrainLoader
+from distrain.data.stream import SampleStream
 
 SIZE = 1_281_167  # images of ImageNet
 BATCH_SIZE = 256

@@ -144,10 +144,13 @@ def conf_of(
         "checkpoint": {},
         "init": init or {},
         "model": {"_target_": f"{HERE}.Net", **(model or {})},
+        "transforms": {},
         "data": {
             "batch_size": batch_size,
             "workers": workers,
             "seed_samples": noise > 0,
+            "collate": None,
+            "loader": None,
             "train": {"_target_": f"{HERE}.Images", "noise": noise, "num": num},
             "eval": None,
         },

@@ -53,11 +53,13 @@ class DataKeys:
     """`data.*`: what the stream of samples is made of."""
 
     batch_size: Annotated[int, AtLeast(1)]
-    train: Target
+    train: Target | None
     eval: Target | None = None
     eval_batch_size: Annotated[int, AtLeast(1)] | None = None
     workers: Annotated[int, AtLeast(0)] = 0
     seed_samples: bool = False
+    collate: str | None = None
+    loader: Target | None = None
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Keys:
     launch: Target
     optim: OptimKeys | None = None
     schedule: Target | None = None
+    transforms: dict[str, Target | None] = field(default_factory=dict)
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)
     init: InitKeys = field(default_factory=InitKeys)

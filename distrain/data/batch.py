@@ -15,12 +15,11 @@ from distrain.errors import ConfigError
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device, without waiting for the copies.
+    """Return a batch with its tensors on a device, copied asynchronously.
 
     Args:
         batch: tensors in dicts, lists, tuples, named tuples, dataclasses, and objects with a method
-            `to(device)`, nested in any way. Values without tensors stay as they are. Loaders make
-            batches on the CPU, so that for the CPU there is nothing to do.
+            `to(device)`, nested in any way, on the CPU. Values without tensors stay as they are.
         device: the device of this rank.
 
     Raises:
@@ -33,7 +32,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if isinstance(value, Tensor):
             return value if value.device == device else value.to(device, non_blocking=True)
         if callable(getattr(value, "to", None)):
-            return _moved_by_itself(value, device)
+            return _moved(value, device)
         if _holds_tensors(value):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise ConfigError(
@@ -46,16 +45,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return _rebuilt(batch, move)
 
 
-def _moved_by_itself(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     try:
         moved = value.to(device, non_blocking=True)
-    except TypeError:  # its method has a device only
+    except TypeError:  # it takes a device only
         moved = value.to(device)
     return value if moved is None else moved  # some move in place
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    """Whether an object has tensors among its attributes, or theirs, down to a depth."""
+    """Whether an object has tensors in its attributes, down to a depth."""
     if isinstance(value, Tensor):
         return True
     if depth == 0 or isinstance(value, type):
@@ -74,11 +73,9 @@ def _holds_tensors(value: Any, depth: int = 3) -> bool:
 
 
 def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a batch of the same containers, with `change` applied to all that is in them.
+    """Return a batch of the same containers, with `change` applied to every value in them.
 
-    Args:
-        batch: nested containers; one with a method `to` counts as a value.
-        change: takes a tensor, or a value that is no container.
+    A container with a method `to` counts as a value.
     """
     if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
         return change(batch)
@@ -96,11 +93,11 @@ def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
             return batch._make(items)
         return type(batch)(items)
     if is_dataclass(batch) and not isinstance(batch, type):
-        # Not dataclasses.replace: it runs __init__, and refuses fields that are not of it.
+        # not dataclasses.replace: it runs __init__, and refuses fields that it does not take
         made = copy.copy(batch)
         for name in _attributes(batch):
             part = _rebuilt(getattr(batch, name), change)
-            object.__setattr__(made, name, part)  # works on a frozen one, too
+            object.__setattr__(made, name, part)  # also of a frozen one
         return made
     return change(batch)
 
@@ -123,8 +120,8 @@ def batch_length(batch: Any) -> int:
     length = _first_dimension(batch)
     if length is None:
         raise ValueError(
-            f"a batch of type {type(batch).__name__} has no tensor with a dimension to count "
-            "samples by; give batches as tensors in dicts, lists, tuples or dataclasses"
+            f"batch: expected tensors in dicts, lists, tuples or dataclasses, one with a dimension "
+            f"of samples; got {type(batch).__name__}"
         )
     return length
 
@@ -151,10 +148,10 @@ def to_channels_last(batch: Any) -> Any:
 
     Objects with a method `to` stay as they are.
     """
-    return _rebuilt(batch, _channels_last)
 
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
 
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
+    return _rebuilt(batch, change)

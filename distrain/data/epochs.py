@@ -1,4 +1,4 @@
-"""Repeat an iterable of batches, epoch after epoch, from any position on."""
+"""Repeat an iterable of batches epoch by epoch, from any position on."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from distrain.log import logger
 
 
 def repeat(data: Iterable[Any], *, start: int = 0) -> Iterator[Any]:
-    """Yield the batches of `data` over and over, as an uninterrupted run sees them after `start`.
+    """Yield the batches of `data` without end, as an uninterrupted run gets them after `start`.
 
-    Every sampler and data set in `data` that has a `set_epoch` gets the epoch before it begins.
-    The batches of the first epoch that come before `start` are loaded and dropped.
+    Before each epoch, samplers and data sets in `data` with a method `set_epoch` get its number.
+    The batches of the first epoch before `start` are loaded and dropped.
 
     Args:
-        data: gives the batches of one epoch each time it is iterated over.
-        start: number of batches that the run has taken before. Where `data` has no length, all of
-            them are loaded again to get there.
+        data: yields the batches of one epoch each time it is iterated over.
+        start: number of batches that the run has had. If `data` has no length, all of them are
+            loaded again.
 
     Raises:
-        ConfigError: there is no batch in an epoch.
+        ConfigError: an epoch has no batch.
     """
     length = _length(data)
     first_epoch, num_dropped = divmod(start, length) if length else (0, start)
     if num_dropped:
         logger.info(
             "resuming within an epoch: %d batches of the data loader are loaded again and dropped; "
-            "distrain.data.loader.TrainLoader starts anywhere at no cost",
+            "distrain.data.TrainLoader starts at any iteration at no cost",
             num_dropped,
         )
     for epoch in itertools.count(first_epoch):
@@ -44,11 +44,11 @@ def repeat(data: Iterable[Any], *, start: int = 0) -> Iterator[Any]:
             else:
                 yield batch
         if is_empty:
-            raise ConfigError("the data has no batch; training needs at least one")
+            raise ConfigError("the data has no batch; expected at least one per epoch")
 
 
 def _length(data: Iterable[Any]) -> int | None:
-    """Return the number of batches in an epoch, None where it is unknown or only a guess."""
+    """Return the number of batches in an epoch, None if it is unknown or a guess."""
     # a DataLoader over an IterableDataset reports a length that its workers need not keep to
     if isinstance(getattr(data, "dataset", None), IterableDataset):
         return None

@@ -21,8 +21,8 @@ FILES_HINT = "the limit on open files (ulimit -n) is too low; raise it, or set d
 
 
 @dataclass
-class Failed:
-    """An exception in a loader process; torch would make its message a line below others."""
+class WorkerError:
+    """An exception in a loader process; torch's own form hides its message below other lines."""
 
     error: Exception | None  # None if it cannot be pickled
     name: str
@@ -40,8 +40,8 @@ class Failed:
         return error
 
 
-def failed(error: Exception) -> Failed:
-    """Return what a loader process sends of an exception."""
+def worker_error(error: Exception) -> WorkerError:
+    """Return the form in which a loader process sends an exception."""
     worker = get_worker_info()
     add_note(error, f"in DataLoader worker process {worker.id if worker else 0}")
     if re.search(r"shared memory|\bshm\b|file </torch_", str(error)):
@@ -49,19 +49,19 @@ def failed(error: Exception) -> Failed:
         add_note(error, SHM_HINT if is_full else FILES_HINT)
     trace = "".join(traceback.format_exception(error))
     sent = error if _survives_pickle(error) else None
-    return Failed(sent, type(error).__name__, str(error), vars(error)["__notes__"], trace)
+    return WorkerError(sent, type(error).__name__, str(error), vars(error)["__notes__"], trace)
 
 
 def _survives_pickle(error: Exception) -> bool:
     try:
         return str(pickle.loads(pickle.dumps(error))) == str(error)
-    except Exception:  # whatever the user's class does
+    except Exception:  # any of the user's class
         return False
 
 
 class ResultQueue(Queue):  # type: ignore[type-arg]
-    """Queue of batches; an error is sent in place of a batch that cannot be."""
+    """Queue of batches; an error is sent in place of a batch that cannot be pickled."""
 
     def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:
-        # multiprocessing prints the error and drops the batch: training would wait for ever
-        self.put((item[0], failed(error)))
+        # multiprocessing prints the error and drops the batch: training would hang
+        self.put((item[0], worker_error(error)))

@@ -1,4 +1,4 @@
-"""Permutations of any length, computed at just the positions that are asked for.
+"""Permutations of any length, computed only at the requested positions.
 
 A shuffled array of a data set's indices costs time and memory for the whole of it, in every rank
 and epoch; a keyed bijection costs the same few operations at any position of any epoch.
@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_ROUNDS = 12  # four are enough on large grids (Luby & Rackoff); a handful of cells asks for more
+_ROUNDS = 12  # four are enough on large grids (Luby & Rackoff); a handful of cells needs more
 
 
 def permuted(positions: Ints, *, size: int, seed: int, epoch: int | Ints) -> Ints:
-    """Return what stands at some positions of the permutation of `range(size)` of an epoch.
+    """Return the values at some positions of the permutation of `range(size)` of an epoch.
 
     A Feistel network (Luby & Rackoff 1988, "How to Construct Pseudorandom Permutations") on a grid
-    of about sqrt(size) rows and columns: the row is moved on by a keyed hash of the column, then
-    the column by one of the row, and so on; each of these steps can be undone, so no two positions
-    meet. What ends in the last, unused cells of the grid goes through it again until it is inside:
-    cycle walking (both Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    of about sqrt(size) rows and columns: the row is shifted by a keyed hash of the column, then the
+    column by one of the row, and so on; each step is invertible, so no two positions collide.
+    Values in the last, unused cells of the grid pass through it again until they are inside: cycle
+    walking (both Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
 
     Args:
         positions: (n,) each in [0, size).
         size: length of the permutation.
         seed: of the run, >= 0.
-        epoch: (n,) or one for all; each has a permutation of its own.
+        epoch: (n,) or one for all; each epoch has its own permutation.
 
     Returns:
         (n,) each in [0, size); different positions of an epoch give different values.
@@ -77,7 +77,7 @@ def mixed(words: Words) -> Words:
 
 @lru_cache(maxsize=8)
 def _keys(seed: int) -> Words:
-    """Return keys that only the seed decides: one a round, then the two of `sample_seeds`."""
+    """Return the keys of a seed: one per round, then the two of `sample_seeds`."""
     return np.asarray(np.random.SeedSequence(seed).generate_state(_ROUNDS + 2, np.uint64))
 
 

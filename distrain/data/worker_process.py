@@ -20,13 +20,13 @@ _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 class _Popen(popen_fork.Popen):
     def terminate(self) -> None:
-        self.kill()  # for torch and multiprocessing: SIGTERM is ignored, they would wait for ever
+        self.kill()  # for torch and multiprocessing: SIGTERM is ignored, they would hang
 
 
 class _Worker(ForkProcess):
-    """A process that can be ended whatever it is doing."""
+    """A process that is killed at its deadline."""
 
-    deadline: float | None = None  # on time.monotonic(), for its end once it was asked to end
+    deadline: float | None = None  # on time.monotonic(), once its end was requested
 
     @staticmethod
     def _Popen(process_obj: Any) -> _Popen:
@@ -41,7 +41,7 @@ class _Worker(ForkProcess):
 
 
 class WorkerContext(ForkContext):
-    """Of forked processes that `kill` ends; each calls `init_worker` first."""
+    """Context of forked processes that `kill` ends; each calls `init_worker` first."""
 
     Process = _Worker
 
@@ -52,7 +52,7 @@ class WorkerContext(ForkContext):
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Start processes inside `with`: they get no signal before `init_worker` ignores it."""
+    """Block signals to processes started inside `with`, until `init_worker` ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
         yield
@@ -61,15 +61,15 @@ def signals_held() -> Iterator[None]:
 
 
 def init_worker(parent: int) -> None:
-    """Leave signals to the rank and end with it.
+    """Ignore the rank's signals and end with the rank.
 
     Args:
-        parent: the process id of the rank.
+        parent: process id of the rank.
     """
-    # a cluster sends its signals to every process; a worker that heeds them takes the rank along
+    # a cluster signals every process; a worker that ended on it would fail the rank
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # it died before prctl
         os._exit(1)

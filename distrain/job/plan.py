@@ -1,4 +1,4 @@
-"""What would be trained, in words: parameter groups, schedule, hooks, samples."""
+"""Describe a run without training: parameter groups, schedule, hooks, samples."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.config.compose import build
+from distrain.config.instantiate import build
+from distrain.data.loader import Loader
 from distrain.distributed.ranks import Topology
+from distrain.job.build import build_parts
+from distrain.job.model import build_model
 from distrain.job.strategy import build_strategy
-from distrain.job.training import build_parts
 from distrain.optim.groups import GroupSettings, explain_groups, format_groups
 from distrain.optim.optimizer import representative_group
 from distrain.run_layout import CHECKPOINTS
@@ -19,7 +21,7 @@ from distrain.trainer.trainer import Trainer
 
 
 def plan(conf: dict[str, Any], run_dir: str) -> str:
-    """Return a text on what a configuration trains; builds everything, trains nothing.
+    """Build everything as one rank and describe it; trains nothing.
 
     Args:
         conf: resolved configuration.
@@ -29,27 +31,30 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         ConfigError: a part cannot be built.
     """
     checkpoints = CheckpointStore(Path(run_dir, CHECKPOINTS), **conf["checkpoint"])
+    ranks = Topology()
     strategy = build_strategy(conf["trainer"])
+    model = build_model(conf, ranks=ranks, strategy=strategy, is_new=True)
     parts = build_parts(
-        conf, where=Topology(), run_dir=run_dir, checkpoints=checkpoints, strategy=strategy
+        conf,
+        model=model,
+        strategy=strategy,
+        ranks=ranks,
+        run_dir=run_dir,
+        checkpoints=checkpoints,
     )
     trainer = parts.trainer
-    num = sum(p.numel() for p in trainer.module.parameters())
-    stream = parts.train_loader.stream
-    max_iter = conf["trainer"]["max_iter"]
-    epochs = max_iter * stream.batch_size / stream.size
+    num_parameters = sum(p.numel() for p in trainer.module.parameters())
     lines = [
         f"run         {run_dir}",
-        f"model       {conf['model']['_target_']}, {num:,} parameters",
-        f"data        {stream.size:,} samples, {stream.batch_size} in a step over all ranks, "
-        f"{max_iter:,} steps = {epochs:.1f} epochs",
+        f"model       {conf['model']['_target_']}, {num_parameters:,} parameters",
+        f"data        {_samples(conf, parts.loader)}",
         f"optimizer   {type(trainer.optimizer).__name__}, {len(trainer.optimizer.param_groups)} "
         "groups",
         "",
         _groups(conf["optim"], trainer),
         "",
         "learning rate",
-        *_schedule_lines(conf, trainer.optimizer, max_iter),
+        *_schedule_lines(conf, trainer),
         "",
         "hooks, in order",
         *(
@@ -62,8 +67,16 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     return "\n".join(lines)
 
 
+def _samples(conf: dict[str, Any], loader: Any) -> str:
+    batch_size, steps = conf["data"]["batch_size"], conf["trainer"]["max_iter"]
+    per_step = f"{batch_size} per step over all ranks, {steps:,} steps"
+    if not isinstance(loader, Loader) or loader.num_samples is None:
+        return per_step
+    size = loader.num_samples
+    return f"{size:,} samples, {per_step} = {steps * batch_size / size:.1f} epochs"
+
+
 def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
-    """Return the table of parameters, or where it comes from if the model has its own groups."""
     if optim is None:
         return "the model's own groups, by its configure_optimizers"
     keys = {"lr", "weight_decay", *GroupSettings.__annotations__}
@@ -71,9 +84,10 @@ def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
     return format_groups(rows)
 
 
-def _schedule_lines(conf: dict[str, Any], optimizer: Any, max_iter: int) -> list[str]:
+def _schedule_lines(conf: dict[str, Any], trainer: Trainer) -> list[str]:
+    optimizer, steps = trainer.optimizer, conf["trainer"]["max_iter"]
     group = representative_group(optimizer)
-    at = sorted({0, max_iter // 100, max_iter // 10, max_iter // 4, max_iter // 2, max_iter - 1})
+    at = sorted({0, steps // 100, steps // 10, steps // 4, steps // 2, steps - 1})
     if conf["optim"] is None and conf["schedule"] is None:
         return ["  the model's own, by its configure_optimizers"]
     if conf["schedule"] is None:

@@ -69,6 +69,17 @@ def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:
     return (0 if state is None else int(state["stream"]["iteration"])), state
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether rank 0 finds checkpoints in a folder, or cannot read it. A collective."""
+    found = False
+    if topology().is_main:
+        try:
+            found = bool(find_all(folder, with_trained=True))
+        except OSError:  # `resume_point` reports it
+            found = True
+    return bool(broadcast_from_main(found))
+
+
 def newest_fitting(folder: Path, model: nn.Module) -> tuple[str, State | None]:
     """Return the folder name of the newest checkpoint to continue from, and its state.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distrain.config.compose import build
+from distrain.config.instantiate import build
 from distrain.distributed.strategies import make_strategy
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError

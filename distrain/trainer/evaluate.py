@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain import heartbeat, progress
-from distrain.data.batch import to_channels_last
-from distrain.data.loader import EvalLoader, batch_length, to_device
+from distrain.data.batch import batch_length, to_channels_last, to_device
+from distrain.data.loader import EvalLoader
 from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase

@@ -54,6 +54,8 @@ def test_what_is_left_out_has_its_default():
         "eval_batch_size": None,
         "workers": 0,
         "seed_samples": False,
+        "collate": None,
+        "loader": None,
     }
 
 

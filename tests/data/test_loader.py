@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from distrain.data.loader import EvalLoader, SampleStream, TrainLoader, micro_batches
+from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.data.stream import SampleStream, micro_batches
 from distrain.errors import ConfigError
 
 SIZE, B, SEED = 29, 24, 5  # no batch ends with an epoch before iteration 29
@@ -204,7 +205,7 @@ def test_the_number_of_forwards_is_the_least_that_fits(
 def test_a_batch_that_does_not_divide_names_those_that_do(
     batch_size: int, world_size: int, accumulation: int, nearest: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"nearest that does: {nearest}$"):
+    with pytest.raises(ConfigError, match=f"the nearest: {nearest}$"):
         loader_of(0, world_size, batch_size=batch_size, accumulation=accumulation)
 
 
@@ -222,7 +223,7 @@ class Endless(IterableDataset[int]):
     [
         ([], r"list has length 0"),
         (TensorDataset(torch.ones(0, 2)), r"TensorDataset has length 0"),
-        (iter([1]), r"not a map-style data set; the stream needs __len__"),
+        (iter([1]), r"not a map-style data set; expected __len__"),
         (Endless(), r"Endless is not a map-style data set"),
     ],
 )

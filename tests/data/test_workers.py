@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from distrain.data.fetch import Fetch, MicroBatch
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.data.loader_errors import FILES_HINT, SHM_HINT
-from distrain.data.workers import Fetch, MicroBatch, WorkerBatches
+from distrain.data.workers import WorkerBatches
 from distrain.launch import failure
 
 ITEM = MicroBatch(np.array([0, 0, 1]), np.array([4, 2, 0]))

@@ -30,7 +30,7 @@ import distrain.hooks  # noqa: F401 - here once, and not in every fork
 from distrain import HookBase
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data.loader import SampleStream
+from distrain.data.stream import SampleStream
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ExitCode
 from distrain.job import training
