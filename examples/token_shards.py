@@ -1,8 +1,6 @@
-"""A loader: windows of token files, read where they are needed::
+"""A loader: windows of token files, read when they are needed.
 
-data:
-  train: null
-  loader: {_target_: examples.token_shards.TokenShards, files: /data/tokens, context: 1024}
+data: {train: null, loader: {_target_: examples.token_shards.TokenShards, files: f, context: 1024}}
 """
 
 import itertools

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from examples.token_shards import TokenShards
 from torch import nn
 
 from distrain.checkpoint.store import CheckpointStore
@@ -15,6 +14,7 @@ from distrain.job.build import build_parts
 from distrain.job.model import build_model
 from distrain.job.plan import plan
 from distrain.job.training import train
+from examples.token_shards import TokenShards
 
 
 class Lines(torch.utils.data.Dataset):
