@@ -9,6 +9,7 @@ from distrain.checkpoint.store import CheckpointStore
 from distrain.config.schema import check
 from distrain.data import Loader
 from distrain.distributed.ranks import Topology
+from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError, ExitCode
 from distrain.job.build import build_parts
 from distrain.job.model import build_model
@@ -116,7 +117,7 @@ def test_an_adapter_is_trained_on_top_of_given_weights_and_resumes(tmp_path):
 def test_mistakes_in_a_transform(node, message):
     conf = conf_of(transforms={"lora": node})
     with pytest.raises(ConfigError) as caught:
-        build_model(conf, ranks=Topology(), is_new=True)
+        build_model(conf, ranks=Topology(), strategy=Strategy(), is_new=True)
     assert str(caught.value).startswith(message)
 
 
@@ -165,10 +166,15 @@ def collate_in_reverse(samples):
 
 
 def parts_of(conf, tmp_path):
-    model = build_model(conf, ranks=Topology(), is_new=True)
+    model = build_model(conf, ranks=Topology(), strategy=Strategy(), is_new=True)
     store = CheckpointStore(tmp_path / "checkpoints")
     return build_parts(
-        conf, model=model, ranks=Topology(), run_dir=str(tmp_path), checkpoints=store
+        conf,
+        model=model,
+        strategy=Strategy(),
+        ranks=Topology(),
+        run_dir=str(tmp_path),
+        checkpoints=store,
     )
 
 
