@@ -59,9 +59,7 @@ class Found:
 def find_all(folder: str | Path, *, with_trained: bool = False) -> list[Path]:
     """Return the paths of all checkpoints in a folder, oldest iteration first, unverified.
 
-    Args:
-        folder: of a run's checkpoints.
-        with_trained: include trained states, each before the checkpoint of its iteration.
+    With `with_trained`, trained states are included, each before the checkpoint of its iteration.
     """
     try:
         names = os.listdir(folder)
@@ -125,15 +123,15 @@ def newest_valid(folder: str | Path) -> Found | None:
 def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S) -> None:
     """Remove the scratch files of dead processes from a folder.
 
-    The writer of a killed run may still be writing its newest checkpoint: it is waited for. Scratch
-    files that are in use after that are left alone.
-
-    Args:
-        folder: of a run's checkpoints.
-        patience_s: longest wait.
+    The writer of a killed run may still be writing its newest checkpoint: it is waited for, at most
+    `patience_s`.
     """
     deadline = time.monotonic() + patience_s
-    for path in _scratch_paths(folder):
+    try:
+        names = sorted(retried(lambda: os.listdir(folder)))
+    except OSError:  # a caller that must read the folder gets the error itself
+        return
+    for path in [os.path.join(folder, name) for name in names if is_scratch(name)]:
         try:
             while retried(partial(in_use, path)) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -141,11 +139,3 @@ def clear_leftovers(folder: str | Path, *, patience_s: float = ORPHAN_PATIENCE_S
                 remove(path)
         except OSError as error:  # a live writer may use it
             _log.warning("%s is left as it is: %s", path, error.strerror)
-
-
-def _scratch_paths(folder: str | Path) -> list[str]:
-    try:
-        names = sorted(retried(lambda: os.listdir(folder)))
-    except OSError:  # a caller that must read the folder gets the error itself
-        return []
-    return [os.path.join(folder, name) for name in names if is_scratch(name)]

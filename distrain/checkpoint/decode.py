@@ -35,11 +35,7 @@ _NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d+")
 def load_checkpoint(
     path: str | Path, *, map_location: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Return the state in a checkpoint.
-
-    Args:
-        path: the checkpoint's folder.
-        map_location: device of all torch tensors.
+    """Return the state in the checkpoint of a folder, its torch tensors on `map_location`.
 
     Raises:
         CheckpointDamaged: a file differs from what was written.

@@ -30,6 +30,7 @@ ALLOWED = (
     "__torch_dispatch__), numpy arrays and scalars of numbers"
 )
 MAX_DEPTH = 64
+_BITS = (8, 16, 32, 64)
 INT64 = range(-(1 << 63), 1 << 63)
 KEY_TYPES = {str, int}
 TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -37,22 +38,10 @@ UNCOPIED_DTYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1,
 # names of https://github.com/huggingface/safetensors by the names of torch and numpy; other dtypes
 # are stored as bytes
 SAFETENSORS_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in _BITS},
+    **{f"float{bits}": f"F{bits}" for bits in _BITS[1:]},
+    **{"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
 }
 
 

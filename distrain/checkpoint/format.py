@@ -142,11 +142,7 @@ def _is_sha256(value: object) -> bool:
 
 
 def verify(path: str, *, contents: bool = True) -> dict[str, Any]:
-    """Verify the checkpoint in folder `path` and return its manifest.
-
-    Args:
-        path: the folder.
-        contents: compare the sha256 of every file, not only its size.
+    """Verify the checkpoint in folder `path`, with `contents` by every sha256; return its manifest.
 
     Raises:
         CheckpointDamaged: a file differs from the manifest.

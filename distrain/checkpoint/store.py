@@ -233,12 +233,7 @@ class CheckpointStore:
     def load(
         self, which: int | str | Path, *, map_location: str | torch.device = "cpu"
     ) -> dict[str, Any]:
-        """Return the state of a checkpoint; see `decode.load_checkpoint`.
-
-        Args:
-            which: its iteration, or the path of any checkpoint's folder.
-            map_location: device of all torch tensors.
-        """
+        """Return the state of an iteration or of a checkpoint folder; see `load_checkpoint`."""
         from distrain.checkpoint.decode import load_checkpoint
 
         path = self.folder / fmt.folder_name(which) if isinstance(which, int) else Path(which)

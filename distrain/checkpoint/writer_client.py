@@ -20,15 +20,33 @@ _CODE = (
 )
 
 
-class WriterProcess:
-    """A process that carries out requests, and outlives this one until they are done.
+class Request(NamedTuple):
+    """A request to the writer process.
 
-    Args:
-        staging_fd: the staging memory, which the process shares.
-
-    Raises:
-        OSError: the process could not be started.
+    Attributes:
+        kind: "trained" is a save of a state whose end of the run is left, see `format`.
+        message: see `writer_process`.
+        iteration: of the checkpoint.
+        scratch: name of the scratch folder that the writer uses.
     """
+
+    kind: Literal["reserve", "save", "trained"]
+    message: dict[str, Any]
+    iteration: int = -1
+    scratch: str = ""
+
+
+class Outcome(NamedTuple):
+    """Outcome of a request: None or the reason of its failure, other problems, duration."""
+
+    request: Request
+    error: str | None
+    notes: list[str]
+    write_s: float
+
+
+class WriterProcess:
+    """A process that carries out requests, and outlives this one until they are done."""
 
     def __init__(self, staging_fd: int) -> None:
         self._pending = b""
@@ -53,21 +71,13 @@ class WriterProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
     def send(self, request: dict[str, Any]) -> None:
         """Send a request, see `writer_process`; BrokenPipeError if the process died."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
     def answer(self, *, wait: bool) -> dict[str, Any] | None:
-        """Return the answer to the oldest request not answered yet.
-
-        Args:
-            wait: wait for it; otherwise return None if it has not arrived.
+        """Return the next answer; without `wait`, None if it has not arrived.
 
         Raises:
             EOFError: the process died; the text has its exit status and last line of stderr.
@@ -90,7 +100,7 @@ class WriterProcess:
         text = os.pread(self._errors, 1 << 16, 0).decode(errors="replace").strip()
         last = f": {text.splitlines()[-1]}" if text else ""
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return f"the writer process (pid {self.pid}) {how}{last}"
+        return f"the writer process (pid {self._process.pid}) {how}{last}"
 
     def close(self) -> None:
         """Wait until the process has finished its requests and ended."""
@@ -103,47 +113,8 @@ class WriterProcess:
             self._errors = -1
 
 
-class Request(NamedTuple):
-    """A request to the writer process.
-
-    Attributes:
-        kind: "trained" is a save of a state whose end of the run is left, see `format`.
-        message: as sent.
-        iteration: of the checkpoint.
-        scratch: name of the scratch folder that the writer uses.
-    """
-
-    kind: Literal["reserve", "save", "trained"]
-    message: dict[str, Any]
-    iteration: int = -1
-    scratch: str = ""
-
-
-class Outcome(NamedTuple):
-    """Outcome of a request.
-
-    Attributes:
-        request: the request.
-        error: None, or the reason of its failure.
-        notes: problems that did not make it fail.
-        write_s: duration in seconds.
-    """
-
-    request: Request
-    error: str | None
-    notes: list[str]
-    write_s: float
-
-
 class Requests:
-    """Queue of requests to a writer process, which is started on demand, and again if it died.
-
-    Args:
-        staging_fd: the staging memory.
-
-    Attributes:
-        writer: None while there is no process.
-    """
+    """Requests to a writer process, which is started on demand, and again if it died."""
 
     def __init__(self, staging_fd: int) -> None:
         self.writer: WriterProcess | None = None
@@ -152,21 +123,16 @@ class Requests:
         self._outcomes: list[Outcome] = []
 
     def send(self, request: Request) -> None:
-        """Send a request to the writer.
-
-        Raises:
-            OSError: no writer could be started.
-        """
+        """Send a request; OSError if no writer could be started."""
         if self.writer is not None:
             try:
                 self.writer.send(request.message)
-                self._sent.append(request)
-                return
             except BrokenPipeError:  # it died: its earlier requests get their outcomes first
                 self._collect(wait=True)
                 self.close()
-        self.writer = WriterProcess(self._staging_fd)
-        self.writer.send(request.message)
+        if self.writer is None:
+            self.writer = WriterProcess(self._staging_fd)
+            self.writer.send(request.message)
         self._sent.append(request)
 
     def settle(self, *, wait: bool) -> list[Outcome]:

@@ -155,14 +155,11 @@ def _write_tensors(
 
 
 def _make_folder(folder: str, parent: int | None) -> None:
-    """Create the folder of the checkpoints.
-
-    Args:
-        folder: its path.
-        parent: the inode of the run folder around it; None if that may be created, too.
+    """Create the folder of the checkpoints in the run folder with inode `parent`.
 
     Raises:
-        FileNotFoundError: the run folder was deleted or replaced.
+        FileNotFoundError: the run folder was deleted or replaced. (If `parent` is None, it is
+            created, too.)
     """
     around = os.path.dirname(folder)
     if parent is not None and (not os.path.isdir(around) or os.stat(around).st_ino != parent):
@@ -182,12 +179,8 @@ def _best_marks(path: str) -> dict[str, float] | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Answer requests until the training process closes the pipe or dies.
-
-    Args:
-        arguments: file descriptor of the staging memory; id of the training process.
-    """
-    staging_fd, parent = map(int, arguments)
+    """Answer requests until the training process closes the pipe or dies."""
+    staging_fd, parent = map(int, arguments)  # parent: process id
     for number in IGNORED_SIGNALS:  # launchers and SLURM signal all processes of a job
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)

@@ -39,14 +39,7 @@ def replacing(
 def write(
     path: str | os.PathLike[str], data: bytes, *, mode: int = 0o666, sync: bool = True
 ) -> None:
-    """Create or replace a file with `data`; see `replacing`.
-
-    Args:
-        path: of the file.
-        data: its content.
-        mode: permissions, less those that the umask removes.
-        sync: wait for the disk.
-    """
+    """Create or replace a file with permissions `mode` less the umask; see `replacing`."""
     with replacing(path, sync=sync) as scratch:
         fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(fd, "wb") as file:

@@ -10,9 +10,7 @@ import stat
 def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
     """Return a descriptor for reading; pipes, devices and folders are refused without blocking.
 
-    Args:
-        path: of the file.
-        follow: False refuses a symbolic link, too.
+    With `follow=False`, a symbolic link is refused, too.
 
     Raises:
         OSError: it cannot be opened, or is not a regular file.

@@ -26,15 +26,7 @@ _MAX_PARENT_BYTES = 107 - len("/distrain-01234567/listener-01234567")
 
 
 class TemporaryFolder:
-    """A folder private to the user, removed at the end of the `with`.
-
-    Args:
-        purpose: part of its name.
-        parent: folder to create it in; None for that of temporary files, see TMPDIR.
-
-    Raises:
-        OSError: it cannot be created.
-    """
+    """A folder private to the user, in `parent` or TMPDIR, removed at the end of the `with`."""
 
     def __init__(self, purpose: str = "", *, parent: str | None = None) -> None:
         parent = tempfile.gettempdir() if parent is None else parent
