@@ -36,12 +36,7 @@ def is_secret(key: str, value: Any = "") -> bool:
 
 
 def masked(node: Any, key: str = "") -> Any:
-    """Return a configuration with its secrets, and those in URLs, masked; tuples become lists.
-
-    Args:
-        node: mappings, lists and values.
-        key: dotted key of the node.
-    """
+    """Return a configuration with its secrets, and those in URLs, masked; tuples become lists."""
     if isinstance(node, Mapping):
         return {k: masked(v, f"{key}.{k}" if key else str(k)) for k, v in node.items()}
     if isinstance(node, list | tuple):

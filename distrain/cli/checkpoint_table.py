@@ -71,12 +71,7 @@ def find_checkpoint(run: Path, *, iteration: int | None = None) -> Found:
 
 
 def choose(run: Path, found: Iterable[Found], *, iteration: int | None) -> Found:
-    """Return the newest valid checkpoint, or that of an iteration.
-
-    Args:
-        run: folder of the run, for the error.
-        found: its checkpoints, newest first.
-        iteration: None for the newest valid one.
+    """Return the newest valid one of the checkpoints of a run, newest first, or an iteration's.
 
     Raises:
         NothingFound: it is missing or damaged.

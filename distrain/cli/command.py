@@ -19,14 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from distrain.cli import completion
 from distrain.cli.sweep import sweep_name, worst
-from distrain.config import compose as config
-from distrain.config import origins as composition
-from distrain.config import overrides
+from distrain.config.compose import explain, resolve
+from distrain.config.instantiate import build
+from distrain.config.origins import clean
+from distrain.config.overrides import readable
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
 from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import Launcher, stop
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
+from distrain.process.environment import environment
 from distrain.process.threads import limit_exit
 from distrain.redact import masked_text, secrets_of
 from distrain.runfolder.folder import RunFolder, await_run
@@ -71,22 +73,16 @@ class Command:
 
     def run(self) -> ExitCode:
         """Run the command; return the most severe exit code of its runs."""
-        before = os.environ.get(_FULL_ERROR)
-        os.environ[_FULL_ERROR] = "1"  # Hydra raises exceptions instead of exiting
         try:
-            with folder_of_processes() as scratch:
+            # with this variable Hydra raises exceptions instead of exiting
+            with environment({_FULL_ERROR: "1"}), folder_of_processes() as scratch:
                 OmegaConf.register_new_resolver("distrain_scratch", lambda: scratch, replace=True)
                 start = hydra.main(
                     config_path="pkg://distrain.conf", config_name="main", version_base="1.3"
                 )
                 start(lambda cfg: self._one(cfg))()
         except Exception as error:
-            self.codes.append(self._report_error(config.explain(error), error))
-        finally:
-            if before is None:
-                os.environ.pop(_FULL_ERROR, None)
-            else:
-                os.environ[_FULL_ERROR] = before
+            self.codes.append(self._report_error(explain(error), error))
         with self._open:
             self._submit()
         if not self._is_last:
@@ -101,7 +97,7 @@ class Command:
             self.codes.append(ExitCode.STOPPED)  # a stop ends the whole sweep
             return
         try:
-            cfg = composition.clean(cfg, HydraConfig.get())
+            cfg = clean(cfg, HydraConfig.get())
             self.codes.append(self._start(cfg))
         except (ConfigError, RankFailed, NonFiniteLoss, RunFailed) as error:
             self.codes.append(self._report_error(error, error))
@@ -114,17 +110,17 @@ class Command:
         """Start the run of a composed configuration."""
         from distrain.job.job import TrainJob
 
-        conf = config.resolve(cfg)
+        conf = resolve(cfg)
         self._secrets |= secrets_of((), conf)
         launcher = _launcher(conf["launch"])
         handover = None if conf["plan"] else launcher.handover
         if handover is not None and not launcher.owns_run:
             message = handover.receive()
-            if "code" in message:  # there is nothing to start: rank 0 reports why
+            if "code" in message:  # nothing to start: rank 0 reports the reason
                 return ExitCode(message["code"])
-            # `${now:}` gives each process another name; what interpolates it takes rank 0's
+            # `${now:}` differs between processes: resolve again with the name of rank 0
             cfg.run.name, cfg.run.dir = message["name"], message["dir"]
-            conf = config.resolve(cfg)
+            conf = resolve(cfg)
         place = {"name": conf["run"]["name"], "dir": os.path.abspath(conf["run"]["dir"])}
         name = sweep_name(HydraConfig.get(), self._argv)
         if name:
@@ -150,7 +146,7 @@ class Command:
         except ConfigError:
             code = ExitCode.BAD_CONFIG
             raise
-        finally:  # nothing, if the place was sent
+        finally:  # ignored if the place was sent
             handover.send({"code": int(code)}, is_last=True)
         return code
 
@@ -162,13 +158,9 @@ class Command:
         *,
         on_claim: Callable[[], None] | None = None,
     ) -> ExitCode:
-        """Start a run whose folder this process writes.
+        """Start a run whose folder is written by this process; `name` is its name in a sweep.
 
-        Args:
-            launcher: of the configuration.
-            job: to start.
-            name: of the run in a sweep, "" outside of one.
-            on_claim: called once the folder is claimed and there is something to do.
+        `on_claim` is called after the folder is claimed, if iterations are left.
         """
         conf, weights = job.conf, job.conf["init"]["weights"]
         folder = RunFolder(job.run_dir)
@@ -185,8 +177,8 @@ class Command:
             for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
                 print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:
-                done = f"all {folder.done_iter} iterations are done already"
-                print(f"{folder.path}: {done}; trainer.max_iter=... trains longer")
+                done = f"all {folder.done_iter} iterations are done"
+                print(f"{folder.path}: {done}; trainer.max_iter=... extends the run")
                 return ExitCode.FINISHED
             if name and not launcher.waits:
                 self._submissions.append((launcher, job))
@@ -221,7 +213,7 @@ class Command:
 
 
 def _launcher(conf: Mapping[str, Any]) -> Launcher:
-    launcher = config.build(conf, "launch")
+    launcher = build(conf, "launch")
     if not isinstance(launcher, Launcher):
         raise ConfigError(
             f"launch._target_={conf['_target_']}: expected a subclass of distrain.launch.Launcher"
@@ -247,7 +239,7 @@ def main() -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # `_target_` may name modules of the current folder
-    sys.argv[1:] = overrides.readable(from_here(sys.argv[1:]))
+    sys.argv[1:] = readable(from_here(sys.argv[1:]))
     script = completion.script(sys.argv[1:])
     if script is not None:
         print(script, end="")

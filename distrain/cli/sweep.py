@@ -18,10 +18,6 @@ def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
     """Return the folder name of a run in its sweep, "" without a sweep.
 
     Example: `-m +experiment=digits optim.lr=0.1,0.2` gives `optim.lr=0.1` and `optim.lr=0.2`.
-
-    Args:
-        hydra_conf: Hydra's own configuration of this run.
-        argv: arguments of the command; keys with one value are left out of the name.
     """
     from hydra.types import RunMode
 
@@ -37,11 +33,8 @@ def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
 def folder_name(text: str, *, shown: str | None = None) -> str:
     """Return a text as a folder name of letters, digits and `._=,+-`.
 
-    A changed name ends in a hash of the text: "a/b=1" gives "a_b=1-5d0c5a".
-
-    Args:
-        text: to encode.
-        shown: the text with its secrets masked; None if there are none.
+    A changed name ends in a hash of the text: "a/b=1" gives "a_b=1-5d0c5a". `shown` is the text
+    with its secrets masked.
     """
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text if shown is None else shown)
     name = name[:_MAX_NAME].lstrip(".-")

@@ -102,7 +102,7 @@ class RunFolder:
         Args:
             conf: resolved configuration.
             argv: arguments of the command.
-            overrides: overrides of this run in a sweep; None for the arguments.
+            overrides: those of this run in a sweep; None for `argv`.
             is_restart: a cluster restarted the run, not the user.
 
         Raises:

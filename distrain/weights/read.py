@@ -24,11 +24,7 @@ _WRAPPED = ("state_dict", "model", "model_state_dict", "module")  # Lightning, t
 
 
 def locate_weights(path: str | Path) -> Path:
-    """Return the file or checkpoint folder that holds the weights.
-
-    Args:
-        path: a file, the folder of a checkpoint, or that of a run or of its checkpoints, for the
-            newest valid one.
+    """Return the path if it is a file or a checkpoint, else the newest valid checkpoint of a run.
 
     Raises:
         ConfigError: the path does not exist, or holds no valid checkpoint.
