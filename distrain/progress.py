@@ -98,6 +98,29 @@ class Display:
 display = Display()
 
 
+class _Line:
+    """Line of the display, from its first `draw` to `clear`, with the elapsed time."""
+
+    def __init__(self, stream: TextIO, total: float | None = None) -> None:
+        self._stream, self._total = stream, total
+        self._begin_s = time.monotonic()
+        self._task: TaskID | None = None
+
+    def draw(self, text: str, completed: float = 0) -> None:
+        """Draw the line; costs milliseconds."""
+        text = f"{text}  {timedelta(seconds=int(time.monotonic() - self._begin_s))}"
+        if self._task is None:
+            self._task = display.add(self._stream, total=self._total, text=text)
+        display.update(self._task, completed=completed, total=self._total, text=text)
+        display.refresh()
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._task is not None:
+            display.remove(self._task)
+            self._task = None
+
+
 def counted(
     items: Iterable[T], name: str, *, total: int, stream: TextIO | None = None
 ) -> Iterator[T]:
@@ -113,22 +136,15 @@ def counted(
     if not _is_shown(stream):
         yield from items
         return
-    begin = time.monotonic()
-    task, due = None, begin + AFTER_S
+    line, due_s = _Line(stream, total), time.monotonic() + AFTER_S
     try:
         for done, item in enumerate(items):
-            now = time.monotonic()
-            if now >= due:
-                due = now + REFRESH_S
-                text = f"{name}  {timedelta(seconds=int(now - begin))}"
-                if task is None:
-                    task = display.add(stream, total=total, text=text)
-                display.update(task, completed=done, total=total, text=text)
-                display.refresh()
+            if time.monotonic() >= due_s:
+                due_s = time.monotonic() + REFRESH_S
+                line.draw(name, done)
             yield item
     finally:
-        if task is not None:
-            display.remove(task)
+        line.clear()
 
 
 @contextmanager
@@ -143,35 +159,26 @@ def waiting(text: str | Callable[[], str], *, stream: TextIO | None = None) -> I
     if not _is_shown(stream):
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_draw, args=(over, text, stream), daemon=True)
+    over, line = threading.Event(), _Line(stream)
+
+    def draw() -> None:
+        pause_s = AFTER_S
+        while not over.wait(pause_s):
+            pause_s = REFRESH_S
+            current = text() if callable(text) else text
+            if current:
+                line.draw(current)
+            else:
+                line.clear()
+        line.clear()
+
+    thread = threading.Thread(target=draw, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-
-
-def _draw(over: threading.Event, text: str | Callable[[], str], stream: TextIO) -> None:
-    """Draw the line of `waiting` until the event is set."""
-    begin, task = time.monotonic(), None
-    pause_s = AFTER_S
-    while not over.wait(pause_s):
-        pause_s = REFRESH_S
-        words = text() if callable(text) else text
-        if not words:
-            if task is not None:
-                display.remove(task)
-                task = None
-            continue
-        line = f"{words}  {timedelta(seconds=int(time.monotonic() - begin))}"
-        if task is None:
-            task = display.add(stream, total=None, text=line)
-        display.update(task, completed=0, total=None, text=line)
-        display.refresh()
-    if task is not None:
-        display.remove(task)
 
 
 def _is_shown(stream: TextIO) -> bool:

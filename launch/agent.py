@@ -99,8 +99,8 @@ def run_node(
             max_restarts=options.max_restarts,
             monitor_interval=0.1,
         )
-        agent = _Agent(spec, files, method)
-        agent.configure(rendezvous, watchdog, stop, options.grace_s, log_dir, on_failure)
+        agent = _Agent(spec, files, method, rendezvous, watchdog, stop)
+        agent.grace_s, agent.log_dir, agent.on_failure = options.grace_s, log_dir, on_failure
         with no_handlers_of_torch():
             result = agent.run()
     if result.is_failed():
@@ -115,25 +115,25 @@ class _Agent(LocalElasticAgent):
 
     Attributes:
         cause: of the last failed attempt.
+        grace_s, log_dir, on_failure: see `run_node`.
     """
 
-    def configure(
+    grace_s: float
+    log_dir: Path
+    on_failure: Callable[[Failure], None] | None
+
+    def __init__(
         self,
-        rendezvous: StaticRendezvous,
+        spec: WorkerSpec,
+        files: RankFiles,
+        start_method: str,
+        peers: StaticRendezvous,
         watchdog: Watchdog,
         stop: StopRequest,
-        grace_s: float,
-        log_dir: Path,
-        on_failure: Callable[[Failure], None] | None,
     ) -> None:
-        """Set the fields that torch's constructor does not take."""
+        super().__init__(spec, files, start_method)
         self.cause: Failure | None = None
-        self._peers = rendezvous  # torch has a method _rendezvous
-        self._watchdog = watchdog
-        self._stop = stop
-        self._grace_s = grace_s
-        self._log_dir = log_dir
-        self._on_failure = on_failure
+        self._peers, self._watchdog, self._stop = peers, watchdog, stop
         self._last_sent_s = 0.0
         stop.kill = self._kill
 
@@ -160,8 +160,8 @@ class _Agent(LocalElasticAgent):
         failures += self._peers.exchange(failures)
         unknown = self._failure("another node failed without a record")
         self.cause = given_up or failure.cause(failures or [unknown])
-        if self._on_failure is not None:
-            self._on_failure(self.cause)
+        if self.on_failure is not None:
+            self.on_failure(self.cause)
         self._decide_restart(worker_group.spec.max_restarts)
         return RunResult(WorkerState.FAILED, failures=self._for_torch(worker_group))
 
@@ -193,8 +193,8 @@ class _Agent(LocalElasticAgent):
         now = time.monotonic()
         if self._stop.at_once:
             return self._failure("the ranks were killed by a second Ctrl-C, without saving")
-        if now - since > self._grace_s:
-            limit = f"launch.grace_s={self._grace_s:g} s"
+        if now - since > self.grace_s:
+            limit = f"launch.grace_s={self.grace_s:g} s"
             return self._failure(f"the ranks were killed: they had not stopped after {limit}")
         if now - self._last_sent_s > _RESEND_S:
             self._last_sent_s = now
@@ -221,12 +221,7 @@ class _Agent(LocalElasticAgent):
                 process.kill()  # it may not be a leader yet
 
     def _failures(self, worker_group: WorkerGroup, codes: dict[int, int | None]) -> list[Failure]:
-        """Return the failures of the ranks that ended by themselves.
-
-        Args:
-            worker_group: the ranks of this node.
-            codes: exit codes by rank, None for ranks that were still running.
-        """
+        """Return the failures of ranks that ended by themselves; the others have no exit code."""
         assert self._pcontext is not None
         failures = []
         for worker, process in self._ranks(worker_group):
@@ -234,14 +229,14 @@ class _Agent(LocalElasticAgent):
             rank, code = worker.global_rank, codes.get(worker.global_rank)
             found = failure.read(self._pcontext.error_files[worker.local_rank])
             if found is None and code is not None:
-                found = failure.of_exit_code(code, rank=rank, log=log_path(self._log_dir, rank))
+                found = failure.of_exit_code(code, rank=rank, log=log_path(self.log_dir, rank))
             if found is not None:
                 failures.append(found)
         return failures
 
     def _failure(self, text: str) -> Failure:
         """Return a failure of all ranks."""
-        return Failure(-1, "killed", text, log=str(self._log_dir), time_s=time.time())
+        return Failure(-1, "killed", text, log=str(self.log_dir), time_s=time.time())
 
     def _decide_restart(self, max_restarts: int) -> None:
         """Report that the ranks restart, or prevent it where it is useless or unwanted."""

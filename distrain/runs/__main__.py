@@ -52,23 +52,18 @@ def _table(argv: Sequence[str]) -> int:
     sort = "metric" if options.sort == options.metric else options.sort
     if sort not in COLUMNS:
         parser.error(f"--sort {sort}: no such column; available: {', '.join(COLUMNS)}")
+    states = [name for each in options.state for name in each.split(",")]
+    for name in states:
+        if name not in list(State):
+            parser.error(f"--state {name}: no such state; available: {', '.join(State)}")
     return show_table(
         options.folder,
         metric=options.metric,
         sort=sort,
         is_reversed=options.reverse,
-        states=_states(parser, options.state),
+        states=[State(name) for name in states],
         as_data=options.json,
     )
-
-
-def _states(parser: _Parser, given: Sequence[str]) -> list[State]:
-    """Return the states of one or several options, each with commas."""
-    names = [name for each in given for name in each.split(",")]
-    unknown = [name for name in names if name not in list(State)]
-    if unknown:
-        parser.error(f"--state {unknown[0]}: no such state; available: {', '.join(State)}")
-    return [State(name) for name in names]
 
 
 def _show(argv: Sequence[str]) -> int:
@@ -96,25 +91,19 @@ def _diff(argv: Sequence[str]) -> int:
 
 def _plot(argv: Sequence[str]) -> int:
     parser = _of_run("plot", "Scalars over the iterations, one line per run.", nargs="+")
-    parser.add_argument(
-        "--scalar", action="append", metavar="NAME", help="repeatable; wildcards: eval/*"
-    )
+    scalar, rows = "repeatable; wildcards: eval/*", "rows of the moving mean"
+    parser.add_argument("--scalar", action="append", metavar="NAME", help=scalar)
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG")
-    parser.add_argument(
-        "--smooth", type=int, default=1, metavar="ROWS", help="rows of the moving mean"
-    )
+    parser.add_argument("--smooth", type=int, default=1, metavar="ROWS", help=rows)
     options = parser.parse_args(argv)
     if options.smooth < 1:
         parser.error(f"--smooth {options.smooth}: expected at least 1 row")
     paths = [resolve_run(name, options.folder) for name in options.run]
+    runs = [(name_of(path, options.folder), path) for path in paths]
     from distrain.runs.plot import plot
 
-    return plot(
-        [(name_of(path, options.folder), path) for path in paths],
-        patterns=options.scalar or [_METRIC],
-        out=options.out,
-        smooth=options.smooth,
-    )
+    patterns = options.scalar or [_METRIC]
+    return plot(runs, patterns=patterns, out=options.out, smooth=options.smooth)
 
 
 def _stop(argv: Sequence[str]) -> int:
@@ -138,9 +127,8 @@ def _resume(argv: Sequence[str]) -> int:
 def _of_run(command: str, description: str, *, nargs: str | None = None) -> _Parser:
     """Return the parser of a command about runs."""
     parser = _Parser(prog=f"python -m distrain.runs {command}", description=description)
-    parser.add_argument(
-        "run", metavar="RUN", nargs=nargs, help="a run's folder, or its name below --folder"
-    )
+    run = "a run's folder, or its name below --folder"
+    parser.add_argument("run", metavar="RUN", nargs=nargs, help=run)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="of the runs (runs)")
     return parser
 
@@ -161,9 +149,7 @@ def run(argv: Sequence[str]) -> int:
             return COMMANDS[argv[0]](argv[1:])
         words = [each for each in argv if not each.startswith("-")]
         if len(words) > 1 and words[0] == argv[0] and not Path(argv[0]).is_dir():
-            raise ConfigError(
-                f"{argv[0]}: no such command; {did_you_mean(argv[0], COMMANDS, most=1)}"
-            )
+            raise ConfigError(f"{argv[0]}: no such command; {did_you_mean(argv[0], COMMANDS)}")
         return _table(argv)
     except ConfigError as error:
         print(escaped(f"distrain.runs: {error}"), file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode, RankFailed
@@ -141,16 +141,7 @@ def follow(job_id: str, run_dir: Path) -> ExitCode:
     """
     watch = JobWatch(job_id, run_dir)
     log = LogTail(run_dir / log_name(job_id))
-    try:
-        with waiting(watch.queue_reason):
-            while not watch.ended:
-                change = watch.change()
-                print(log.new_lines(), end="", flush=True)
-                if change:
-                    _log(change)
-                if not watch.ended:
-                    time.sleep(POLL_S)
-    except KeyboardInterrupt:
+    if not _await_end([watch], watch.queue_reason, log):
         _log(f"job {job_id} goes on; `scancel {job_id}` stops it with its state saved")
         return ExitCode.STOPPED
     print(log.new_lines(), end="", flush=True)
@@ -174,14 +165,7 @@ def follow_all(runs: Mapping[str, Path]) -> ExitCode:
         number = sum(bool(watch.queue_reason()) for watch in watches)
         return f"{number} of {len(watches)} jobs wait in the queue" * bool(number)
 
-    try:
-        with waiting(num_waiting):
-            while not all(watch.ended for watch in watches):
-                for watch in watches:
-                    if not watch.ended and (change := watch.change()):
-                        _log(change)
-                time.sleep(POLL_S)
-    except KeyboardInterrupt:
+    if not _await_end(watches, num_waiting):
         _log("the jobs go on; `scancel` stops them with their state saved")
         return ExitCode.STOPPED
     codes = []
@@ -196,6 +180,25 @@ def follow_all(runs: Mapping[str, Path]) -> ExitCode:
         codes.append(code)
         print(f"{watch.job_id:12}  {code.name.lower():10}  {watch.run_dir.name}{why}", flush=True)
     return next((code for code in codes if code != ExitCode.FINISHED), ExitCode.FINISHED)
+
+
+def _await_end(
+    watches: Sequence[JobWatch], text: Callable[[], str], log: LogTail | None = None
+) -> bool:
+    """Print changes of jobs, and new lines of a log, until all have ended; False if interrupted."""
+    try:
+        with waiting(text):
+            while not all(watch.ended for watch in watches):
+                changes = [watch.change() for watch in watches if not watch.ended]
+                if log is not None:
+                    print(log.new_lines(), end="", flush=True)
+                for change in filter(None, changes):
+                    _log(change)
+                if not all(watch.ended for watch in watches):
+                    time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def _log(text: str) -> None:

@@ -69,10 +69,8 @@ def parse(line: str) -> Status:
     )
 
 
-def statuses(job_id: str) -> list[Status]:
-    """Return the state of a job, of each started element if it is an array.
-
-    Empty when SLURM has forgotten the job, minutes after its end.
+def status(job_id: str) -> Status | None:
+    """Return the state of a job, or of an array's element; None minutes after its end.
 
     Raises:
         QueueError: SLURM does not answer.
@@ -81,23 +79,13 @@ def statuses(job_id: str) -> list[Status]:
         text = run(["scontrol", "show", "job", "--oneliner", job_id])
     except QueueError as error:
         if "Invalid job id" in str(error):
-            return []
+            return None
         raise
-    return [parse(line) for line in text.splitlines() if line.startswith("JobId=")]
-
-
-def status(job_id: str) -> Status | None:
-    """Return the state of one job; None when SLURM has forgotten it."""
-    known = statuses(job_id)
-    return known[0] if known else None
+    return next((parse(line) for line in text.splitlines() if line.startswith("JobId=")), None)
 
 
 def requeue(job_id: str) -> None:
-    """Requeue a job, or an array's element such as `12_3`.
-
-    Raises:
-        QueueError: SLURM refuses.
-    """
+    """Requeue a job, or an array's element such as `12_3`; QueueError if SLURM refuses."""
     run(["scontrol", "requeue", job_id])
 
 
@@ -133,11 +121,7 @@ def own_restarts() -> int:
 
 
 def require() -> None:
-    """Check that this machine can submit.
-
-    Raises:
-        ConfigError: there is no `sbatch` here.
-    """
+    """Raise ConfigError on a machine without the commands of SLURM."""
     missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
     if missing:
         raise ConfigError(
@@ -147,11 +131,7 @@ def require() -> None:
 
 
 def run(command: Sequence[str], *, timeout_s: float = 60.0) -> str:
-    """Return the output of a SLURM command.
-
-    Raises:
-        QueueError: it failed; the text is the first line of its error.
-    """
+    """Return the output of a SLURM command, or raise QueueError with the first line of its error."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False
