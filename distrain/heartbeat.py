@@ -43,19 +43,12 @@ class Phase(IntEnum):
 
 
 class Beat(NamedTuple):
-    """Last record of a rank.
+    """Last record of a rank."""
 
-    Attributes:
-        iteration: current one; in END the number of iterations done.
-        phase: NONE before the first record.
-        time_s: of the record, on this machine's monotonic clock.
-        finished: whether the rank's job has returned.
-    """
-
-    iteration: int
-    phase: Phase
-    time_s: float
-    finished: bool
+    iteration: int  # current one; in END the number of iterations done
+    phase: Phase  # NONE before the first record
+    time_s: float  # of the record, on this machine's monotonic clock
+    finished: bool  # whether the rank's job has returned
 
 
 class Pulse:

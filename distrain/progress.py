@@ -43,13 +43,7 @@ class Display:
         self._stream: TextIO | None = None
 
     def add(self, stream: TextIO, *, total: float | None, text: str) -> TaskID:
-        """Add a line, on the stream of existing lines.
-
-        Args:
-            stream: a terminal.
-            total: of the count; None without a count.
-            text: next to the bar.
-        """
+        """Add a line, on the stream of existing lines; without a total it has no count."""
         with self._lock:
             if self._progress is None:
                 self._progress, self._stream = _start(stream), stream
@@ -124,14 +118,7 @@ class _Line:
 def counted(
     items: Iterable[T], name: str, *, total: int, stream: TextIO | None = None
 ) -> Iterator[T]:
-    """Yield the items; show their count if they take over two seconds.
-
-    Args:
-        items: to iterate over.
-        name: of the operation: "evaluation".
-        total: number of items.
-        stream: a terminal; default: stdout.
-    """
+    """Yield the items of an operation; show its name and count if it takes over two seconds."""
     stream = stream or sys.stdout
     if not _is_shown(stream):
         yield from items
@@ -149,12 +136,7 @@ def counted(
 
 @contextmanager
 def waiting(text: str | Callable[[], str], *, stream: TextIO | None = None) -> Iterator[None]:
-    """Show a text and the elapsed time inside `with`, after two seconds.
-
-    Args:
-        text: a few words, or a function that returns the current ones; "" hides the line.
-        stream: a terminal; default: stdout.
-    """
+    """Show a text, or a function's current text, and the time inside `with`, after two seconds."""
     stream = stream or sys.stdout
     if not _is_shown(stream):
         yield

@@ -14,15 +14,11 @@ if TYPE_CHECKING:
 
 
 class Job(Protocol):
-    """The work of every rank; picklable.
-
-    Attributes:
-        run_dir: folder of the run; the ranks' logs go to `logs/` in it.
-    """
+    """The work of every rank; picklable."""
 
     @property
     def run_dir(self) -> str:
-        """Folder of the run."""
+        """Folder of the run; the ranks' logs go to `logs/` in it."""
         ...
 
     def __call__(self) -> ExitCode:

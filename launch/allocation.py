@@ -43,15 +43,7 @@ class AllocationLauncher(NodeOptions, Launcher):
         return self.ranks or (int(gpus) if gpus.isdigit() else 0) or 1
 
     def start(self, job: Job) -> ExitCode:
-        """Run a job to the end of this attempt; requeue the SLURM job where that helps.
-
-        Returns:
-            FINISHED, or STOPPED with the state saved.
-
-        Raises:
-            ConfigError: this process is in no SLURM job, or a rank found a mistake.
-            RankFailed: the run failed; the text is the first failing rank's.
-        """
+        """Run a job to the end of this attempt; requeue the SLURM job where that helps."""
         job_id = queue.own_job_id()
         if job_id is None:
             raise ConfigError(

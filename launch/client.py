@@ -14,22 +14,14 @@ class State(str, Enum):
 
     __str__ = str.__str__
 
-    QUEUED = "queued"
-    """The job waits in the queue for its first attempt."""
-    RUNNING = "running"
-    """A process or a job trains."""
-    PREEMPTED = "preempted"
-    """Preempted, lost or out of time, and queued again: it continues by itself."""
-    STOPPED = "stopped"
-    """Stopped on request, state saved: `resume` continues it."""
-    FINISHED = "finished"
-    """All iterations are done."""
-    FAILED = "failed"
-    """Ended by an error."""
-    UNREADABLE = "unreadable"
-    """A file in the run folder is damaged or cannot be read."""
-    DEAD = "dead"
-    """No process and no job is left, and no end was recorded: killed, or its machine is lost."""
+    QUEUED = "queued"  # the job waits in the queue for its first attempt
+    RUNNING = "running"  # a process or a job trains
+    PREEMPTED = "preempted"  # preempted, lost or out of time, and queued again
+    STOPPED = "stopped"  # on request, state saved: `resume` continues it
+    FINISHED = "finished"  # all iterations are done
+    FAILED = "failed"  # ended by an error
+    UNREADABLE = "unreadable"  # a file in the run folder is damaged or cannot be read
+    DEAD = "dead"  # no process or job is left, and no end was recorded: killed, or machine lost
 
 
 ACTIVE = (State.QUEUED, State.RUNNING, State.PREEMPTED)
@@ -63,11 +55,7 @@ class JobClient(ABC):
         """
 
     def stop(self, run_dir: Path, state: State) -> bool:
-        """Request that a run saves its state and stops, and is not restarted.
-
-        Args:
-            run_dir: of the run.
-            state: its current one.
+        """Request that a run, now in `state`, saves its state, stops and is not restarted.
 
         Returns:
             False if the run has no job; the process that holds its lock is signalled then.
@@ -80,7 +68,3 @@ class JobClient(ABC):
     def logs(self, run_dir: Path) -> list[Path]:
         """Return log files outside of RUN/logs, the most important first; they need not exist."""
         return []
-
-    def job_id(self, run_dir: Path) -> str:
-        """Return the id to show for a run's job, "" without one."""
-        return ""

@@ -22,11 +22,6 @@ class RankFiles(LogsSpecs):
 
     Failure files lie in a temporary folder until the end of the `with`: the run folder may be full
     or lost.
-
-    Args:
-        log_dir: folder of the logs.
-        nodes: number of nodes.
-        watchdog: makes the heartbeat files.
     """
 
     def __init__(self, log_dir: Path, *, nodes: int, watchdog: Watchdog) -> None:

@@ -24,27 +24,18 @@ _LOST_PEER = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """Failure of one rank.
+    """Failure of one rank."""
 
-    Attributes:
-        rank: over all nodes; -1 for all ranks together.
-        kind: "config", "nonfinite", "failed" and "refused" as in `distrain.errors`; "exit": the
-            rank left early; "signal": killed by a signal; "killed": all ranks, by the agent;
-            "hang": stalled, killed by the agent; "error": any other exception.
-        text: one line.
-        trace: traceback, "" without one.
-        log: the rank's log file, or the folder of all logs.
-        time_s: seconds since 1970 by the rank's clock.
-        of_peer: whether it looks like a consequence of another rank's failure.
-    """
-
-    rank: int
+    rank: int  # over all nodes; -1 for all ranks together
+    # "config", "nonfinite", "failed" and "refused" as in `distrain.errors`; "exit": the rank
+    # left early; "signal": killed by a signal; "killed": all ranks, by the agent; "hang":
+    # stalled, killed by the agent; "error": any other exception
     kind: str
-    text: str
-    trace: str = ""
-    log: str = ""
-    time_s: float = 0.0
-    of_peer: bool = False
+    text: str  # one line
+    trace: str = ""  # traceback, "" without one
+    log: str = ""  # the rank's log file, or the folder of all logs
+    time_s: float = 0.0  # seconds since 1970 by the rank's clock
+    of_peer: bool = False  # whether it looks like a consequence of another rank's failure
 
     @property
     def is_final(self) -> bool:
@@ -93,13 +84,7 @@ def of_exception(error: BaseException, *, rank: int, log: str) -> Failure:
 
 
 def of_exit_code(code: int, *, rank: int, log: str) -> Failure:
-    """Return the failure of a rank whose process ended without a record.
-
-    Args:
-        code: of the process, in multiprocessing's form: a signal's number is negative.
-        rank: over all nodes.
-        log: the rank's log file.
-    """
+    """Return the failure of a rank whose process ended without a record; -9 is SIGKILL."""
     if code >= 0:
         text = f"its process left early by exit code {code}"
         return Failure(rank, "exit", text, log=log, time_s=time.time())

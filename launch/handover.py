@@ -27,10 +27,6 @@ class Handover:
 
     torchrun's agent serves that store; otherwise rank 0 does, and torch's process group uses it
     later. With one rank nothing is sent.
-
-    Args:
-        env: variables of the rank.
-        timeout_s: limit of the wait for rank 0.
     """
 
     def __init__(self, env: Mapping[str, str], *, timeout_s: float = 600.0) -> None:
@@ -42,14 +38,9 @@ class Handover:
         self._store: Any = None  # kept: rank 0 may serve it until the end
 
     def send(self, message: Mapping[str, Any], *, is_last: bool = False) -> None:
-        """Send a message, as rank 0; a second one is dropped.
+        """Send a message, as rank 0; a second one is dropped. RankFailed if that is impossible.
 
-        Args:
-            message: JSON values.
-            is_last: this process ends now: wait until the others have read it, up to _LINGER_S.
-
-        Raises:
-            RankFailed: the store cannot be reached.
+        With `is_last` this process ends now: wait up to _LINGER_S until the others have read it.
         """
         if self._is_sent or self._world_size == 1:
             return

@@ -28,19 +28,12 @@ _log: IO[bytes] | None = None  # faulthandler writes to it at the very end
 
 @dataclass(frozen=True)
 class RankTask:
-    """Arguments of the ranks of an agent.
+    """Arguments of the ranks of an agent."""
 
-    Attributes:
-        job: to run.
-        log_dir: folder of the logs.
-        agent_pid: process of the agent.
-        num_threads: of torch in each rank; None: unchanged.
-    """
-
-    job: Job
-    log_dir: Path
-    agent_pid: int
-    num_threads: int | None
+    job: Job  # to run
+    log_dir: Path  # folder of the logs
+    agent_pid: int  # process of the agent
+    num_threads: int | None  # of torch in each rank; None: unchanged
 
 
 def rank_main(task: RankTask) -> int:

@@ -29,24 +29,15 @@ _STATES = {
 
 
 class Place(NamedTuple):
-    """Progress of a rank.
+    """Progress of a rank."""
 
-    Attributes:
-        rank: over all nodes.
-        iteration: of its last beat. phase: likewise.
-        finished: whether its job has returned.
-        silent_s: watched seconds since its last beat.
-        is_overdue: whether that is over the limit.
-        state: of its process, a letter as in /proc/PID/stat; "" if unknown.
-    """
-
-    rank: int
-    iteration: int
+    rank: int  # over all nodes
+    iteration: int  # of its last beat
     phase: int
-    finished: bool
-    silent_s: float
-    is_overdue: bool
-    state: str = ""
+    finished: bool  # whether its job has returned
+    silent_s: float  # watched seconds since its last beat
+    is_overdue: bool  # whether that is over the limit
+    state: str = ""  # of its process, a letter as in /proc/PID/stat; "" if unknown
 
     @property
     def order(self) -> tuple[int, int, bool]:
@@ -71,10 +62,7 @@ class Progress:
     """Follows the heartbeats of ranks.
 
     Its clock counts watched time only: a job that is suspended and continued has not been silent.
-
-    Args:
-        ranks: to follow.
-        watchdog_s: limit in all phases; None: see `RankOptions`.
+    The limit of `watchdog_s` holds in all phases; None: see `RankOptions`.
     """
 
     def __init__(self, ranks: Iterable[int], *, watchdog_s: float | None) -> None:

@@ -22,22 +22,13 @@ class StopRequest:
     SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are equal; an ignored SIGHUP, as under nohup, stays
     ignored. A second SIGINT (Ctrl-C) ends the wait. Outside of the main thread no signal is
     handled. A request that an outer `with` received counts in an inner one.
-
-    Args:
-        is_quiet: print nothing at a signal.
-
-    Attributes:
-        since: time of the first signal, on the monotonic clock; None before.
-        signals: names of all signals received.
-        at_once: whether a second SIGINT came.
-        kill: called then, in the signal handler.
     """
 
     def __init__(self, *, is_quiet: bool = False) -> None:
-        self.since: float | None = None
-        self.signals: list[str] = []
-        self.at_once = False
-        self.kill: Callable[[], object] = bool  # does nothing: no rank has been started yet
+        self.since: float | None = None  # first signal, on the monotonic clock
+        self.signals: list[str] = []  # names of all signals received
+        self.at_once = False  # a second SIGINT came
+        self.kill: Callable[[], object] = bool  # called then, in the handler; bool does nothing
         self._is_quiet = is_quiet
         self._before: dict[signal.Signals, object] = {}
 

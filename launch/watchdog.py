@@ -25,13 +25,7 @@ _MAX_TRACE_BYTES = 16_000
 
 
 class Watchdog:
-    """Watches the ranks of this node by their heartbeats.
-
-    Args:
-        watchdog_s: limit of `Progress`; 0 disables the watchdog.
-        log_dir: folder of the logs, which get the stacks of stalled ranks.
-        rendezvous: of the agents of all nodes.
-    """
+    """Watches the ranks of this node by their heartbeats; a limit of 0 disables it."""
 
     def __init__(
         self, watchdog_s: float | None, *, log_dir: Path, rendezvous: StaticRendezvous

@@ -21,26 +21,14 @@ def raise_limit() -> None:
 
 
 def check_agent(ranks: int, *, world_size: int) -> None:
-    """Check that this process can watch its ranks, and each rank connect with all others.
-
-    Args:
-        ranks: that this process starts.
-        world_size: ranks on all nodes.
-
-    Raises:
-        ConfigError: the limit is too low.
-    """
+    """Raise ConfigError if this process cannot watch its ranks, or a rank not reach all others."""
     files = f"the agent opens up to {_IN_AGENT} files and pipes of each"
     _check(_IN_AGENT * ranks, f"{ranks} ranks ({files})")
     check_mesh(world_size)
 
 
 def check_mesh(ranks: int) -> None:
-    """Check that this process can open the sockets of a mesh of ranks; gloo would abort.
-
-    Raises:
-        ConfigError: the limit is too low.
-    """
+    """Raise ConfigError if this process cannot open the sockets of a mesh; gloo would abort."""
     _check(
         _NUM_GROUPS * (ranks - 1),
         f"{ranks} ranks ({_NUM_GROUPS} sockets per rank to each other one)",

@@ -39,38 +39,23 @@ _JOB_ID = re.compile(r"[0-9]{1,20}(_[0-9]{1,20})?")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run's job and how it ended: a line of the journal.
+    """One start of a run's job and how it ended: a line of the journal."""
 
-    Attributes:
-        attempt: number of the start, from 1.
-        job_id: the scheduler's; an element of a SLURM array as `12_3`.
-        restart: number of earlier requeues of that job.
-        nodes: names.
-        start: seconds since 1970. end: likewise.
-        outcome: finished, stopped (state saved), failed, or lost (node lost or killed).
-        why: one line.
-        first_iter: iterations done at the start.
-        last_iter: iterations done at the end, by metrics.jsonl and the checkpoints.
-        kept_iter: iterations in the newest checkpoint; later ones are repeated.
-        step_s: mean seconds per iteration; 0 if not measured.
-        stop_s: seconds from the stop signal until all ranks had ended; 0 without a signal.
-        requeued: whether the job was requeued on our request.
-    """
-
-    attempt: int
-    job_id: str
-    restart: int
-    nodes: list[str]
-    start: float
+    attempt: int  # number of the start, from 1
+    job_id: str  # the scheduler's; an element of a SLURM array as `12_3`
+    restart: int  # number of earlier requeues of that job
+    nodes: list[str]  # names
+    start: float  # seconds since 1970
     end: float = 0.0
-    outcome: str = ""
-    why: str = ""
-    first_iter: int = 0
-    last_iter: int = 0
-    kept_iter: int = 0
-    step_s: float = 0.0
+    outcome: str = ""  # finished, stopped (state saved), failed, or lost (node lost or killed)
+    why: str = ""  # one line
+    first_iter: int = 0  # iterations done at the start
+    last_iter: int = 0  # iterations done at the end, by metrics.jsonl and the checkpoints
+    kept_iter: int = 0  # iterations in the newest checkpoint; later ones are repeated
+    step_s: float = 0.0  # mean seconds per iteration; 0 if not measured
+    # seconds from the stop signal until all ranks had ended; 0 without a signal
     stop_s: float = 0.0
-    requeued: bool = False
+    requeued: bool = False  # whether the job was requeued on our request
 
     @property
     def useful_s(self) -> float:

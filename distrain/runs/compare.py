@@ -20,13 +20,7 @@ _MAX_DIFF_BYTES = 32 << 20
 
 
 def compare(left: Path, right: Path, *, is_full: bool = False) -> int:
-    """Print the differences of two runs, and their last values; return 0.
-
-    Args:
-        left: a run folder.
-        right: another one.
-        is_full: include the scalars about the machines.
-    """
+    """Print the differences of two runs, and their last values; return 0."""
     names = (str(left), str(right))
     a, b = read(left), read(right)
     for files in (a, b):

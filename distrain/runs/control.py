@@ -30,10 +30,6 @@ _OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher")
 def stop(path: Path, *, wait: bool) -> int:
     """Request that a run saves its state and stops; return 0, or 1 if it failed instead.
 
-    Args:
-        path: the run folder.
-        wait: until it has stopped.
-
     Raises:
         ConfigError: it cannot be stopped from here.
     """
@@ -91,10 +87,6 @@ def _signal_holder(run: Summary) -> None:
 def resume(path: Path, overrides: Sequence[str]) -> int:
     """Replace this process by the command of the run's last start, in its folder.
 
-    Args:
-        path: the run folder.
-        overrides: replace those of the start for the same keys.
-
     Raises:
         ConfigError: it is running, or its command is unknown.
     """
@@ -120,12 +112,7 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 
 
 def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[str]:
-    """Return the arguments that continue one run, of a sweep too.
-
-    Args:
-        start: of the run.
-        overrides: replace those of the start for the same keys.
-        run_dir: current folder of the run.
+    """Return the arguments that continue one run, of a sweep too; `overrides` replace equal keys.
 
     Raises:
         ConfigError: the overrides of this run are unknown, or one of them is a secret.

@@ -23,9 +23,9 @@ def plot(
 
     Args:
         runs: names and folders.
-        patterns: names of scalars, with wildcards: eval/*.
+        patterns: names of scalars, with wildcards.
         out: file; its suffix gives the format.
-        smooth: rows of the moving mean; the values are drawn thin beneath.
+        smooth: rows of the moving mean.
 
     Raises:
         ConfigError: matplotlib is missing, a scalar is in no run, the picture cannot be written.
@@ -82,9 +82,8 @@ def _draw(
     if smooth > 1:
         axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
         y = smoothed(y, smooth)
-    axes.plot(
-        x, y, color=color, label=escaped(label).replace("$", r"\$"), linewidth=1.5, marker=marker
-    )
+    label = escaped(label).replace("$", r"\$")
+    axes.plot(x, y, color=color, label=label, linewidth=1.5, marker=marker)
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

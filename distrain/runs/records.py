@@ -47,58 +47,34 @@ _MAX_TIME_S = 1e11  # since 1970
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run's command, from command.json.
+    """One start of a run's command, from command.json."""
 
-    Attributes:
-        argv: arguments of the command.
-        overrides: of this run; None if not recorded.
-        folder: in which the command was given.
-        host: name of the machine.
-        time: seconds since 1970.
-        end: seconds since 1970; None if no end was recorded.
-        code: exit code; None likewise.
-        why: one line about a failure.
-        git: the repository's `commit`, whether it was `changed`, the file of the `diff`.
-        versions: of packages.
-    """
-
-    argv: list[str]
-    overrides: list[str] | None
-    folder: str
-    host: str
-    time: float
-    end: float | None
-    code: int | None
-    why: str
+    argv: list[str]  # arguments of the command
+    overrides: list[str] | None  # of this run; None if not recorded
+    folder: str  # in which the command was given
+    host: str  # name of the machine
+    time: float  # seconds since 1970
+    end: float | None  # seconds since 1970; None if no end was recorded
+    code: int | None  # exit code; None likewise
+    why: str  # one line about a failure
+    # the repository's `commit`, whether it was `changed`, the file of the `diff`
     git: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, str]  # of packages
 
 
 @dataclass(frozen=True)
 class Files:
-    """Content of a run folder.
+    """Content of a run folder."""
 
-    Attributes:
-        path: the folder.
-        conf: frozen configuration; empty if unreadable.
-        starts: of the command.
-        rows: last rows of metrics.jsonl.
-        kept_iter: iterations in the newest checkpoint, by its name; 0 without one.
-        attempts: ended attempts of its jobs.
-        running: the attempt in progress.
-        job_id: of the job that was submitted last, "" without one.
-        unreadable: names of unreadable files with reasons, "" if all can be read.
-    """
-
-    path: Path
-    conf: dict[str, Any]
-    starts: list[Start]
-    rows: list[dict[str, Any]]
-    kept_iter: int
-    attempts: list[Attempt] = field(default_factory=list)
-    running: Attempt | None = None
-    job_id: str = ""
-    unreadable: str = ""
+    path: Path  # the folder
+    conf: dict[str, Any]  # frozen configuration; empty if unreadable
+    starts: list[Start]  # of the command
+    rows: list[dict[str, Any]]  # last rows of metrics.jsonl
+    kept_iter: int  # iterations in the newest checkpoint, by its name; 0 without one
+    attempts: list[Attempt] = field(default_factory=list)  # ended attempts of its jobs
+    running: Attempt | None = None  # the attempt in progress
+    job_id: str = ""  # of the job that was submitted last, "" without one
+    unreadable: str = ""  # names of unreadable files with reasons, "" if all can be read
 
     @property
     def max_iter(self) -> int:
@@ -164,7 +140,7 @@ def read(path: Path) -> Files:
 
     return Files(
         path=path,
-        conf=part(CONFIG_FILE, read_conf, {}),
+        conf=part(CONFIG_FILE, _conf, {}),
         starts=part(STARTS_FILE, read_starts, []),
         rows=part(METRICS_FILE, last_rows, []),
         kept_iter=part(CHECKPOINTS, kept, 0),
@@ -176,20 +152,10 @@ def read(path: Path) -> Files:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def read_conf(path: Path) -> dict[str, Any]:
-    """Return the frozen configuration.
-
-    Raises:
-        OSError, ValueError, yaml.YAMLError: it is unreadable or damaged.
-    """
-    return load_mapping(read_regular(path / CONFIG_FILE, max_bytes=MAX_BYTES))
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return ((text or "").splitlines() or [type(error).__name__])[0][:200]
 
 
 def node(conf: dict[str, Any], name: str) -> dict[str, Any]:
@@ -204,22 +170,14 @@ def number(value: Any) -> int:
 
 
 def read_starts(path: Path) -> list[Start]:
-    """Return the recorded starts of a run's command, oldest first.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: command.json is unreadable or damaged.
-    """
+    """Return the recorded starts of a run's command, oldest first; raises if it is damaged."""
     data = json.loads(read_regular(path / STARTS_FILE, max_bytes=_MAX_JSON_BYTES))
     starts = of_type(data, dict, "content")["starts"]
     return [_start(each) for each in of_type(starts, list, "starts")]
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows in the last 64 KiB of metrics.jsonl, oldest first.
-
-    Raises:
-        OSError, ValueError, TypeError: it is unreadable or damaged.
-    """
+    """Return the rows in the last 64 KiB of metrics.jsonl, oldest first; raises if damaged."""
     lines = read_tail(path / METRICS_FILE, max_bytes=TAIL_BYTES).split(b"\n")
     return [row for line in lines if (row := _row(line)) is not None]
 
@@ -308,6 +266,10 @@ def _seconds(text: Any) -> float | None:
     if not 0 <= seconds <= _MAX_TIME_S:
         raise ValueError(f"time: expected one after 1970, not {text[:40]}")
     return seconds
+
+
+def _conf(path: Path) -> dict[str, Any]:
+    return load_mapping(read_regular(path / CONFIG_FILE, max_bytes=MAX_BYTES))
 
 
 def _attempts(path: Path) -> list[Attempt]:

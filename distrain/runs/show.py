@@ -30,14 +30,7 @@ _TAIL_BYTES = 1 << 16
 
 
 def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
-    """Print a run; return 0.
-
-    Args:
-        path: the run folder.
-        lines: number of last lines of each log.
-        metric: scalar in the heading.
-        is_full: include the scalars about the machines.
-    """
+    """Print a run, with the last `lines` of its logs and a metric in the heading; return 0."""
     run = summarize_one(path)
     for title, body in _sections(run, lines=lines, metric=metric, is_full=is_full):
         title, body = escaped(title), escaped_lines(body)
@@ -102,12 +95,7 @@ def _checkpoints(files: Files) -> str:
 
 
 def logs(files: Files, why: str) -> list[Path]:
-    """Return a run's logs: of the failed rank, of the job, of rank 0, then by age.
-
-    Args:
-        files: of the run.
-        why: line about the state, which names the failed rank.
-    """
+    """Return a run's logs: of the failed rank named in `why`, of the job, of rank 0, by age."""
     folder = files.path / LOGS
     failed = re.search(r"\branks? (\d+)", why)
     first = [folder / f"rank_{failed[1]}.log"] if failed else []

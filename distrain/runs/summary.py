@@ -20,33 +20,19 @@ _MAX_S = 1e10  # 300 years: longer times are not measurements
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of the table of runs.
+    """One row of the table of runs."""
 
-    Attributes:
-        name: of the run, below the folder of the table.
-        files: of the run.
-        state: current state.
-        why: one line about it.
-        values: last values of its scalars.
-        eta_s: seconds to its end, None if it is not running.
-        ranks: number of ranks, None if unknown.
-        goodput: time of the iterations that count over all time; None if unknown.
-        job_id: the scheduler's, "" without a job.
-        started: first start, in seconds since 1970; None if not recorded.
-        age_s: seconds since its last write.
-    """
-
-    name: str
-    files: Files
-    state: State
-    why: str
-    values: dict[str, float]
-    eta_s: float | None
-    ranks: int | None
-    goodput: float | None
-    job_id: str
-    started: float | None
-    age_s: float
+    name: str  # of the run, below the folder of the table
+    files: Files  # of the run
+    state: State  # current state
+    why: str  # one line about it
+    values: dict[str, float]  # last values of its scalars
+    eta_s: float | None  # seconds to its end, None if it is not running
+    ranks: int | None  # number of ranks, None if unknown
+    goodput: float | None  # time of the iterations that count over all time; None if unknown
+    job_id: str  # the scheduler's, "" without a job
+    started: float | None  # first start, in seconds since 1970; None if not recorded
+    age_s: float  # seconds since its last write
 
     @property
     def group(self) -> str:

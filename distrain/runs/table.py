@@ -44,15 +44,7 @@ def show_table(
     states: Sequence[State],
     as_data: bool,
 ) -> int:
-    """Print the runs below a folder; return 0.
-
-    Args:
-        folder: of the runs.
-        metric: scalar to show.
-        sort: one of `COLUMNS`; the runs of a sweep stay together.
-        is_reversed: largest first.
-        states: to show; empty: all.
-        as_data: print JSON.
+    """Print the runs below a folder, of all states if `states` is empty; return 0.
 
     Raises:
         ConfigError: there is no such folder.

@@ -29,22 +29,14 @@ _STOP_FILE = "stop.json"
 
 @dataclass
 class NodeRecord:
-    """State of one node's agent, in RUN/slurm/JOB-RESTART/NODE.json.
+    """State of one node's agent, in RUN/slurm/JOB-RESTART/NODE.json."""
 
-    Attributes:
-        node: name.
-        code: exit code of its ranks; None while they run.
-        signals: names of the signals that the agent received.
-        error: text for the user.
-        failure: fields of the causing `Failure`; None if no rank failed.
-        stop_s: seconds from the first signal until state was saved and all ranks had ended.
-    """
-
-    node: str
-    code: int | None = None
-    signals: list[str] = field(default_factory=list)
-    error: str = ""
-    failure: dict[str, Any] | None = None
+    node: str  # name
+    code: int | None = None  # exit code of its ranks; None while they run
+    signals: list[str] = field(default_factory=list)  # names of the signals that the agent received
+    error: str = ""  # text for the user
+    failure: dict[str, Any] | None = None  # fields of the causing `Failure`; None if no rank failed
+    # seconds from the first signal until state was saved and all ranks had ended
     stop_s: float = 0.0
 
     def write(self, run_dir: Path) -> None:
@@ -55,11 +47,7 @@ class NodeRecord:
 
 
 def prepare(run_dir: Path, *, job_id: str | None = None) -> Path:
-    """Make the private folder of a run for a new job; its nodes recognise the run by a file in it.
-
-    Args:
-        run_dir: the run folder.
-        job_id: of the job, if known.
+    """Make the private folder of a run for a new job, with the job's id once it is known.
 
     Raises:
         ConfigError: another job works on this run.

@@ -75,11 +75,6 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
 def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     """Record how an attempt ended; requeue the job where that helps.
 
-    Args:
-        run_dir: the run folder.
-        step_exit: exit code of `srun`.
-        max_requeues: number of attempts in a row without progress after which the job is requeued.
-
     Returns:
         The exit code for the batch script.
     """

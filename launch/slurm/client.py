@@ -25,17 +25,11 @@ _STATE_OF = {"finished": State.FINISHED, "stopped": State.STOPPED, "lost": State
 
 @dataclass(frozen=True)
 class _Job:
-    """Files of a run's job.
+    """Files of a run's job."""
 
-    Attributes:
-        job_id: of the job submitted last.
-        running: its attempt in progress.
-        last: its last ended attempt.
-    """
-
-    job_id: str
-    running: Attempt | None
-    last: Attempt | None
+    job_id: str  # of the job submitted last
+    running: Attempt | None  # its attempt in progress
+    last: Attempt | None  # its last ended attempt
 
     @property
     def is_open(self) -> bool:
@@ -71,9 +65,6 @@ class SlurmClient(JobClient):
     def logs(self, run_dir: Path) -> list[Path]:
         job_id = read_job_id(run_dir)
         return [run_dir / log_name(job_id)] if job_id else []
-
-    def job_id(self, run_dir: Path) -> str:
-        return read_job_id(run_dir)
 
     def _squeue(self, job_ids: Iterable[str]) -> Mapping[str, str] | None:
         """Return SLURM's states by job id, without jobs it has forgotten; None without SLURM."""

@@ -16,10 +16,7 @@ def take(target: Path) -> None:
     """Copy the repository around the current folder.
 
     Copied are tracked files, edits included, and Python files that git neither tracks nor ignores;
-    packages installed from elsewhere are not.
-
-    Args:
-        target: the folder of the copy, named `FOLDER`; an older copy there is replaced.
+    packages installed from elsewhere are not. An older copy is replaced.
 
     Raises:
         ConfigError: the current folder is in no git repository.
@@ -42,12 +39,6 @@ def python_path(target: Path) -> list[str]:
 
     These are the current folder and those of PYTHONPATH, replaced by their copies if they lie in
     the repository.
-
-    Args:
-        target: the folder of the copy; it need not exist.
-
-    Raises:
-        ConfigError: as `take`.
     """
     root = _root()
     paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -41,12 +41,7 @@ class LogTail:
 
 
 class JobWatch:
-    """State and result of one job.
-
-    Args:
-        job_id: SLURM's.
-        run_dir: the run folder.
-    """
+    """State and result of one job."""
 
     def __init__(self, job_id: str, run_dir: Path) -> None:
         self.job_id = job_id
@@ -151,13 +146,9 @@ def follow(job_id: str, run_dir: Path) -> ExitCode:
 
 
 def follow_all(runs: Mapping[str, Path]) -> ExitCode:
-    """Show the states of jobs until all have ended, then a table of their results.
+    """Show the states of jobs, given with their run folders, until all have ended.
 
-    Args:
-        runs: the run folder of each job id.
-
-    Returns:
-        FINISHED if all finished, else the code of the first that did not.
+    Then print a table of results; return the first code that is not FINISHED.
     """
     watches = [JobWatch(job_id, run_dir) for job_id, run_dir in runs.items()]
 

@@ -30,30 +30,7 @@ from distrain.runfolder.attempts import JOB_FOLDER
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmLauncher(NodeOptions, Launcher):
-    """Submits jobs to SLURM.
-
-    Args:
-        nodes: number of nodes.
-        min_nodes: smallest number of nodes for an attempt, as after the loss of one; the global
-            batch stays the same. None: nodes.
-        gpus_per_node: GPUs to request on each node.
-        cpus_per_task: CPUs per node, for its ranks and their loader workers; None: one per rank.
-        mem: memory of each node as SLURM writes it, as "32G"; None: the partition's default.
-        time_min: time limit of one attempt in minutes; None: the partition's default.
-        partition: None: the site's default.
-        account: charged account.
-        qos: quality of service.
-        constraint: required features of the nodes.
-        sbatch: further options of sbatch, as {exclude: n3, exclusive: true}; they win.
-        signal_s: seconds before the time limit at which the run is asked to save and stop; None:
-            from the duration of earlier stops, else 120 s.
-        snapshot: run a copy of the current repository as it is now, also after a requeue.
-        follow: wait for the job's end; show its state and the output of rank 0.
-        array_parallelism: maximum of array elements that run at the same time.
-
-    Raises:
-        ConfigError: an argument is out of range.
-    """
+    """Submits jobs to SLURM; conf/launch/slurm.yaml describes each key."""
 
     waits: ClassVar[bool] = False
     client = SlurmClient

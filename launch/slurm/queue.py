@@ -25,25 +25,15 @@ class QueueError(RuntimeError):
 
 @dataclass(frozen=True)
 class Status:
-    """State of one job.
+    """State of one job."""
 
-    Attributes:
-        job_id: as `squeue` writes it, an array's element as `12_3`.
-        state: such as PENDING, RUNNING, COMPLETING or one of `ENDED`.
-        reason: of its wait or its end, or "None".
-        nodes: their names in SLURM's short form, as n[1-2]; "" before the job has any.
-        restarts: number of requeues.
-        exit_code: of the batch script.
-        signal: that ended the batch script, else 0.
-    """
-
-    job_id: str
-    state: str
-    reason: str
-    nodes: str
-    restarts: int
-    exit_code: int
-    signal: int
+    job_id: str  # as `squeue` writes it, an array's element as `12_3`
+    state: str  # such as PENDING, RUNNING, COMPLETING or one of `ENDED`
+    reason: str  # of its wait or its end, or "None"
+    nodes: str  # their names in SLURM's short form, as n[1-2]; "" before the job has any
+    restarts: int  # number of requeues
+    exit_code: int  # of the batch script
+    signal: int  # that ended the batch script, else 0
 
     @property
     def ended(self) -> bool:
@@ -131,7 +121,7 @@ def require() -> None:
 
 
 def run(command: Sequence[str], *, timeout_s: float = 60.0) -> str:
-    """Return the output of a SLURM command, or raise QueueError with the first line of its error."""
+    """Return the output of a SLURM command; QueueError with the first line of its error."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False

@@ -30,12 +30,9 @@ def python(launcher: SlurmLauncher) -> str:
 
 
 def parameters(launcher: SlurmLauncher, runs: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Return the parameters of submitit's executor.
+    """Return the parameters of submitit's executor, whose files go to `folder`.
 
-    Args:
-        launcher: options of the job.
-        runs: absolute run folders; several are one array.
-        folder: of submitit's files.
+    Several `runs`, which are absolute run folders, are one array.
     """
     cpus = launcher.cpus_per_task or launcher.ranks_per_node
     return {

@@ -81,20 +81,13 @@ class NodeTask:
     A signal to it or to a rank requests that all ranks save and stop. submitit's own handlers act
     on the first node only, and pickle inside a handler: ours replace them. Leaving by `SystemExit`
     keeps submitit from writing a result.
-
-    Attributes:
-        job: run by every rank.
-        run_dir: absolute.
-        ranks: per node.
-        join_s: seconds that the first node waits for the others.
-        options: of the ranks.
     """
 
-    job: Job
-    run_dir: Path
-    ranks: int
-    join_s: float = 60.0
-    options: RankOptions = RankOptions()
+    job: Job  # run by every rank
+    run_dir: Path  # absolute
+    ranks: int  # per node
+    join_s: float = 60.0  # seconds that the first node waits for the others
+    options: RankOptions = RankOptions()  # of the ranks
 
     def __call__(self) -> None:
         """Run the ranks and leave the process.
