@@ -104,7 +104,7 @@ def _ranks(files: Files) -> int | None:
     asked = launch.get("ranks") or launch.get("gpus_per_node") or ("nodes" in launch and 1)
     nodes = number(launch.get("nodes")) or 1
     if files.running is not None:
-        nodes = len(files.running.nodes)
+        nodes = len(files.running.nodes) or 1
     if number(asked):
         return number(asked) * nodes
     try:

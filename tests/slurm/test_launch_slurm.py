@@ -167,10 +167,10 @@ def test_the_lead_time_follows_from_the_stops_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"nodes": 0}, "launch.nodes=0: expected more than 0"),
-        ({"max_requeues": -1}, "launch.max_requeues=-1: expected at least 0"),
-        ({"min_nodes": 3}, "launch.min_nodes=3: at most launch.nodes=2 is possible"),
-        ({"signal_s": 1800}, "launch.signal_s=1800: must be less than the time limit"),
+        ({"nodes": 0}, "nodes=0: expected an integer >= 1"),
+        ({"max_requeues": -1}, "max_requeues=-1: expected an integer >= 0"),
+        ({"min_nodes": 3}, "min_nodes=3: expected at most launch.nodes=2"),
+        ({"signal_s": 1800}, "signal_s=1800: expected less than the time limit"),
     ],
 )
 def test_arguments_out_of_range(wrong: dict[str, int], said: str) -> None:
