@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,16 +79,16 @@ class FSDP(Strategy):
             part.set_modules_to_backward_prefetch([ahead])
 
     @contextmanager
-    def _accumulating(self, model: Any) -> Iterator[None]:
+    @override
+    def no_sync(self, model: Any) -> Iterator[None]:
+        if not self.is_sharded:
+            yield
+            return
         model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
             model.set_requires_gradient_sync(True)
-
-    @override
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
-        return self._accumulating(model) if self.is_sharded else super().no_sync(model)
 
     @override
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:

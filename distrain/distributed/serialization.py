@@ -1,4 +1,4 @@
-"""Encode values for other ranks as JSON and raw arrays: nothing in them is executed, unlike pickle.
+"""Encoding of values for other ranks: JSON and raw arrays, which execute nothing, unlike pickle.
 
 ::
 
@@ -53,9 +53,9 @@ def decode(data: bytes) -> Any:
         rest = memoryview(data)[8 + length :]
         value, rest = _restored(json.loads(data[8 : 8 + length]), rest)
     except (struct.error, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"another rank sent what is no value: {error}") from error
+        raise ValueError(f"the bytes of another rank are no encoded value: {error}") from error
     if rest:
-        raise ValueError(f"another rank sent {len(rest)} bytes more than its value has")
+        raise ValueError(f"the bytes of another rank have {len(rest)} more than their value")
     return value
 
 
@@ -74,15 +74,15 @@ def _plain(value: Any, place: str, arrays: list[bytes]) -> Any:
         flat = value.detach().cpu().reshape(-1).contiguous()
         arrays.append(flat.view(torch.uint8).numpy().tobytes())
         return {_ARRAY: ["torch", name, list(value.shape)]}
-    what = f"{type(value).__name__} {value.dtype}" if hasattr(value, "dtype") else type(value)
+    kind = f"{type(value).__name__} {value.dtype}" if hasattr(value, "dtype") else type(value)
     raise TypeError(
-        f"{place}: {what} cannot be sent to other ranks; expected numbers, text, tensors, arrays, "
+        f"{place}: {kind} cannot be sent to other ranks; expected numbers, text, tensors, arrays, "
         "lists and dicts with text as keys"
     )
 
 
 def _restored(node: Any, data: memoryview) -> tuple[Any, memoryview]:
-    """Return the value of a JSON value, and the bytes that are left."""
+    """Return the value of a JSON value, and the remaining bytes."""
     if isinstance(node, list):
         values = []
         for each in node:
@@ -100,7 +100,7 @@ def _restored(node: Any, data: memoryview) -> tuple[Any, memoryview]:
     if library == "numpy":
         dtype = np.dtype(name)
         if dtype.kind not in _NUMPY_KINDS:
-            raise ValueError(f"another rank sent an array of {name}")
+            raise ValueError(f"an array of {name}: expected numbers")
         size = math.prod(shape) * dtype.itemsize
         return np.frombuffer(bytearray(data[:size]), dtype).reshape(shape), data[size:]
     size = math.prod(shape) * _DTYPES[name].itemsize

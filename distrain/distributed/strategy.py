@@ -18,16 +18,16 @@ from distrain.errors import ConfigError
 class Strategy:
     """Use of the ranks by a trainer. This base class trains the model on this process alone.
 
-    `DDP` and `FSDP` override what differs, and so may a class of yours; the configuration chooses
-    it by `trainer.strategy._target_`. The trainer calls, on every rank::
+    `DDP`, `FSDP` and classes of users override parts of it; `trainer.strategy._target_` chooses.
+    The trainer calls, on every rank::
 
-        strategy.check(precision="bf16", accumulation=2, ...)     # its own settings
+        strategy.check(precision="bf16", accumulation=2, ...)
         model = strategy.wrap(module, optimizer, device)
-        strategy.warm_up(model, first_loss)                       # before the first step
-        with strategy.no_sync(model):                             # accumulation: all but the last
-            ...                                                   # forward and backward
+        strategy.warm_up(model, first_loss)                 # before the first step
+        with strategy.no_sync(model):                       # all micro-batches but the last
+            ...                                             # forward and backward
         strategy.clip(parameters, norm=1.0)
-        strategy.state_dict(module, optimizer)                    # at a checkpoint
+        strategy.state_dict(module, optimizer)              # at a checkpoint
 
     Attributes:
         is_sharded: whether ranks hold parts of the parameters: `state_dict` is a collective then.

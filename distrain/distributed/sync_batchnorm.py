@@ -1,4 +1,4 @@
-"""Batch normalisation over the batch of all ranks, on CUDA and on the CPU."""
+"""SyncBatchNorm: batch normalisation over the batches of all ranks, on CUDA and on the CPU."""
 
 from __future__ import annotations
 
@@ -14,32 +14,23 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm whose statistics in training are those of the batches of all ranks together.
+    """BatchNorm with the statistics of the batches of all ranks in training; takes its arguments.
 
     Ioffe & Szegedy 2015, "Batch Normalization", section 3, algorithm 1, with every sum over all
-    ranks: `y = (x - mean) / sqrt(var + eps) * weight + bias` for each channel, `var` with division
-    by the number of values; `running_var` takes the one with division by that number less one.
+    ranks: `y = (x - mean) / sqrt(var + eps) * weight + bias` per channel, `var` with division by
+    the number of values; `running_var` divides by that number less one.
     Example: rank 0 holds 1, 2 and rank 1 holds 6: mean 3, var (4 + 1 + 9) / 3, 7 for `running_var`.
 
-    On CUDA this is torch's own function, which refuses tensors of the CPU; there it is one gather
-    of (count, mean, squared deviations) in the forward pass and one sum in the backward pass, over
-    the default process group. The batches of the ranks may differ in size; some may be empty.
-    Gradients of `weight` and `bias` are those of the rank's own batch, as in torch:
-    DistributedDataParallel averages them as it averages all others. With one rank, in eval mode or
-    without a process group it is plain BatchNorm. 16-bit samples are normalised in float32.
-
-    Args are those of torch's BatchNorm:
-        num_features: C, channels of an input (B, C, ...).
-        eps: added to the variance.
-        momentum: share of the newest batch in the running statistics; None for their plain mean.
-        affine: whether there are `weight` and `bias`, (C,) each.
-        track_running_stats: whether there are running statistics; else eval mode takes those of
-            the rank's batch.
-        device, dtype: of parameters and buffers.
+    On CUDA this is torch's own function, which does not take CPU tensors; there it is one gather of
+    (count, mean, squared deviations) in the forward pass and one sum in the backward pass, over the
+    default process group. The batches of the ranks may differ in size; some may be empty. Gradients
+    of `weight` and `bias` are those of the rank's own batch, as in torch: DDP averages them. With
+    one rank, in eval mode or without a process group it is plain BatchNorm. 16-bit samples are
+    normalised in float32.
 
     Raises:
-        ValueError: an input has no channel dimension, or too few values to have a variance: none
-            or one a channel over all ranks (not looked for on CUDA with several ranks).
+        ValueError: an input has no channel dimension, or fewer than two values per channel over all
+            ranks (not checked on CUDA with several ranks).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -65,7 +56,7 @@ class SyncBatchNorm(_BatchNorm):
         return cast(Tensor, function.apply(*arguments, group, group.size()))
 
     def _group(self) -> dist.ProcessGroup | None:
-        """Return the ranks to share statistics with now, if there are any."""
+        """Return the ranks that share statistics; None for plain BatchNorm."""
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD
@@ -73,20 +64,16 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"input is {[*input.shape]}; SyncBatchNorm needs (B, C, ...)")
+            raise ValueError(f"input is {[*input.shape]}: expected (B, C, ...)")
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Return `module` itself with its BatchNorm1d to 3d made SyncBatchNorm, in place.
+    """Convert each BatchNorm1d, 2d and 3d to SyncBatchNorm in place; return the module.
 
-    Each keeps its parameters, buffers, hooks and mode, and stays the same object, so that modules
-    used in two places stay one and names in the state_dict do not change. Lazy ones become ours
-    with their first batch. Left as they are: ours, torch's SyncBatchNorm, other subclasses with a
-    `forward` of their own (what they compute is theirs) and those with parametrizations, which
-    live in the class.
-
-    Args:
-        module: of any kind.
+    Each stays the same object with its parameters, buffers, hooks and mode, so that shared modules
+    stay shared and names in the state dict do not change. Lazy ones are converted by their first
+    batch. Subclasses with a `forward` of their own, such as torch's SyncBatchNorm, and those with
+    parametrizations, which live in the class, are left as they are.
     """
     for part in module.modules():
         if not isinstance(part, _BatchNorm) or type(part).forward is not _BatchNorm.forward:
@@ -99,7 +86,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 class _CpuFunction(torch.autograd.Function):
-    """Training-mode normalisation; torch's kernels of eval mode do the passes over the data.
+    """Normalisation in training; torch's kernels of eval mode do the passes over the data.
 
     With `xhat = (x - mean) * invstd` and sums over the N values a channel has on all ranks
     (Ioffe & Szegedy 2015, section 3, put together):
@@ -124,7 +111,7 @@ class _CpuFunction(torch.autograd.Function):
         count, mean, squares = _over_ranks(x_wide, group, world_size)
         if count < 2:
             raise ValueError(
-                f"{count} value(s) a channel over all ranks; training needs at least 2"
+                f"{count} value(s) per channel over all ranks: expected at least 2 in training"
             )
         if running_mean is not None and running_var is not None:
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
@@ -169,13 +156,7 @@ class _CpuFunction(torch.autograd.Function):
 
 
 def _over_ranks(x: Tensor, group: dist.ProcessGroup, world_size: int) -> tuple[int, Tensor, Tensor]:
-    """Return count, mean (C,), sum of squared deviations (C,), in float64. A collective.
-
-    Args:
-        x: (B, C, ...) of this rank.
-        group: the ranks.
-        world_size: how many they are.
-    """
+    """Return count, mean (C,), squared deviations (C,) of x (B, C, ...). A collective."""
     own = channel_moments(x)
     rows = own.new_empty(world_size, own.numel())
     dist.all_gather([*rows.unbind()], own, group=group)
@@ -184,7 +165,7 @@ def _over_ranks(x: Tensor, group: dist.ProcessGroup, world_size: int) -> tuple[i
 
 
 def channel_moments(x: Tensor) -> Tensor:
-    """Return (1 + 2C,) in float64: count, means, sums of squared deviations of each channel.
+    """Return (1 + 2C,) in float64: count, means, sums of squared deviations per channel.
 
     The deviations `d = x - m` are from the rounded mean m, corrected for the rounding (Chan, Golub
     & LeVeque 1983, "Algorithms for Computing the Sample Variance"): `mean = m + sum(d) / count` and
@@ -192,7 +173,7 @@ def channel_moments(x: Tensor) -> Tensor:
     values 1, 3 of one channel give 2, 2, 2.
 
     Args:
-        x: (B, C, ...); zeros where there is nothing in it.
+        x: (B, C, ...); may be empty.
     """
     channels = x.size(1)
     own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
@@ -200,7 +181,7 @@ def channel_moments(x: Tensor) -> Tensor:
         over = [0, *range(2, x.dim())]
         mean = x.mean(over)
         deviations = x - _per_channel(mean, x)
-        drift = deviations.mean(over).double()  # what rounding kept from the mean
+        drift = deviations.mean(over).double()  # rounding error of the mean
         own[0] = x.numel() // channels
         own[1 : 1 + channels] = mean + drift
         own[1 + channels :] = deviations.square_().sum(over) - own[0] * drift.square()
@@ -208,9 +189,9 @@ def channel_moments(x: Tensor) -> Tensor:
 
 
 def merged_moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count (), mean (C,), sum of squared deviations (C,) of several sets of values.
+    """Return count (), mean (C,) and sum of squared deviations (C,) of several sets of values.
 
-    Not from sums of squares, whose difference would cancel (Chan, Golub & LeVeque 1979, "Updating
+    Without sums of squares, whose difference would cancel (Chan, Golub & LeVeque 1979, "Updating
     Formulae and a Pairwise Algorithm for Computing Sample Variances"):
     `squares = sum_r(squares_r + count_r * (mean_r - mean)^2)`. The same rows give the same bits.
 
@@ -227,12 +208,12 @@ def merged_moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Return (C,) values in the shape that goes with x, (1, C, 1, ...)."""
+    """Return (C,) values in the shape (1, C, 1, ...), which broadcasts with x."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
 def _wide(tensor: Any) -> Any:
-    """Return what there is in float32 at least."""
+    """Return a tensor in float32 at least; None for None."""
     if tensor is None or tensor.dtype in (torch.float32, torch.float64):
         return tensor
     return tensor.float()

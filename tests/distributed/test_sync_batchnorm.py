@@ -329,9 +329,9 @@ def test_all_ranks_raise_when_there_is_no_variance() -> None:
         return messages
 
     for rank, (one, none, no_channels) in enumerate(run_ranks(work, 2)):
-        assert one == "1 value(s) a channel over all ranks; training needs at least 2"
-        assert none == "0 value(s) a channel over all ranks; training needs at least 2"
-        assert no_channels == f"input is [{rank}]; SyncBatchNorm needs (B, C, ...)"
+        assert one == "1 value(s) per channel over all ranks: expected at least 2 in training"
+        assert none == "0 value(s) per channel over all ranks: expected at least 2 in training"
+        assert no_channels == f"input is [{rank}]: expected (B, C, ...)"
 
 
 @pytest.mark.ranks
