@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from distrain.distributed import unprofiled
 from distrain.distributed.unprofiled import clear_gradients, update
 
 
@@ -82,3 +85,42 @@ def test_an_optimizer_with_a_way_of_its_own_keeps_it():
     _, counted = of_a_line(Counted)
     clear_gradients(counted)
     assert counted.cleared == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch.autograd.profiler, "_is_profiler_enabled"),
+        (optimizer_module, "_global_optimizer_pre_hooks"),
+        (optimizer_module, "_global_optimizer_post_hooks"),
+        (torch.optim.Optimizer, "profile_hook_step"),
+    ],
+)
+def test_without_a_private_name_of_torch_the_wrapped_step_is_called(owner, name, monkeypatch):
+    calls = []
+    _, optimizer = of_a_line()
+    wrapped = type(optimizer).step
+    monkeypatch.delattr(owner, name)
+    monkeypatch.setattr(unprofiled, "_STEP_WRAPPER", unprofiled._step_wrapper())
+
+    class Step:  # looks like the wrapped step; torch's own cannot run without the name
+        __code__ = wrapped.__code__
+
+        def __get__(self, optimizer, kind):
+            return self if optimizer is None else lambda: calls.append("wrapped")
+
+        def __wrapped__(self, optimizer):
+            calls.append("unwrapped")
+
+    monkeypatch.setattr(type(optimizer), "step", Step())
+    update(optimizer)
+    assert calls == ["wrapped"]
+
+
+def test_without_the_parts_of_ddps_forward_it_is_torchs_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(unprofiled, "_HAS_DDP_FORWARD", False)
+    monkeypatch.setattr(DistributedDataParallel, "forward", lambda self, *args: calls.append(args))
+    ddp = unprofiled.UnprofiledDDP.__new__(unprofiled.UnprofiledDDP)
+    unprofiled.UnprofiledDDP.forward(ddp, 1, 2)
+    assert calls == [(1, 2)]
