@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginAccumulator,
 )
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata as hparams_metadata
@@ -24,6 +25,7 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from writer_cases import Opened
 
 from distrain.events.histogram import Histogram
+from distrain.writers import tensorboard
 from distrain.writers.base import Row
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
@@ -252,6 +254,27 @@ def test_resume_drops_steps_that_are_not_written_again(tmp_path: Path) -> None:
     first.close()
     Opened(TensorBoardWriter(tmp_path), 10).close()
     assert points(tmp_path, "old") == [(9, 1.0)]
+
+
+class Unset:
+    """In the place of SessionLog: an event without a status."""
+
+    START = SessionLog.STATUS_UNSPECIFIED
+
+    def __new__(cls, status: int) -> Any:
+        return SessionLog(status=status)
+
+
+def test_without_the_start_event_a_curve_doubles_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start, value in ((0, 1.0), (10, 2.0)):
+        writer = Opened(TensorBoardWriter(tmp_path), start)
+        writer.write(row(9, loss=value))
+        writer.write(row(19, loss=value))
+        writer.close()
+        monkeypatch.setattr(tensorboard, "SessionLog", Unset)
+    assert points(tmp_path, "loss") == [(9, 1.0), (19, 1.0), (19, 2.0)]
 
 
 def test_a_value_from_before_the_resume_is_not_written_again(tmp_path: Path) -> None:
