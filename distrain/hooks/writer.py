@@ -32,10 +32,10 @@ class PeriodicWriter(HookBase):
     together.
 
     Args:
-        writers: name -> Writer, or a node to build it from; null leaves the name out. A list has no
-            names. None: TensorBoard, JSON lines and console. With `_recursive_: false` in the
-            hook's own node they are built on rank 0 only.
-        run_dir: the run folder; the current folder if there is none.
+        writers: name -> Writer, or the node of one, which is built on rank 0 only where the hook's
+            own node has `_recursive_: false`; null leaves a name out. Or a list.
+            None: TensorBoard, JSON lines and console.
+        run_dir: the run folder; null: the current folder.
         conf: the configuration, for writers that show it.
     """
 
@@ -63,7 +63,7 @@ class PeriodicWriter(HookBase):
         self._written = 0  # number of iterations up to and with the last row of a whole window
 
     def before_train(self) -> None:
-        """Open the writers; write the rows that a resumed checkpoint did not wait for."""
+        """Open the writers; write the rows that were not complete in the resumed checkpoint."""
         if not self.trainer.where.is_main:
             return
         self._written = min(self._written, self.trainer.start_iter)
@@ -75,7 +75,6 @@ class PeriodicWriter(HookBase):
         self._write_complete()
 
     def after_step(self) -> None:
-        """Write the rows that are complete."""
         if self._writer is not None:
             self._write_complete(but_last=is_finished(self.trainer))  # see `state_dict`
         else:  # no writer of this rank reads them
@@ -83,7 +82,6 @@ class PeriodicWriter(HookBase):
             self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
-        """Write the remaining rows and close the writers."""
         try:
             if self.trainer.error is None:
                 self.trainer.reduction.drain(self.trainer.storage.iter)
@@ -117,9 +115,8 @@ class PeriodicWriter(HookBase):
         dues = range(self._written - self._written % window + window, done + 1, window)
         if not dues:
             return
-        rows = self.trainer.storage.scalars_until_each(
-            [due - 1 for due in dues], window_size=window
-        )
+        iterations = [due - 1 for due in dues]
+        rows = self.trainer.storage.scalars_until_each(iterations, window_size=window)
         for due, scalars in zip(dues, rows, strict=True):
             self._write(due, scalars, more_follow=due != dues[-1])
             self._written = due
@@ -132,30 +129,17 @@ class PeriodicWriter(HookBase):
             step_s, at = scalars[STEP_S]
             scalars[ETA_S] = (step_s * (self.trainer.max_iter - done), at)
         histograms = [(name, pending.read(), at) for name, pending, at in self._new_histograms()]
-        self._writer.write(
-            Row(
-                done - 1,
-                self.trainer.max_iter,
-                scalars,
-                self._new_images(),
-                histograms,
-                more_follow,
-            )
-        )
+        images, max_iter = self._new_images(), self.trainer.max_iter
+        self._writer.write(Row(done - 1, max_iter, scalars, images, histograms, more_follow))
 
     def _finish_run(self) -> None:
-        """Mark the run as finished, with its latest metrics, if it is."""
-        if self.trainer.iter_done != self.trainer.max_iter:
-            return
-        assert self._writer is not None
-        scalars = self.trainer.storage.scalars_until(self.trainer.iter_done - 1, window_size=1)
-        self._writer.finish(
-            {
-                name: value
-                for name, (value, _) in scalars.items()
-                if not name.startswith((LR, *NONDETERMINISTIC_PREFIXES))
-            }
-        )
+        """Mark the run as finished, with its latest metrics, if all iterations are done."""
+        done = self.trainer.iter_done
+        if done == self.trainer.max_iter and self._writer is not None:
+            scalars = self.trainer.storage.scalars_until(done - 1, window_size=1)
+            left_out = (LR, *NONDETERMINISTIC_PREFIXES)
+            metrics = {n: value for n, (value, _) in scalars.items() if not n.startswith(left_out)}
+            self._writer.finish(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Write complete rows; return how far they reach."""
@@ -167,7 +151,6 @@ class PeriodicWriter(HookBase):
         return {"written": self._written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the rows written."""
         self._written = state["written"]
 
 
