@@ -1,7 +1,7 @@
-"""Composed configuration -> checked plain values, and the errors of composing it in one line.
+"""Composed configuration -> checked plain values; Hydra's errors in one line.
 
-Configuration is trusted like code: `_target_` may name any callable that can be imported. Treat the
-`run.yaml` of a stranger as you would treat a script of theirs.
+Configuration is trusted like code: `_target_` may name any importable callable. Treat the
+`run.yaml` of a stranger like a script of theirs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["build", "experiments", "explain", "locate", "resolve"]
 
 
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the composed configuration as checked plain values, with nothing left to look up.
+    """Return the composed configuration as checked plain values, interpolations resolved.
 
     Args:
-        cfg: what Hydra composed, or the same keys as a mapping.
+        cfg: composed by Hydra, or the same keys as a mapping.
 
     Raises:
-        ConfigError: for a key that is unknown, missing, of a wrong type or out of range.
+        ConfigError: a key is unknown, missing, of a wrong type or out of range.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -46,12 +46,12 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def experiments() -> str:
-    """Return the `+experiment=...` that can be given, for an error message."""
+    """Return `+experiment=` with the available experiments, for an error message."""
     return "+experiment=" + ("|".join(_options("experiment")) or "NAME")
 
 
 def explain(error: Exception) -> ConfigError:
-    """Return the one line that a user needs of an error of Hydra, OmegaConf or the YAML reader."""
+    """Return an error of Hydra, OmegaConf or the YAML reader in one line, with its fix."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, ConfigError):
@@ -86,7 +86,7 @@ def explain(error: Exception) -> ConfigError:
 
 
 def _options(group: str) -> list[str]:
-    """Return the choices of a config group, or nothing where Hydra is not running."""
+    """Return the choices of a config group; none if Hydra is not running."""
     from hydra.core.global_hydra import GlobalHydra
 
     if not group or not GlobalHydra.instance().is_initialized():
@@ -95,20 +95,20 @@ def _options(group: str) -> list[str]:
 
 
 def _folders(text: str) -> str:
-    """Return where a user's own files are looked for, of the text of Hydra's error."""
+    """Return the user's folders in the text of Hydra's error."""
     own = re.findall(r"path=file://(.*)", text)
-    return "searched, too: " + ", ".join(own) if own else "--config-dir FOLDER adds files of yours"
+    return "also searched: " + ", ".join(own) if own else "--config-dir FOLDER adds your files"
 
 
 def _all_of(word: str, options: list[str]) -> str:
-    """Return the nearest choice, if one is spelled like `word`, then all of them."""
+    """Return the choice spelled like `word`, if any, then all choices."""
     near = difflib.get_close_matches(word, options, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return hint + "available: " + (", ".join(sorted(options)) or "none")
 
 
 def _near_key(cause: object, key: str) -> str:
-    """Return a hint with the keys next to an unknown one, "" if none."""
+    """Return a hint with the keys spelled like an unknown one, else all in its node."""
     parent, _, last = key.rpartition(".")
     node = getattr(cause, "parent_node", None)
     names = sorted(str(name) for name in node) if isinstance(node, Mapping) else []

@@ -1,11 +1,11 @@
-"""Origin of a composed configuration's keys: what Hydra merged silently is refused or repaired.
+"""Origin of a composed configuration's keys: refuse or repair Hydra's silent merges.
 
-- A file whose name is that of a file of distrain is never read: refused.
+- A file with the name of a file of distrain is never read: refused.
 - A file without `# @package _global_` puts its keys below its own group: refused.
-- An optimizer or a schedule named by its import path is merged over the keywords that a group file
-  has for another one: those that it does not take are dropped. Keys of the user's own files and of
-  the command line are kept, and checked where they are used.
-- A group that was left out (`~optim`) keeps no keys that an experiment has for it.
+- An optimizer or a schedule given by import path is merged over the keywords that a group file has
+  for another one: those that it does not take are dropped. Keys of the user's files and of the
+  command line are kept, and checked where they are used.
+- A group that was left out (`~optim`) loses the keys that an experiment has for it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class _Part(NamedTuple):
 
 
 def clean(cfg: DictConfig, hydra_conf: Any) -> DictConfig:
-    """Return the configuration with only those keys that belong to it.
+    """Return the configuration without keys of left-out groups and other targets.
 
     Args:
-        cfg: what Hydra composed; changed in place.
+        cfg: composed by Hydra; changed in place.
         hydra_conf: Hydra's own configuration of this run.
 
     Raises:
-        ConfigError: a file of the user is shadowed, or lands below its own group.
+        ConfigError: a file of the user is shadowed, or its keys are below its own group.
     """
     # not resolved: an override may be `seed=${vars.seed}`
     given: Any = OmegaConf.to_container(hydra_conf.overrides, resolve=False)
@@ -73,7 +73,7 @@ def clean(cfg: DictConfig, hydra_conf: Any) -> DictConfig:
 
 
 def _check_file(group: str, choice: str, folders: Sequence[str]) -> None:
-    """Raise ConfigError for a file that is never read, or whose keys land below its own group."""
+    """Raise ConfigError for a file that is never read, or whose keys are below its own group."""
     own = [Path(folder, group, f"{choice}.yaml") for folder in folders if "://" not in folder]
     own = [path for path in own if path.is_file()]
     if not own:
@@ -84,27 +84,27 @@ def _check_file(group: str, choice: str, folders: Sequence[str]) -> None:
     if is_after_ours and (_CONF / group / f"{choice}.yaml").is_file():
         raise ConfigError(
             f"{group}={choice}: {own[0]} is shadowed by distrain's own file of the same name; "
-            "expected another name: rename it"
+            "rename it"
         )
     known = [field.name for field in dataclasses.fields(schema.Keys)]
     if group not in known and not _PACKAGE.match(own[0].read_text()):
         raise ConfigError(
-            f"{group}={choice}: the keys of {own[0]} land below {group}.; expected "
+            f"{group}={choice}: the keys of {own[0]} are below {group}.; expected "
             "'# @package _global_' as its first line"
         )
 
 
 def _own_target(group: str, choice: Any, target_key: str) -> Any:
-    """Target that our own file of a choice names, or None."""
+    """Return the target in distrain's file of a choice, or None."""
     path = _CONF / group / f"{choice}.yaml"
     keys = yaml.safe_load(path.read_text()) if path.is_file() else {}
     return keys.get(target_key)
 
 
 def _parts(config_name: str, overrides: Sequence[str]) -> Iterator[_Part]:
-    """Files of the defaults list, in the order in which they are merged."""
+    """Yield the files of the defaults list in the order of their merge."""
     loader: Any = GlobalHydra.instance().config_loader()
-    # not public, but the only repository that searches the folders of hydra.searchpath, too
+    # private, but the only repository that also searches the folders of hydra.searchpath
     parsed, repo = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
     found = create_defaults_list(repo, config_name, parsed, prepend_hydra=True, skip_missing=False)
     for default in found.defaults:
@@ -120,7 +120,7 @@ def _was_chosen(group: str, overrides: Sequence[str]) -> bool:
 
 
 def _is_left_out(group: str, overrides: Sequence[str]) -> bool:
-    """Whether `~group` is the last word of the command line on a group."""
+    """Whether `~group` is the last override of a group."""
     own = [each for each in overrides if each.lstrip("+~").partition("=")[0].split(".")[0] == group]
     return bool(own) and own[-1].partition("=")[0] == f"~{group}"
 
@@ -132,10 +132,10 @@ def _drop_keywords_of_others(
     parts: Sequence[_Part],
     overrides: Sequence[str],
 ) -> None:
-    """Drop the keywords that our files set for another target and that this one does not take."""
+    """Drop keywords that distrain's files set for another target and this one does not take."""
     final, target = node[target_key], None
     is_chosen = _was_chosen(group, overrides)
-    target_of: dict[str, Any] = {}  # of each key: the target beside or before which it was set
+    target_of: dict[str, Any] = {}  # key -> the target for which it was set
     for part in parts:
         keys = OmegaConf.select(part.keys, group)
         if not isinstance(keys, DictConfig):
@@ -159,7 +159,7 @@ def _drop_keywords_of_others(
         return
     try:
         takes = keywords_of(locate(str(final)))
-    except ConfigError:  # a node that submits may lack what the ranks have; they check it
+    except ConfigError:  # the submitting node may lack packages of the ranks, which check it
         return
     if takes is not None:
         for key in others.difference(takes):

@@ -1,4 +1,4 @@
-"""Arguments that Hydra's grammar refuses although their meaning is plain."""
+"""Rewrite arguments that Hydra's grammar refuses although their meaning is clear."""
 
 from __future__ import annotations
 

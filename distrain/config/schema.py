@@ -1,4 +1,4 @@
-"""The keys that the service reads itself: their types, their ranges, and the check."""
+"""Schema of the configuration: keys, types, ranges and defaults; `check` applies it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from distrain.checks import did_you_mean, parsed_number, refuse_url, wrong
+from distrain.checks import did_you_mean, one_of, parsed_number, refuse_url, wrong
 from distrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A number must not be smaller than `limit`."""
+    """A number of at least `limit`."""
 
     limit: int
 
 
 class Positive:
-    """A number must be larger than zero."""
+    """A number above 0."""
 
 
 class Printable:
-    """A text must not be empty, nor hold control characters or surrounding blanks."""
+    """A text that is not empty, without control characters and outer blanks."""
 
 
 class RunName:
-    """A text must name a folder below the one of all runs, and must not look like an option."""
+    """The name of a folder below that of all runs, unlike a command-line option."""
 
 
 class LocalPath:
-    """A text must be a path of a mounted file system, no URL."""
+    """A path of a mounted file system, no URL."""
 
 
 class Target(dict[str, Any]):
-    """A node that `config.build` makes an object of: `_target_` and the object's own keywords."""
+    """A node for `config.build`: `_target_` and the object's keywords."""
 
 
 @dataclass
 class RunKeys:
-    """`run.*`: where the run lies."""
+    """`run.*`: name and folder of the run."""
 
     name: Annotated[str, Printable(), LocalPath(), RunName()]
     dir: Annotated[str, Printable(), LocalPath()]
@@ -50,7 +50,7 @@ class RunKeys:
 
 @dataclass
 class DataKeys:
-    """`data.*`: what the stream of samples is made of."""
+    """`data.*`: data sets, batches and loaders."""
 
     batch_size: Annotated[int, AtLeast(1)]
     train: Target | None
@@ -64,7 +64,7 @@ class DataKeys:
 
 @dataclass
 class FsdpKeys:
-    """`trainer.fsdp.*`: how the model is sharded."""
+    """`trainer.fsdp.*`: sharding of the model."""
 
     blocks: list[Any] | None = None
     reshard_after_forward: bool = True
@@ -96,7 +96,7 @@ class TrainerKeys:
 
 @dataclass
 class CheckpointKeys:
-    """`checkpoint.*`: which checkpoints are kept, and what a failed save does."""
+    """`checkpoint.*`: retention of checkpoints, and failed saves."""
 
     keep_last: Annotated[int, AtLeast(1)] = 3
     keep_every: Annotated[int, AtLeast(1)] | None = None
@@ -105,7 +105,7 @@ class CheckpointKeys:
 
 @dataclass
 class InitKeys:
-    """`init.*`: weights that a new run starts from."""
+    """`init.*`: initial weights of a new run."""
 
     weights: Annotated[str, Printable(), LocalPath()] | None = None
     ema: str | None = None
@@ -117,7 +117,7 @@ class InitKeys:
 
 @dataclass
 class OptimKeys:
-    """`optim.*`: the groups of parameters; every other key is a keyword of the optimizer."""
+    """`optim.*`: parameter groups; other keys are keywords of the optimizer."""
 
     lr: Annotated[float, AtLeast(0)]
     target: str = "torch.optim.SGD"
@@ -132,7 +132,7 @@ class OptimKeys:
 
 
 OPEN: tuple[type, ...] = (OptimKeys,)
-"""Classes of nodes that may hold keys beyond their fields."""
+"""Nodes with keys beyond their fields."""
 
 
 @dataclass
@@ -157,25 +157,23 @@ class Keys:
 
 
 def check(conf: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with each key in its type, and with defaults filled in.
+    """Return the configuration with each value in the type of its key, and with defaults.
 
     Args:
         conf: plain values, as `config.resolve` makes them.
 
     Raises:
-        ConfigError: for the first key that is unknown, missing, of another type or out of range.
+        ConfigError: a key is unknown, missing, of another type or out of range.
     """
-    checked: dict[str, Any] = _node(conf, Keys, "")
-    return checked
+    return _node(conf, Keys, "")
 
 
-def _node(value: Any, cls: type, key: str) -> Any:
+def _node(value: Any, cls: type, key: str) -> dict[str, Any]:
     """Check the mapping at `key` against the dataclass `cls`."""
-    if not isinstance(value, dict):
-        raise wrong(key, value, "a mapping of keys, not one value")
+    _check_mapping(value, key)
     hints = typing.get_type_hints(cls, include_extras=True)
     prefix = key + "." if key else ""
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, item in value.items():
         if name in hints:
             checked[name] = _value(item, hints[name], prefix + str(name))
@@ -207,19 +205,15 @@ def _value(value: Any, hint: Any, key: str) -> Any:
             _in_range(checked, limit, key)
         return checked
     if origin in (types.UnionType, typing.Union):
-        return _one_of(value, typing.get_args(hint), key)
+        return _union(value, typing.get_args(hint), key)
     if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise wrong(key, value, "one of " + ", ".join(map(str, choices)))
-        return value
+        return one_of(key, value, typing.get_args(hint))
     if dataclasses.is_dataclass(hint):
         return _node(value, typing.cast(type, hint), key)
     if hint is Target:
         return _target(value, key)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong(key, value, "a mapping of keys, not one value")
+        _check_mapping(value, key)
         of = typing.get_args(hint)[1]
         return {k: v if of is Any else _value(v, of, f"{key}.{k}") for k, v in value.items()}
     if origin is list:
@@ -229,8 +223,13 @@ def _value(value: Any, hint: Any, key: str) -> Any:
     return _plain(value, hint, key)
 
 
-def _one_of(value: Any, hints: tuple[Any, ...], key: str) -> Any:
-    """Check a value against `X | None`, or against a union that its own type decides."""
+def _check_mapping(value: Any, key: str) -> None:
+    if not isinstance(value, dict):
+        raise wrong(key, value, "a mapping of keys, not one value")
+
+
+def _union(value: Any, hints: tuple[Any, ...], key: str) -> Any:
+    """Check a value against `X | None`, or against the member of a union with its type."""
     if value is None and type(None) in hints:
         return None
     if isinstance(value, dict) and Target in hints:
@@ -241,7 +240,7 @@ def _one_of(value: Any, hints: tuple[Any, ...], key: str) -> Any:
 
 
 def _target(value: Any, key: str) -> dict[str, Any]:
-    """Check a node that names what to build."""
+    """Check a node for `config.build`."""
     if not isinstance(value, dict):
         raise wrong(key, value, f"a mapping, at least {key}._target_=package.module.Name")
     path = value.get("_target_")

@@ -1,4 +1,4 @@
-"""The job: what a launcher starts on every rank, and a requeue starts again."""
+"""The job that a launcher starts on every rank, and a requeue starts again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distrain.errors import ExitCode, RunFailed
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Trains what a configuration says. Picklable, and light: torch is imported by the ranks.
+    """Training of one configuration. Picklable, and light: the ranks import torch.
 
     Attributes:
         conf: resolved configuration (see `schema.Keys`).
@@ -21,18 +21,18 @@ class TrainJob:
     run_dir: str
 
     def __call__(self) -> ExitCode:
-        """Do what one rank does; see `distrain.job.training.train`."""
+        """Train as one rank, see `distrain.job.training.train`."""
         from distrain.job.training import train
 
         try:
             return train(self.conf, self.run_dir)
-        except OSError as error:  # of the run's storage, not a bug: one line
+        except OSError as error:  # of the run's folder, not a bug: one line
             if not str(error.filename).startswith(self.run_dir):
                 raise
             raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
     def plan(self) -> str:
-        """Return in words what would be trained; see `distrain.job.plan.plan`."""
+        """Return a description of the run, see `distrain.job.plan.plan`."""
         from distrain.job.plan import plan
 
         return plan(self.conf, self.run_dir)

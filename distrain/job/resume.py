@@ -1,4 +1,4 @@
-"""Choose the checkpoint that a run continues from: the newest that is valid, its own and fits."""
+"""Choose the checkpoint to continue from: the newest that is valid, of this run, and fits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS: dict[str, type] = {
     "histories": dict,
     "rng": dict,
 }
-"""Parts that every checkpoint of a run has, and what they are."""
+"""Parts of every checkpoint of a run, and their types."""
 
 _SHOWN = 3  # names in a message
 
@@ -35,17 +35,17 @@ State = dict[str, Any]
 
 
 def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:
-    """Return where to start and the state to start from; (0, None) without checkpoints.
+    """Return the first iteration and the state to load; (0, None) without checkpoints.
 
-    Rank 0 chooses and all ranks load the same one: no rank falls back alone. A collective.
+    Rank 0 chooses and all ranks load the same one. A collective.
 
     Args:
         folder: of the run's checkpoints.
         model: this run's, before it is wrapped. Its weights may be overwritten.
 
     Raises:
-        RunRefused: there are checkpoints, but none to continue from.
-        RunFailed: one cannot be read. Nothing was changed in either case.
+        RunRefused: none of the checkpoints can be continued from.
+        RunFailed: one cannot be read. No file was changed in either case.
     """
     state: State | None = None
     name, failure, is_final = "", "", False
@@ -81,19 +81,18 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def newest_fitting(folder: Path, model: nn.Module) -> tuple[str, State | None]:
-    """Return the folder name of the newest checkpoint to continue from, and its state.
+    """Return the folder name and the state of the newest checkpoint to continue from.
 
     ("", None) without any. It may be a trained state whose end is left, see `Found.is_end_left`.
-
-    Those that are passed over are named in a warning.
+    Skipped checkpoints are logged as warnings.
 
     Raises:
-        RunRefused: there are checkpoints, but none to continue from.
-        OSError: one cannot be read; an older one in its place would lose what it holds.
+        RunRefused: none of the checkpoints can be continued from.
+        OSError: one cannot be read; an older one would lose its iterations.
     """
     clear_leftovers(folder)
     run_id = read_run_id(str(folder))
-    passed: list[str] = []
+    skipped: list[str] = []
     for path in reversed(retried(lambda: find_all(folder, with_trained=True))):
         try:
             state = load_checkpoint(path)
@@ -103,17 +102,17 @@ def newest_fitting(folder: Path, model: nn.Module) -> tuple[str, State | None]:
         if not why:
             return path.name, state
         logger.warning("checkpoint passed over: %s", why)
-        passed.append(why)
-    if passed:
+        skipped.append(why)
+    if skipped:
         raise RunRefused(
-            f"{folder}: none of {len(passed)} checkpoints can be continued from ({passed[0]}); "
+            f"{folder}: none of {len(skipped)} checkpoints can be continued from ({skipped[0]}); "
             "begin another run with run.name=..., or move this folder away to begin at 0"
         )
     return "", None
 
 
 def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> str:
-    """Return why a valid checkpoint is not one of this run; "" if it is."""
+    """Return why a valid checkpoint does not fit this run; "" if it does."""
     manifest = fmt.read_manifest(str(path))
     if run_id is not None and manifest["run_id"] != run_id:
         return f"{path} was written by another run: its run_id is not that of {path.parent}/run_id"
@@ -126,7 +125,7 @@ def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> s
         return f"{path} lacks the random generators of the ranks"
     if not {"state", "param_groups"} <= set(state["optimizer"]):
         return f"{path} lacks the state of the optimizer"
-    try:  # as it will be loaded: a model may bring a load_state_dict of its own
+    try:  # as it will be loaded: a model may have its own load_state_dict
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         return f"{path} is of another model: {_difference(state['model'], model, error)}"
@@ -134,7 +133,7 @@ def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> s
 
 
 def _difference(saved: Mapping[str, Any], model: nn.Module, error: Exception) -> str:
-    """Return in a few words how a saved model differs from this one."""
+    """Return the first differences of a saved model from this one."""
     own = model.state_dict()
     lines = [f"it has {name}" for name in saved if name not in own]
     lines += [f"it lacks {name}" for name in own if name not in saved]

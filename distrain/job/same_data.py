@@ -1,13 +1,13 @@
 """Compare the data sets of all ranks at the start: their lengths, and a few samples of each.
 
-A rank takes its share of a data set by position, so ranks whose sets differ, as by the order of a
-listed folder, train on some samples twice and on others never. Samples are loaded in a child
-process: the data set and the generators of the rank stay as they are.
+A rank takes its part of a data set by position, so ranks whose sets differ, for example in the
+order of a listed folder, train on some samples twice and on others never. Samples are loaded in a
+child process: the data set and the generators of the rank do not change.
 
-A false alarm is worse than a difference that is missed. Structure, shapes, dtypes, text and
-integers are compared exactly, but floats and images, which another library may decode a little
-differently, by the means of their parts with a tolerance, and paths by their last component. Left
-out are samples that two loads under one seed make different, that raise, or that take too long.
+A false alarm is worse than a missed difference. Structure, shapes, dtypes, text and integers are
+compared exactly, floats and images, which libraries decode slightly differently, by the means of
+their parts with a tolerance, and paths by their last component. Samples that differ between two
+loads under one seed, raise, or take too long are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from distrain.errors import ConfigError
 from distrain.log import logger
 
 PROBE_S = 3.0
-"""Time that the samples of all data sets together may take; those that come later are left out."""
+"""Limit on the time of all samples together; later ones are left out."""
 
 _TOLERANCE = 1e-3  # of means, relative to that of the absolute values
 _NUM_MEANS = 8
@@ -55,16 +55,16 @@ def check_same_data(
 
     Args:
         datasets: map-style, by their keys of the configuration.
-        seed: of the run, for what the samples draw.
-        open_before: what `open_files` returned before the data sets were built.
-        may_fork: whether a child process may load samples; else lengths are compared only.
+        seed: of the run, for random numbers of the samples.
+        open_before: `open_files()` from before the data sets were built.
+        may_fork: whether a child process may load samples; else only lengths are compared.
 
     Raises:
-        ConfigError: they differ; on all ranks alike. Or one is empty or not map-style.
+        ConfigError: they differ, on all ranks alike; or one is empty or not map-style.
     """
     lengths = {key: length_of(dataset, key) for key, dataset in datasets.items()}
     opened = [fd for fd, link in open_files().items() if open_before.get(fd) != link]
-    # A connection, as to a database, would be out of step after a child has used it.
+    # a connection, such as to a database, would be in a wrong state after a child has used it
     prints: dict[str, Print] = {}
     if may_fork and all(_is_stateless(fd) for fd in opened):
         with _positions_kept(opened):
@@ -77,17 +77,17 @@ def check_same_data(
 
 
 def open_files() -> dict[int, str]:
-    """Return what the open descriptors of this process refer to, where the system lists them."""
+    """Return the targets of this process's open file descriptors, if the system lists them."""
     found = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # that of the listing is closed again
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed
                 found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return found
 
 
 def _is_stateless(fd: int) -> bool:
-    """Whether a child that uses a descriptor leaves it as it was, but for its position."""
+    """Whether use by a child changes nothing of a descriptor but its position."""
     try:
         mode = os.fstat(fd).st_mode
         is_read_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
@@ -98,7 +98,7 @@ def _is_stateless(fd: int) -> bool:
 
 @contextlib.contextmanager
 def _positions_kept(fds: Iterable[int]) -> Iterator[None]:
-    """Give files their positions back at the end of `with`: a child shares them.
+    """Restore the positions of files, which a child shares, at the end of `with`.
 
     A buffered reader relies on the position at which it left a file.
     """
@@ -115,7 +115,7 @@ def _positions_kept(fds: Iterable[int]) -> Iterator[None]:
 
 
 def _probe(datasets: Mapping[str, Any], seed: int) -> dict[str, Print]:
-    """Return the prints of samples by their places, as far as a child has them in time."""
+    """Return the prints of samples by their places, as many as a child loads in time."""
     context = WorkerContext()
     receiving, sending = context.Pipe(duplex=False)
     child = context.Process(
@@ -127,11 +127,11 @@ def _probe(datasets: Mapping[str, Any], seed: int) -> dict[str, Print]:
         try:
             with signals_held():
                 child.start()
-        except OSError as error:  # no memory or no process left: lengths are compared only
+        except OSError as error:  # no memory or no process left: only lengths are compared
             logger.debug("no samples are compared: %s", error)
             sending.close()
             return prints
-        sending.close()  # so that the end of the child is the end of the pipe
+        sending.close()  # the pipe ends with the child
         with contextlib.suppress(EOFError, OSError):
             while receiving.poll(max(0.0, deadline - time.monotonic())):
                 place, found = wire.decode(receiving.recv_bytes())
@@ -144,16 +144,16 @@ def _probe(datasets: Mapping[str, Any], seed: int) -> dict[str, Print]:
 def _send_prints(
     sending: Connection, receiving: Connection, datasets: Mapping[str, Any], seed: int, parent: int
 ) -> None:
-    """Load samples in the child, and send what comes out the same twice."""
+    """Load samples in the child, and send the prints of those that are the same twice."""
     init_worker(parent)
     receiving.close()
-    faulthandler.disable()  # a crash of the child is none of the rank
-    # what the data set prints or logs here, it does in training, too
+    faulthandler.disable()  # a crash of the child is not one of the rank
+    # the data set prints and logs the same in training
     null = sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the process's end
     for number in (1, 2):
         os.dup2(null.fileno(), number)
     logging.disable()
-    torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     for key, dataset in datasets.items():
         fetch = Fetch(dataset, seed=seed, collate=itemgetter(0))
         size = len(dataset)
@@ -166,7 +166,7 @@ def _send_prints(
 
 
 def _print_of(fetch: Fetch, index: int) -> Print | None:
-    """Return the print of a sample, None if it cannot be loaded here."""
+    """Return the print of a sample; None if it cannot be loaded here."""
     at = np.array([index], dtype=np.int64)
     try:
         digest, floats, texts = hashlib.sha256(), list[Any](), list[str]()
@@ -180,14 +180,14 @@ def _print_of(fetch: Fetch, index: int) -> Print | None:
                 texts.append(str(part))
             data = part if isinstance(part, bytes) else str(part).encode(errors="replace")
             digest.update(len(data).to_bytes(8, "big") + data)
-    except Exception:  # the user's; where it is raised in training, too, it ends that
+    except Exception:  # of the user's code; raised again in training
         return None
     text = ", ".join(texts)
     return [digest.hexdigest(), _means(floats), text[:_TEXT_LENGTH]]
 
 
 def _means(floats: list[Any]) -> list[float]:
-    """Return the mean of the absolute values, and those of _NUM_MEANS parts in their order."""
+    """Return the mean of the absolute values, then the means of _NUM_MEANS parts."""
     if not floats:
         return []
     values = np.nan_to_num(np.concatenate(floats), posinf=0.0, neginf=0.0)
@@ -196,10 +196,7 @@ def _means(floats: list[Any]) -> list[float]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Return the parts of a nested sample in order.
-
-    Arrays are compared by their means. Texts, which messages show, and bytes are exact.
-    """
+    """Return the parts of a nested sample in order: arrays, texts (shown in messages), bytes."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_quantized:
             return [f"{value.layout} {_kind(value)}"]
@@ -217,7 +214,7 @@ def _parts(value: Any) -> list[Any]:
             return [kind]
         return [kind, " ".join(map(str, value.ravel()[:3])), value.tobytes()]
     if isinstance(value, str | PurePath):
-        return [os.path.basename(value)]  # a node may have the files in a folder of its own
+        return [os.path.basename(value)]  # nodes may have the files in different folders
     if isinstance(value, bytes | None):
         return [value]
     if isinstance(value, int):
@@ -256,7 +253,7 @@ def _compare_samples(place: str, prints: list[Print | None]) -> None:
     for rank, other in others:
         if not _is_same(one, other):
             mine, theirs = one[2], other[2]
-            if mine == theirs:  # what is shown is the beginning
+            if mine == theirs:  # both are cut
                 mine, theirs = (f"{p[2]} ... {p[0][:8]} {p[1][:1]}" for p in (one, other))
             raise ConfigError(
                 f"{place} is ({mine}) on rank {first}, ({theirs}) on rank {rank}; {_FIX}"
@@ -264,8 +261,8 @@ def _compare_samples(place: str, prints: list[Print | None]) -> None:
 
 
 _FIX = (
-    "expected the same data set on all ranks: sort what os.listdir and glob give, seed what the "
-    "data set draws when it is made, and check that all nodes have the same files"
+    "expected the same data set on all ranks: sort the result of os.listdir and glob, seed random "
+    "numbers in the data set's constructor, and check that all nodes have the same files"
 )
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, gradient clipping."""
+"""Parameter groups and optimizers."""
 
 from typing import TYPE_CHECKING
 

@@ -16,6 +16,7 @@ from distrain.checks import number
 from distrain.errors import ConfigError
 from distrain.optim.layer_decay import with_layer_decay
 from distrain.optim.rules import Place, Rule, Rules
+from distrain.text import table
 
 # _NormBase: batch norms (lazy, synchronised and distrain's own too) and instance norms
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -144,7 +145,7 @@ def format_groups(rows: Sequence[GroupRow]) -> str:
         shape = "lazy" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
         numbers = (f"{row.lr:g}", f"{row.weight_decay:g}")
         listing.append((row.name, shape, row.group, *numbers, row.why))
-    return f"{_columns(summary)}\n\n{_columns(listing)}\n"
+    return f"{table(summary)}\n\n{table(listing)}\n"
 
 
 def _walk(
@@ -284,10 +285,3 @@ def _name(labels: Sequence[tuple[str, str]], all_labels: set[tuple[str, str]]) -
     ]
     parts = ["/".join(filter(None, label)) for label in labels if label[0] not in whole]
     return "+".join(whole + parts)
-
-
-def _columns(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as text in which each column has one width."""
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    texts = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join(texts)

@@ -347,7 +347,7 @@ def test_a_file_without_a_package_is_one_line(command, tmp_path, head):
     code, _, err = command(*MINE)
     assert code is ExitCode.BAD_CONFIG
     assert err == (
-        f"distrain: experiment=mine: the keys of {tmp_path}/conf/experiment/mine.yaml land below "
+        f"distrain: experiment=mine: the keys of {tmp_path}/conf/experiment/mine.yaml are below "
         "experiment.; expected '# @package _global_' as its first line\n"
     )
 
@@ -360,15 +360,15 @@ def test_a_file_that_is_never_read_is_one_line(command, tmp_path, name):
     choice = name.replace("/", "=")
     assert err == (
         f"distrain: {choice}: {tmp_path}/conf/{name}.yaml is shadowed by distrain's own file of "
-        "the same name; expected another name: rename it\n"
+        "the same name; rename it\n"
     )
     assert os.listdir(tmp_path) == ["conf"]
 
 
 def test_an_experiment_that_is_not_found_names_the_folders(command, tmp_path):
-    assert "; --config-dir FOLDER adds files of yours" in command("+experiment=mine")[2]
+    assert "; --config-dir FOLDER adds your files" in command("+experiment=mine")[2]
     write_conf(tmp_path / "conf", "experiment/other", HEAD)
-    assert f"; searched, too: {tmp_path}/conf\n" in command(*MINE)[2]
+    assert f"; also searched: {tmp_path}/conf\n" in command(*MINE)[2]
 
 
 # sweeps

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from distrain.config import schema
 from distrain.config.compose import build, explain, locate, resolve
 from distrain.errors import ConfigError
+from distrain.trainer.trainer import Trainer
 
 SMALL = {
     "run": {"name": "a", "dir": "runs/a"},
@@ -162,6 +164,27 @@ def test_every_key_of_the_service_is_in_its_own_conf():
     ):
         shown = OmegaConf.load(groups[node]) if node in groups else base[node]
         assert cls.__annotations__.keys() <= {str(key) for key in shown}, node
+
+
+def test_a_default_is_the_same_in_the_schema_in_conf_and_in_the_trainer():
+    conf = Path(__file__).parents[2] / "conf"
+    shown = OmegaConf.to_container(OmegaConf.load(conf / "config.yaml"))
+    trainer = OmegaConf.load(conf / "trainer" / "default.yaml")
+    shown["trainer"] = OmegaConf.to_container(trainer)
+    of_trainer = inspect.signature(Trainer).parameters
+    for node, cls in (
+        ("data", schema.DataKeys),
+        ("checkpoint", schema.CheckpointKeys),
+        ("init", schema.InitKeys),
+        ("trainer", schema.TrainerKeys),
+    ):
+        plain = shown[node]
+        for entry in dataclasses.fields(cls):
+            if entry.default is dataclasses.MISSING or f"{plain[entry.name]}".startswith("${"):
+                continue
+            assert plain[entry.name] == entry.default, f"{node}.{entry.name}"
+            if node == "trainer" and entry.name in of_trainer:
+                assert of_trainer[entry.name].default == entry.default, entry.name
 
 
 # objects
