@@ -102,6 +102,13 @@ def test_each_package_has_a_level():
     }
 
 
+def test_the_trainer_uses_strategies_through_their_base_class():
+    modules = [module for module in MODULES if module.startswith("distrain.trainer.")]
+    imported = {name for module in modules for name, _, _ in imports(MODULES[module])}
+    assert "distrain.distributed.strategy" in imported
+    assert imported.isdisjoint({"distrain.distributed.ddp", "distrain.distributed.fsdp"})
+
+
 def test_no_import_cycle():
     graph = {
         module: {
