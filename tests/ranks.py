@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.distributed.tensor.parallel.ddp  # paid here once and not in every rank
 from torch._C._distributed_c10d import FileStore
 
+from distrain.errors import add_note
+
 # Fork takes 50 ms a rank where spawn takes 2 s, most of it to import torch again. It needs a parent
 # without threads that matter: torch is kept to one thread, and nothing here may touch CUDA.
 FORK = multiprocessing.get_context("fork")
@@ -177,7 +179,7 @@ def _failure(rank: int, error: BaseException) -> bytes:
     at = _now_s()
     note = f"in rank {rank}:\n{''.join(traceback.format_exception(error))}"
     with contextlib.suppress(Exception):
-        error.add_note(note)
+        add_note(error, note)
         message = pickle.dumps((at, error, None))
         if isinstance(pickle.loads(message)[1], Exception):
             return message
