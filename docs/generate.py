@@ -179,7 +179,7 @@ def type_text(hint: Any) -> str:
         for limit in limits:
             if isinstance(limit, schema.AtLeast):
                 words.append(f"at least {limit.limit}")
-            elif isinstance(limit, schema.Positive):
+            elif limit is schema.positive:
                 words.append("above 0")
         return ", ".join(words)
     if origin is Literal:

@@ -19,21 +19,30 @@ class AtLeast:
 
     limit: int
 
-
-class Positive:
-    """A number above 0."""
-
-
-class Printable:
-    """A text that is not empty, without control characters and outer blanks."""
+    def __call__(self, key: str, value: float) -> None:
+        """Raise ConfigError for a smaller number."""
+        if value < self.limit:
+            raise wrong(key, value, f"at least {self.limit}")
 
 
-class RunName:
-    """The name of a folder below that of all runs, unlike a command-line option."""
+def positive(key: str, value: float) -> None:
+    """Raise ConfigError for a number that is not above 0."""
+    if value <= 0:
+        raise wrong(key, value, "a number above 0")
 
 
-class LocalPath:
-    """A path of a mounted file system, no URL."""
+def printable(key: str, value: str) -> None:
+    """Raise ConfigError for an empty text, control characters or outer blanks."""
+    if not value.isprintable() or value != value.strip():
+        raise wrong(key, repr(value), "text without control characters and outer blanks")
+    if not value:
+        raise ConfigError(f"{key}: expected a value, {key}=...")
+
+
+def run_name(key: str, value: str) -> None:
+    """Raise ConfigError for a name outside the folder of all runs, or like an option."""
+    if value.startswith(("-", "/")) or not {".", ".."}.isdisjoint(value.split("/")):
+        raise wrong(key, value, "a name without a leading - or /, and without . or ..")
 
 
 class Target(dict[str, Any]):
@@ -44,8 +53,8 @@ class Target(dict[str, Any]):
 class RunKeys:
     """`run.*`: name and folder of the run."""
 
-    name: Annotated[str, Printable(), LocalPath(), RunName()]
-    dir: Annotated[str, Printable(), LocalPath()]
+    name: Annotated[str, printable, refuse_url, run_name]
+    dir: Annotated[str, printable, refuse_url]
 
 
 @dataclass
@@ -77,8 +86,8 @@ class TrainerKeys:
     max_iter: Annotated[int, AtLeast(1)]
     window: Annotated[int, AtLeast(1)] = 20
     accumulation: Annotated[int, AtLeast(1)] = 1
-    clip_norm: Annotated[float, Positive()] | None = None
-    clip_value: Annotated[float, Positive()] | None = None
+    clip_norm: Annotated[float, positive] | None = None
+    clip_value: Annotated[float, positive] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     float32_matmul: Literal["highest", "high", "medium"] | None = None
     deterministic: bool = False
@@ -107,7 +116,7 @@ class CheckpointKeys:
 class InitKeys:
     """`init.*`: initial weights of a new run."""
 
-    weights: Annotated[str, Printable(), LocalPath()] | None = None
+    weights: Annotated[str, printable, refuse_url] | None = None
     ema: str | None = None
     prefix: str | None = None
     into: str | None = None
@@ -126,7 +135,7 @@ class OptimKeys:
     bias_lr_factor: Annotated[float, AtLeast(0)] = 1.0
     weight_decay_bias: Annotated[float, AtLeast(0)] | None = None
     rules: dict[str, Any] | list[Any] = field(default_factory=dict)
-    layer_decay: Annotated[float, Positive()] | None = None
+    layer_decay: Annotated[float, positive] | None = None
     layers: str | None = None
     fused: bool | None = None
 
@@ -202,7 +211,7 @@ def _value(value: Any, hint: Any, key: str) -> Any:
         inner, *ranges = typing.get_args(hint)
         checked = _value(value, inner, key)
         for limit in ranges:
-            _in_range(checked, limit, key)
+            limit(key, checked)
         return checked
     if origin in (types.UnionType, typing.Union):
         return _union(value, typing.get_args(hint), key)
@@ -270,21 +279,3 @@ def _plain(value: Any, hint: type, key: str) -> Any:
     if hint is int and found != int(found):
         raise wrong(key, value, "an integer")
     return hint(found)
-
-
-def _in_range(value: Any, limit: object, key: str) -> None:
-    """Check a value against one of the limits above."""
-    if isinstance(limit, Printable) and (not value.isprintable() or value != value.strip()):
-        raise wrong(key, repr(value), "text without control characters and outer blanks")
-    if isinstance(limit, Printable) and not value:
-        raise ConfigError(f"{key}: expected a value, {key}=...")
-    if isinstance(limit, LocalPath):
-        refuse_url(key, value)
-    if isinstance(limit, RunName) and (
-        value.startswith(("-", "/")) or not {".", ".."}.isdisjoint(value.split("/"))
-    ):
-        raise wrong(key, value, "a name without a leading - or /, and without . or ..")
-    if isinstance(limit, AtLeast) and value < limit.limit:
-        raise wrong(key, value, f"at least {limit.limit}")
-    if isinstance(limit, Positive) and value <= 0:
-        raise wrong(key, value, "a number above 0")
