@@ -437,6 +437,17 @@ def test_a_launcher_may_take_the_sweep_at_once(command):
     assert Queue.taken == [["seed=1", "seed=2"]]
 
 
+def test_a_launcher_of_another_class_is_refused(command):
+    code, _, err = command(
+        "+experiment=digits", "launch=external", "launch._target_=types.SimpleNamespace"
+    )
+    assert code is ExitCode.BAD_CONFIG
+    assert err == (
+        "distrain: launch._target_=types.SimpleNamespace: expected a subclass of "
+        "distrain.launch.Launcher\n"
+    )
+
+
 def test_folder_names():
     assert folder_name("optim.lr=0.1,seed=2") == "optim.lr=0.1,seed=2"
     assert folder_name("a/b=1").startswith("a_b=1-")
