@@ -146,9 +146,12 @@ def configuration() -> str:
         "",
     ]
     for group in sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir()):
-        for path in sorted(group.glob("*.yaml")):
+        for path in sorted(group.rglob("*.yaml")):
             text = path.read_text().rstrip()
-            lines += [f"### {group.name}={path.stem}", "", "```yaml", text, "```", ""]
+            is_choice = path.parent == group  # else included by the choices
+            name = path.relative_to(ROOT / "conf").with_suffix("").as_posix()
+            title = f"{group.name}={path.stem}" if is_choice else name
+            lines += [f"### {title}", "", "```yaml", text, "```", ""]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,20 +150,11 @@ def as_json(summary: Summary) -> dict[str, Any]:
     files = summary.files
     names = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
     values = {name: names.get(str(v), v) for name, v in summary.values.items()}
-    return {
-        "name": summary.name,
-        "path": str(files.path.absolute()),
-        "group": summary.group,
-        "state": str(summary.state),
-        "why": summary.why,
-        "iteration": files.iteration,
-        "max_iter": files.max_iter,
-        "kept_iter": files.kept_iter,
-        "values": values,
-        "eta_s": summary.eta_s,
-        "ranks": summary.ranks,
-        "goodput": summary.goodput,
-        "job_id": summary.job_id,
-        "started": summary.started,
-        "age_s": summary.age_s,
+    of_run = {
+        field.name: getattr(summary, field.name)
+        for field in dataclasses.fields(summary)
+        if field.name != "files"
     }
+    of_files = {name: getattr(files, name) for name in ("iteration", "max_iter", "kept_iter")}
+    path = {"path": str(files.path.absolute()), "group": summary.group}
+    return of_run | of_files | path | {"state": str(summary.state), "values": values}
