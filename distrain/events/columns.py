@@ -28,41 +28,25 @@ _MAX_LAYOUTS = 1000  # sets of names that are remembered
 
 
 class _Layout(NamedTuple):
-    """Positions of the scalars of a row, by their destination.
-
-    Attributes:
-        known: scalars that have columns.
-        columns: these columns.
-        at_column: the position per column, if the row has all of them.
-        local: scalars that are not reduced.
-        local_names: their names.
-        unknown: scalars without a column, which the ranks have to exchange first.
-    """
+    """Positions of the scalars of a row, by their destination."""
 
     known: Ints
-    columns: Ints
-    at_column: Ints | None
-    local: Ints
+    columns: Ints  # of the known scalars
+    at_column: Ints | None  # position per column, if the row has all of them
+    local: Ints  # scalars that are not reduced
     local_names: tuple[str, ...]
-    unknown: list[int]
+    unknown: list[int]  # scalars without a column, whose names have to be exchanged first
 
 
 @dataclass
 class Unrolled:
-    """The rows of one rank as arrays.
+    """The rows of one rank as arrays."""
 
-    Attributes:
-        packed: (2, T, K) values, then their weights in a mean: 1 by default; both are 0 where the
-            scalar is absent.
-        weighted: whether a weight was given.
-        local: scalars that are not reduced.
-        held: rows of the values whose names have no column yet.
-    """
-
+    # (2, T, K) values, then their weights in a mean, 1 by default; both are 0 where one is absent
     packed: Floats
-    weighted: bool = False
-    local: list[Block] = field(default_factory=list)
-    held: list[ScalarRow] = field(default_factory=list)
+    weighted: bool = False  # whether a weight was given
+    local: list[Block] = field(default_factory=list)  # scalars that are not reduced
+    held: list[ScalarRow] = field(default_factory=list)  # values of names without a column
 
 
 class Columns:

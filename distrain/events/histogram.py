@@ -13,35 +13,23 @@ from distrain.events.history import Floats
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of a tensor's values in bins of equal width.
+    """Counts of a tensor's values in bins of equal width, and statistics of all values."""
 
-    Attributes:
-        counts: (bins,) number of values per bin.
-        edges: (bins + 1,) rising.
-        min, max, sum, sum_squares: of all values.
-        num: number of values.
-    """
-
-    counts: Floats
-    edges: Floats
+    counts: Floats  # (bins,)
+    edges: Floats  # (bins + 1,)
     min: float
     max: float
     sum: float
     sum_squares: float
-    num: int
+    num: int  # of values
 
 
 @dataclass(frozen=True)
 class PendingHistogram:
-    """A histogram on its device.
+    """A histogram on its device."""
 
-    Attributes:
-        packed: (bins + 5,) counts, then low edge, high edge, largest value, sum, sum of squares.
-        num: number of values.
-    """
-
-    packed: Tensor
-    num: int
+    packed: Tensor  # (bins + 5,) counts, low edge, high edge, largest value, sum, sum of squares
+    num: int  # of values
 
     def read(self) -> Histogram:
         """Copy the counts to the host."""

@@ -16,17 +16,11 @@ _MAX_WAITING = 1000  # iterations per set of names, before they move into the hi
 
 
 class Block(NamedTuple):
-    """Values of several scalars at the same iterations.
-
-    Attributes:
-        names: of the K scalars.
-        values: (n, K), oldest first.
-        iterations: (n,) of the values.
-    """
+    """Values of K scalars at the same n iterations, oldest first."""
 
     names: tuple[str, ...]
-    values: Floats
-    iterations: Ints
+    values: Floats  # (n, K)
+    iterations: Ints  # (n,)
 
 
 class Histories:

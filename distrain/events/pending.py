@@ -22,17 +22,11 @@ _DTYPE = attrgetter("dtype")
 
 
 class ScalarKind(NamedTuple):
-    """The settings of one scalar.
+    """The settings of one scalar."""
 
-    Attributes:
-        reduce: its operation over ranks.
-        smoothing_hint: whether writers may show a median over iterations.
-        is_loss: training stops if it is not finite on any rank.
-    """
-
-    reduce: Operation
-    smoothing_hint: bool
-    is_loss: bool = False
+    reduce: Operation  # over ranks
+    smoothing_hint: bool  # whether writers may show a median over iterations
+    is_loss: bool = False  # training stops if it is not finite on any rank
 
 
 LOSS = ScalarKind("mean", smoothing_hint=True, is_loss=True)
@@ -40,23 +34,14 @@ LOSS = ScalarKind("mean", smoothing_hint=True, is_loss=True)
 
 @dataclass(slots=True)
 class ScalarRow:
-    """The scalars of one iteration; a name is in `floats` or in `tensors`.
-
-    Attributes:
-        iteration: of all its values.
-        floats: values by name.
-        tensors: positions by name, among the elements of all concatenated blocks.
-        blocks: detached tensors without aliases, in the order in which they were put.
-        num_elements: of all blocks.
-        counts: weights in the mean by name, where given.
-    """
+    """The scalars of one iteration; a name is in `floats` or in `tensors`."""
 
     iteration: int
     floats: dict[str, float] = field(default_factory=dict)
-    tensors: dict[str, int] = field(default_factory=dict)
-    blocks: list[Tensor] = field(default_factory=list)
-    num_elements: int = 0
-    counts: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)  # positions in the concatenated blocks
+    blocks: list[Tensor] = field(default_factory=list)  # detached, without aliases
+    num_elements: int = 0  # of all blocks
+    counts: dict[str, float] = field(default_factory=dict)  # weights in the mean, where given
 
     def __contains__(self, name: object) -> bool:
         return name in self.floats or name in self.tensors

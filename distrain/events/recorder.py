@@ -124,7 +124,11 @@ class ScalarRecorder:
             scalars = {self._prefix + name: value for name, value in scalars.items()}
         call = (reduce, smoothing_hint, *scalars)
         if call not in self._checked_calls:
-            self._check_call(call, scalars, ScalarKind(reduce, bool(smoothing_hint)))
+            for name in scalars:
+                self._declare(name, ScalarKind(reduce, bool(smoothing_hint)))
+            if len(self._checked_calls) >= _MAX_CHECKED_CALLS:
+                self._checked_calls.clear()
+            self._checked_calls.add(call)
         if not self.is_reduced_by_trainer and any(name in self._row for name in scalars):
             self._fold()
         row, types = self._row, set(map(type, scalars.values()))
@@ -133,31 +137,14 @@ class ScalarRecorder:
         elif types == _FLOATS and row.tensors.keys().isdisjoint(scalars.keys()):
             row.floats.update(scalars)  # type: ignore[arg-type]
         else:
-            self._put_mixed(scalars)
+            tensors = {n: value for n, value in scalars.items() if isinstance(value, Tensor)}
+            if tensors:
+                row.put_block(stack(tensors), *tensors)
+            for name, value in scalars.items():
+                if name not in tensors:
+                    row.put_float(name, float(value))
         if count is not None:
             row.counts.update(dict.fromkeys(scalars, float(count)))
-
-    def _check_call(
-        self, call: tuple[object, ...], scalars: Mapping[str, object], kind: ScalarKind
-    ) -> None:
-        for name in scalars:
-            self._declare(name, kind)
-        if len(self._checked_calls) >= _MAX_CHECKED_CALLS:
-            self._checked_calls.clear()
-        self._checked_calls.add(call)
-
-    def _put_mixed(self, scalars: Mapping[str, float | Tensor]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, value in scalars.items():
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            else:
-                self._row.put_float(name, float(value))
-        if len(tensors) == 1:
-            [(name, tensor)] = tensors.items()
-            self._row.put_block(detached_copy(name, tensor), name)
-        elif tensors:
-            self._row.put_block(stack(tensors), *tensors)
 
     def put_losses(
         self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None = None
@@ -196,8 +183,8 @@ class ScalarRecorder:
         taken = self._rows
         if self._row.is_empty():
             taken = taken[:-1]
-        now = [row for row in [*reversed(taken), *self._taken] if row.iteration == self._iter]
-        self._taken = now
+        newest_first = [*reversed(taken), *self._taken]
+        self._taken = [row for row in newest_first if row.iteration == self._iter]
         self._row = ScalarRow(self._iter)
         self._rows = [self._row]
         return taken

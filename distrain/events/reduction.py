@@ -69,19 +69,12 @@ class _Window:
 
 
 class _Arrived(NamedTuple):
-    """A reduced window that is not in the histories yet.
+    """A reduced window that is not in the histories yet."""
 
-    Attributes:
-        iterations: (T,).
-        sums: the buffer of the sum.
-        extremes: the buffer of the maximum, without its header.
-        local: scalars that are not reduced.
-    """
-
-    iterations: Ints
+    iterations: Ints  # (T,)
     sums: Floats
-    extremes: Ints
-    local: Sequence[Block]
+    extremes: Ints  # without the header
+    local: Sequence[Block]  # scalars that are not reduced
 
 
 class ScalarReduction:
