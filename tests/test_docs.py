@@ -70,7 +70,7 @@ def test_types_and_comments_are_read(generate, tmp_path):
     assert rows["trainer.clip_norm"] == ("float, above 0 or null", "`null`")
     assert rows["resume"] == ("`auto` or `never` or `must`", "`auto`")
     assert rows["hooks"] == ("keys, each a node with `_target_` or null", "`{}`")
-    assert rows["data.train"] == ("node with `_target_`", "")
+    assert rows["data.train"] == ("node with `_target_` or null", "")
     file = tmp_path / "x.yaml"
     file.write_text("a: 1    # one | two\nb:\n  c: 2  # three\nd: '# 4'\n")
     comments = generate._comments(file, "top")
