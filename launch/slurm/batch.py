@@ -32,7 +32,7 @@ from distrain.launch.slurm.attempts import (
 from distrain.process import stdio
 from distrain.run_layout import CHECKPOINTS, LOGS, METRICS_FILE
 from distrain.runfolder import attempts as journal
-from distrain.runfolder.attempts import JOB_FOLDER, SUBMITTED_FILE
+from distrain.runfolder.attempts import JOB_FOLDER, SUBMITTED_FILE, Attempt
 
 
 def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
@@ -49,7 +49,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
             "the run folder must be on a file system that all nodes share"
         )
         return ExitCode.BAD_CONFIG
-    cut_off = journal.read_running(run_dir)
+    cut_off = _running(run_dir)
     if cut_off is not None:
         why = "its first node was lost or killed"
         journal.close(run_dir, cut_off, outcome="lost", why=why, end=_last_write_s(run_dir))
@@ -78,7 +78,7 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     Returns:
         The exit code for the batch script.
     """
-    attempt = journal.read_running(run_dir)
+    attempt = _running(run_dir)
     if attempt is None:
         _log(f"{run_dir}: `end` without `begin`")
         return ExitCode.FAILED
@@ -109,6 +109,13 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
         except queue.QueueError as error:
             _log(f"job {attempt.job_id} could not be requeued: {error}")
     return code
+
+
+def _running(run_dir: Path) -> Attempt | None:
+    try:
+        return journal.read_running(run_dir)
+    except (TypeError, ValueError):  # damaged by a power cut, which must not stop the run
+        return None
 
 
 def _gave_up(num_stuck: int) -> str:

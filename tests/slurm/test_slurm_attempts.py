@@ -223,6 +223,15 @@ def test_what_was_cut_off_gets_its_line_from_the_next_attempt(run_dir: Path) -> 
     assert (running["attempt"], running["first_iter"]) == (2, 10)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"attempt": "x"}'])
+def test_a_damaged_record_of_the_last_attempt_does_not_stop_the_next(
+    run_dir: Path, text: str
+) -> None:
+    (run_dir / "slurm" / "running.json").write_text(text)
+    assert slurm_batch.begin(run_dir, max_requeues=3) == ExitCode.FINISHED
+    assert read_attempts(run_dir) == []
+
+
 def test_a_node_without_the_run_folder_says_so(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
