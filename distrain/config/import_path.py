@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
 from typing import Any
 
+from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
 
 
@@ -72,5 +72,4 @@ def _missing(owner: object, name: str) -> str:
     if isinstance(owner, ModuleType) and hasattr(owner, "__path__"):
         names += [module.name for module in pkgutil.iter_modules(owner.__path__)]
     label = getattr(owner, "__name__", None) or name_of(type(owner))
-    near = difflib.get_close_matches(name, sorted(set(names)), n=3)
-    return f"{label} has no {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return f"{label} has no {name}; {did_you_mean(name, sorted(names))}"

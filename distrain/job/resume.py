@@ -118,7 +118,7 @@ def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> s
         return f"{path} was written by another run: its run_id is not that of {path.parent}/run_id"
     missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
     if missing:
-        return f"{path} lacks what every run has: {', '.join(missing)}"
+        return f"{path} lacks parts of every run: {', '.join(missing)}"
     if state["stream"].get("iteration") != manifest["iteration"]:
         return f"{path} has the position in the data of another iteration"
     if not isinstance(state["rng"].get("ranks"), list) or not state["rng"]["ranks"]:

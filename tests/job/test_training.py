@@ -373,11 +373,11 @@ def forge_parts(path, **parts):
     ("parts", "words"),
     [
         ({"model": {}}, "is of another model: it lacks net.0.weight"),
-        ({"optimizer": None, "rng": None}, "lacks what every run has: optimizer, rng"),
+        ({"optimizer": None, "rng": None}, "lacks parts of every run: optimizer, rng"),
         ({"optimizer": {}}, "lacks the state of the optimizer"),
         ({"stream": {"iteration": 7}}, "the position in the data of another iteration"),
         ({"rng": {"ranks": []}}, "lacks the random generators"),
-        ({"model": None}, "lacks what every run has: model"),
+        ({"model": None}, "lacks parts of every run: model"),
     ],
 )
 def test_a_forged_checkpoint_is_named_and_passed_over(folder, parts, words):
