@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from distrain.events.history import HistoryBuffer
     from distrain.events.storage import EventStorage, get_event_storage
+    from distrain.job.load import load
     from distrain.optim.groups import param_groups
     from distrain.schedule.schedules import WarmupCosineLR, WarmupMultiStepLR
     from distrain.trainer.hook import HookBase
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "WarmupCosineLR": "schedule.schedules",
     "WarmupMultiStepLR": "schedule.schedules",
     "get_event_storage": "events.storage",
+    "load": "job.load",
     "param_groups": "optim.groups",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "WarmupCosineLR",
     "WarmupMultiStepLR",
     "get_event_storage",
+    "load",
     "param_groups",
 ]
 

@@ -123,6 +123,11 @@ class DigitsNet(nn.Module):
         """Return `accuracy` (B,): 1 where the highest score is the label's, else 0."""
         return {"accuracy": (self.logits(images).argmax(dim=1) == labels).float()}
 
+    def predict(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return `digit` (B,) and `probabilities` (B, 10)."""
+        scores = self.logits(images)
+        return {"digit": scores.argmax(dim=1), "probabilities": scores.softmax(dim=1)}
+
 
 def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     """Return a 3x3 convolution without bias, BatchNorm and ReLU."""

@@ -83,7 +83,7 @@ def build_parts(
     train_set, eval_set = _build_datasets(conf, ranks)
     loader = _train_loader(conf, data_ranks, train_set, accumulation=settings["accumulation"])
     hooks = _build_hooks(
-        eval_loader=None if eval_set is None else _eval_loader(conf, data_ranks, eval_set),
+        eval_loader=None if eval_set is None else eval_loader(conf, data_ranks, eval_set),
         schedule=schedule,
         checkpoints=checkpoints,
         run_dir=run_dir,
@@ -171,7 +171,8 @@ def _train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: in
     return loader
 
 
-def _eval_loader(conf: Conf, ranks: Topology, dataset: Any) -> EvalLoader:
+def eval_loader(conf: Conf, ranks: Topology, dataset: Any) -> EvalLoader:
+    """Return the loader of this rank's share of the evaluation set."""
     batch_size = conf["data"]["eval_batch_size"] or conf["data"]["batch_size"]
     share = max(1, batch_size // ranks.world_size)
     return EvalLoader(dataset, batch_size=share, **_loading(conf, ranks))

@@ -1,0 +1,131 @@
+"""`python -m distrain.evaluate`: evaluate a checkpoint of a run, write its predictions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distrain.errors import ConfigError, ExitCode, RankFailed, RunFailed
+
+_GROUPS = Path(__file__).parents[1] / "conf"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distrain.evaluate",
+        description="Evaluate a checkpoint of a run on data.eval, with any number of ranks.",
+        epilog="Exit status: 0 evaluated, 1 failed, 2 bad configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, as runs/digits")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="checkpoint=newest|best|best:METRIC|ITERATION (default: newest); any key of the "
+        "configuration, as data.eval.split=test or launch.ranks=4; launch=local|slurm",
+    )
+    parser.add_argument("--ema", metavar="NAME", help="evaluate the average of this EMA hook")
+    parser.add_argument(
+        "--predict", metavar="FILE", help="write model.predict(batch) to FILE.jsonl or .safetensors"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; return the exit code."""
+    options = build_parser().parse_args(arguments)
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # `_target_` names modules of the current folder
+    try:
+        return int(run(options))
+    except ConfigError as error:
+        code, text = ExitCode.BAD_CONFIG, str(error)
+    except (RankFailed, RunFailed, OSError) as error:
+        code, text = ExitCode.FAILED, str(error)
+    print(f"distrain.evaluate: {text}", file=sys.stderr)
+    return int(code)
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Start the evaluation with the run's launcher and print the metrics."""
+    from distrain.config.instantiate import build
+    from distrain.job.evaluation import RESULT_FILE, EvaluateJob
+    from distrain.job.load import find_checkpoint, read_conf
+    from distrain.job.predictions import check_output
+
+    which, conf = changed(read_conf(options.run), options.overrides)
+    found = find_checkpoint(options.run, which)
+    if options.predict is not None:
+        check_output(options.predict)
+    folder = _new_folder(options.run / "evaluations", found.path.name)
+    job = EvaluateJob(
+        conf,
+        str(folder.absolute()),
+        str(found.path.absolute()),
+        options.ema,
+        None if options.predict is None else os.path.abspath(options.predict),
+    )
+    code = ExitCode(build(conf["launch"], "launch").start(job))
+    result = folder / RESULT_FILE
+    if code == ExitCode.FINISHED and result.exists():  # a submitted job writes it later
+        print(f"{options.run}, iteration {found.iteration}")
+        for name, value in json.loads(result.read_text())["metrics"].items():
+            print(f"  {name:<20} {value:.6g}")
+    print(f"distrain.evaluate: results are in {folder}", file=sys.stderr)
+    return code
+
+
+def changed(conf: dict[str, Any], overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the checkpoint asked for, and the configuration with the overrides.
+
+    Raises:
+        ConfigError: an override has no value, or its key does not exist.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from distrain.config.compose import explain
+    from distrain.config.schema import check
+
+    which, composed = "newest", OmegaConf.create(conf)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: expected KEY=VALUE")
+        if key == "checkpoint":
+            which = value
+        elif key == "launch":
+            path = _GROUPS / "launch" / f"{value}.yaml"
+            if not path.exists():
+                names = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml")))
+                raise ConfigError(f"launch={value}: no such choice; available: {names}")
+            composed.launch = OmegaConf.load(path)
+        else:
+            try:
+                composed.merge_with_dotlist([override])
+            except (OmegaConfBaseException, ValueError) as error:
+                raise explain(error) from error
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return which, check({str(key): value for key, value in plain.items()})
+
+
+def _new_folder(above: Path, name: str) -> Path:
+    """Create and return the next folder `name`, `name-2`, ..."""
+    number = 1
+    while True:
+        folder = above / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -1,0 +1,1 @@
+"""`python -m distrain.evaluate`: evaluate a run's checkpoint without training."""

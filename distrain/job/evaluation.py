@@ -1,0 +1,73 @@
+"""Evaluate a checkpoint as one rank: metrics and predictions, without training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrain import log
+from distrain.config.instantiate import build
+from distrain.errors import ConfigError, ExitCode
+from distrain.files import atomic
+from distrain.run_layout import LOGS
+
+RESULT_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Evaluates one checkpoint on `data.eval`. Picklable; torch is used by the ranks only.
+
+    Attributes:
+        conf: resolved configuration.
+        run_dir: folder of this evaluation: logs and `metrics.json`.
+        checkpoint: folder of the checkpoint.
+        ema: name of an EMA hook whose average is evaluated; None: the weights.
+        predict: file for the predictions, `.jsonl` or `.safetensors`; None: metrics only.
+    """
+
+    conf: dict[str, Any]
+    run_dir: str
+    checkpoint: str
+    ema: str | None = None
+    predict: str | None = None
+
+    def __call__(self) -> ExitCode:
+        """Evaluate as one rank; rank 0 writes the results."""
+        from distrain.distributed.ranks import process_group
+        from distrain.process.environment import env_int
+
+        log.set_up(Path(self.run_dir, LOGS), rank=env_int("RANK"))
+        with process_group() as ranks:
+            values = self._values()
+            if ranks.is_main:
+                result = {"checkpoint": self.checkpoint, "ema": self.ema, "metrics": values}
+                atomic.write(Path(self.run_dir, RESULT_FILE), json.dumps(result, indent=1).encode())
+        return ExitCode.FINISHED
+
+    def _values(self) -> dict[str, float]:
+        """Return the metrics over all ranks; write the predictions. A collective."""
+        from distrain.distributed.ranks import local_device, topology
+        from distrain.job.build import eval_loader
+        from distrain.job.load import model_of
+        from distrain.job.predictions import write_predictions
+        from distrain.trainer.evaluate import evaluate
+
+        conf, trainer = self.conf, self.conf["trainer"]
+        if conf["data"]["eval"] is None:
+            raise ConfigError("data.eval: expected a value, the _target_ of a data set")
+        model = model_of(conf, Path(self.checkpoint), ema=self.ema)
+        loader = eval_loader(conf, topology(), build(conf["data"]["eval"], "data.eval"))
+        settings: dict[str, Any] = {
+            "device": local_device(),
+            "precision": trainer["precision"],
+            "channels_last": trainer["channels_last"],
+        }
+        if self.predict is not None:
+            with torch.no_grad():
+                write_predictions(model, loader, self.predict, **settings)
+        return evaluate(model, loader, **settings)

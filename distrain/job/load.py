@@ -1,0 +1,116 @@
+"""Load the model of a run: for evaluation, for a notebook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain.checkpoint.catalog import Found, describe, find_all, newest_valid
+from distrain.checkpoint.format import iteration_of
+from distrain.checkpoint.retention import read_best
+from distrain.checks import wrong
+from distrain.config.schema import check
+from distrain.distributed.ranks import topology
+from distrain.errors import ConfigError
+from distrain.job.model import build_model
+from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
+from distrain.runfolder.files import read_frozen
+from distrain.weights.read import read_weights
+
+
+def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None = None) -> nn.Module:
+    """Return the model of a run in eval mode, on the CPU, with the weights of a checkpoint.
+
+    The model is built from the run's `run.yaml`; modules that its `_target_` names must be
+    importable. The random generators of this process are left alone.
+
+    Args:
+        run: folder of the run.
+        checkpoint: "newest" valid one, "best" by its only metric, "best:METRIC", or an iteration.
+        ema: name of an EMA hook of the run: its average instead of the weights.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or the weights do not fit.
+    """
+    conf = read_conf(run)
+    found = find_checkpoint(run, checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        model = model_of(conf, found.path, ema=ema)
+    return model.cpu().eval()
+
+
+def read_conf(run: str | Path) -> dict[str, Any]:
+    """Return the resolved configuration of a run.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    frozen = read_frozen(Path(run, CONFIG_FILE))
+    if frozen is None:
+        raise ConfigError(f"{run}: expected the folder of a run, with a {CONFIG_FILE}")
+    return check(frozen)
+
+
+def find_checkpoint(run: str | Path, which: str | int) -> Found:
+    """Return the valid checkpoint that `checkpoint=WHICH` names; see `load`.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    folder, name = Path(run, CHECKPOINTS), str(which)
+    iterations = [iteration for path in find_all(folder) if (iteration := iteration_of(path.name))]
+    if name == "newest":
+        found = newest_valid(folder)
+        if found is None:
+            raise ConfigError(f"{folder}: no valid checkpoint")
+        return found
+    if name == "best" or name.startswith("best:"):
+        iteration = _best(folder, name.partition(":")[2])
+    elif name.isdecimal():
+        iteration = int(name)
+    else:
+        raise wrong("checkpoint", which, "newest, best, best:METRIC or an iteration")
+    if iteration not in iterations:
+        available = ", ".join(map(str, iterations)) or "none"
+        raise ConfigError(f"checkpoint={which}: not in {folder}; available: {available}")
+    path = next(path for path in find_all(folder) if iteration_of(path.name) == iteration)
+    found = describe(path)
+    if not found.valid:
+        raise ConfigError(f"checkpoint={which}: damaged: {found.why_not}")
+    return found
+
+
+def _best(folder: Path, metric: str) -> int:
+    """Return the iteration of the best checkpoint by a metric; "" is the only metric."""
+    best: Mapping[str, Mapping[str, Any]] = read_best(os.fspath(folder))
+    if metric in best:
+        return int(best[metric]["iteration"])
+    if not metric and len(best) == 1:
+        return int(next(iter(best.values()))["iteration"])
+    available = ", ".join(f"best:{name}" for name in best)
+    raise ConfigError(
+        f"checkpoint=best{':' * bool(metric)}{metric}: "
+        + (f"available: {available}" if best else "no hook of the run kept the best checkpoint")
+    )
+
+
+def model_of(conf: dict[str, Any], checkpoint: Path, *, ema: str | None = None) -> nn.Module:
+    """Return the model of a configuration with the weights of a checkpoint, on this rank's device.
+
+    Raises:
+        ConfigError: the model cannot be built, or the weights do not fit.
+    """
+    whole = conf | {"trainer": conf["trainer"] | {"strategy": "ddp"}}  # evaluated unsharded
+    model = build_model(whole, ranks=topology(), is_new=False)
+    weights = read_weights(checkpoint, ema=ema)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # one line per tensor that does not fit
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ConfigError(f"{checkpoint} does not fit the model: {' '.join(lines)}") from error
+    return model

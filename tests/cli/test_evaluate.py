@@ -1,0 +1,64 @@
+"""`python -m distrain.evaluate` on a run of the digits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments, module="distrain.evaluate"):
+    line = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=ENV)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 40 iterations on two ranks."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    arguments = ["+experiment=digits", "launch.ranks=2", "trainer.max_iter=40", f"run.dir={folder}"]
+    done = command(*arguments, "hooks.checkpoint.period=20", module="distrain")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.ranks
+def test_it_gives_the_value_of_training_and_the_predictions(run, tmp_path):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (trained,) = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1:]
+    files = {path.relative_to(run): path.read_bytes() for path in run.glob("*") if path.is_file()}
+    out = tmp_path / "digits.jsonl"
+    done = command(run, "launch.ranks=3", "--predict", out)
+    assert done.returncode == 0, done.stderr
+    (result,) = run.glob("evaluations/*/metrics.json")
+    found = json.loads(result.read_text())["metrics"]["accuracy"]
+    assert found == trained, "the value of training, on another number of ranks"
+    assert f"accuracy             {found:.6g}" in done.stdout
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(359))
+    assert all(len(line["probabilities"]) == 10 for line in lines)
+    for path, before in files.items():
+        assert (run / path).read_bytes() == before, "an evaluation changes nothing of the run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["checkpoint=7"], "checkpoint=7: not in "),
+        (["checkpoint=best"], "checkpoint=best: no hook of the run kept the best checkpoint"),
+        (["data.evil.split=test"], "data.evil: no such key; did you mean eval"),
+        (["launch=moon"], "launch=moon: no such choice; available: allocation, external, local"),
+        (["launch"], "launch: expected KEY=VALUE"),
+        (["--predict", "a.csv"], "--predict=a.csv: expected a file name that ends with .jsonl"),
+        (["data.eval=null"], "data.eval: expected a value"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, text):
+    done = command(run, "launch.ranks=1", *arguments)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("distrain.evaluate: "), done.stderr
+    assert text in last

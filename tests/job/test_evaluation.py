@@ -1,0 +1,175 @@
+"""Evaluation without training: each sample once, in order, on any number of ranks."""
+
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch import nn
+
+import distrain
+from distrain.checkpoint.store import CheckpointStore
+from distrain.data.loader import EvalLoader
+from distrain.distributed.ranks import topology
+from distrain.errors import ConfigError
+from distrain.job.load import find_checkpoint
+from distrain.job.predictions import check_output, write_predictions
+from distrain.trainer.evaluate import evaluate
+
+SIZE = 1003
+CPU = torch.device("cpu")
+
+
+class Doubles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return (self.factor * x).mean()
+
+    def metrics(self, x):
+        return {"value": x}
+
+    def predict(self, x):
+        return {"double": self.factor * x, "pair": torch.stack([x, -x], dim=1)}
+
+
+def predicted(rank, path, size):
+    where = topology()
+    data = torch.arange(size, dtype=torch.float32)
+    loader = EvalLoader(
+        torch.utils.data.StackDataset(x=data), batch_size=64, rank=rank, world_size=where.world_size
+    )
+    write_predictions(Doubles(), loader, str(path), device=CPU)
+    return evaluate(Doubles(), loader, device=CPU)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("world_size", "size"), [(1, SIZE), (4, SIZE), (4, 2)])
+def test_each_sample_once_and_in_order(tmp_path, world_size, size):
+    results = run_ranks(predicted, world_size, tmp_path / "p.safetensors", size)
+    found = load_file(tmp_path / "p.safetensors")
+    expected = torch.arange(size, dtype=torch.float32)
+    assert torch.equal(found["double"], 2 * expected)
+    assert torch.equal(found["pair"], torch.stack([expected, -expected], 1))
+    assert all(result == {"value": (size - 1) / 2} for result in results)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_lines(tmp_path):
+    run_ranks(predicted, 2, tmp_path / "p.jsonl", 3)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"index": 0, "double": 0.0, "pair": [0.0, -0.0]},
+        {"index": 1, "double": 2.0, "pair": [1.0, -1.0]},
+        {"index": 2, "double": 4.0, "pair": [2.0, -2.0]},
+    ]
+
+
+class Mean(Doubles):
+    def predict(self, x):
+        return x.mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (nn.Linear(1, 1), "Linear has no method predict"),
+        (Mean(), r"'prediction': \[\]; expected \[3, ...\]"),
+    ],
+)
+def test_mistakes_of_a_model(tmp_path, model, text):
+    data = torch.utils.data.StackDataset(x=torch.arange(3.0))
+    loader = EvalLoader(data, batch_size=64)
+    with pytest.raises(ConfigError, match=text):
+        write_predictions(model, loader, str(tmp_path / "p.jsonl"), device=CPU)
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_the_output_is_of_a_known_kind():
+    with pytest.raises(ConfigError, match=r"--predict=p.csv: expected a file name that ends with"):
+        check_output("p.csv")
+
+
+RUN = """
+run: {name: a, dir: runs/a}
+seed: 0
+model: {_target_: torch.nn.Linear, in_features: 2, out_features: 1}
+data: {batch_size: 2, train: {_target_: my.Data}}
+trainer: {max_iter: 9}
+optim: {target: torch.optim.SGD, lr: 0.1}
+launch: {_target_: distrain.launch.local.LocalLauncher}
+hooks: {}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints at 3, 6 and 9, of which 6 is the best by two metrics."""
+    (tmp_path / "run.yaml").write_text(RUN)
+    store = CheckpointStore(tmp_path / "checkpoints", background=False)
+    for iteration in (3, 6, 9):
+        weights = {"weight": torch.full((1, 2), float(iteration)), "bias": torch.zeros(1)}
+        hooks = {"ema": {"average": {name: w + 0.5 for name, w in weights.items()}}}
+        best = ("eval/a", "eval/b") if iteration == 6 else ()
+        store.save(iteration, {"model": weights, "hooks": hooks}, world_size=1, best=best)
+    store.close()
+    return tmp_path
+
+
+def test_load_returns_the_model_of_a_checkpoint(run):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model = distrain.load(run)
+    assert not model.training
+    assert model.weight.tolist() == [[9, 9]]
+    assert distrain.load(run, checkpoint=3).weight.tolist() == [[3, 3]]
+    assert distrain.load(run, checkpoint="best:eval/b").weight.tolist() == [[6, 6]]
+    assert distrain.load(run, ema="ema").weight.tolist() == [[9.5, 9.5]]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("which", "text"),
+    [
+        ("best", "available: best:eval/a, best:eval/b"),
+        ("best:eval/c", "available: best:eval/a"),
+        (4, "checkpoint=4: not in .*; available: 3, 6, 9"),
+        ("last", "checkpoint=last: expected newest, best, best:METRIC or an iteration"),
+    ],
+)
+def test_checkpoints_that_do_not_exist(run, which, text):
+    with pytest.raises(ConfigError, match=text):
+        find_checkpoint(run, which)
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over(run):
+    path = find_checkpoint(run, 9).path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ConfigError, match="checkpoint=9: damaged"):
+        find_checkpoint(run, 9)
+    assert find_checkpoint(run, "newest").iteration == 6
+
+
+def test_weights_that_do_not_fit(run):
+    text = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(text.replace("in_features: 2", "in_features: 3"))
+    with pytest.raises(ConfigError, match="does not fit the model: size mismatch for weight"):
+        distrain.load(run)
+    with pytest.raises(ConfigError, match="expected the folder of a run"):
+        distrain.load(run / "checkpoints")
+
+
+def test_one_tensor_is_named_prediction(tmp_path):
+    class One(Doubles):
+        def predict(self, x):
+            return x
+
+    data = torch.utils.data.StackDataset(x=torch.arange(3.0))
+    write_predictions(One(), EvalLoader(data, batch_size=2), str(tmp_path / "p.jsonl"), device=CPU)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == [0, 1, 2]
