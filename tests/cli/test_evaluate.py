@@ -48,7 +48,7 @@ def test_it_gives_the_value_of_training_and_the_predictions(run, tmp_path):
     ("arguments", "text"),
     [
         (["checkpoint=7"], "checkpoint=7: not in "),
-        (["checkpoint=best"], "checkpoint=best: no hook of the run kept the best checkpoint"),
+        (["checkpoint=best:eval/f1"], "checkpoint=best:eval/f1: available: best:eval/accuracy"),
         (["data.evil.split=test"], "data.evil: no such key; did you mean eval"),
         (["launch=moon"], "launch=moon: no such choice; available: allocation, external, local"),
         (["launch"], "launch: expected KEY=VALUE"),

@@ -21,6 +21,17 @@ SIZE = 1003
 CPU = torch.device("cpu")
 
 
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, size):
+        self.values = torch.arange(size, dtype=torch.float32)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
 class Doubles(nn.Module):
     def __init__(self):
         super().__init__()
@@ -38,10 +49,7 @@ class Doubles(nn.Module):
 
 def predicted(rank, path, size):
     where = topology()
-    data = torch.arange(size, dtype=torch.float32)
-    loader = EvalLoader(
-        torch.utils.data.StackDataset(x=data), batch_size=64, rank=rank, world_size=where.world_size
-    )
+    loader = EvalLoader(Numbers(size), batch_size=64, rank=rank, world_size=where.world_size)
     write_predictions(Doubles(), loader, str(path), device=CPU)
     return evaluate(Doubles(), loader, device=CPU)
 
@@ -81,8 +89,7 @@ class Mean(Doubles):
     ],
 )
 def test_mistakes_of_a_model(tmp_path, model, text):
-    data = torch.utils.data.StackDataset(x=torch.arange(3.0))
-    loader = EvalLoader(data, batch_size=64)
+    loader = EvalLoader(Numbers(3), batch_size=64)
     with pytest.raises(ConfigError, match=text):
         write_predictions(model, loader, str(tmp_path / "p.jsonl"), device=CPU)
     assert not (tmp_path / "p.jsonl").exists()
@@ -109,12 +116,13 @@ hooks: {}
 def run(tmp_path):
     """A run with checkpoints at 3, 6 and 9, of which 6 is the best by two metrics."""
     (tmp_path / "run.yaml").write_text(RUN)
-    store = CheckpointStore(tmp_path / "checkpoints", background=False)
+    store = CheckpointStore(tmp_path / "checkpoints")
     for iteration in (3, 6, 9):
         weights = {"weight": torch.full((1, 2), float(iteration)), "bias": torch.zeros(1)}
         hooks = {"ema": {"average": {name: w + 0.5 for name, w in weights.items()}}}
-        best = ("eval/a", "eval/b") if iteration == 6 else ()
+        best = {"eval/a": 1.0, "eval/b": 2.0} if iteration == 6 else {}
         store.save(iteration, {"model": weights, "hooks": hooks}, world_size=1, best=best)
+        assert store.wait()
     store.close()
     return tmp_path
 
@@ -169,7 +177,8 @@ def test_one_tensor_is_named_prediction(tmp_path):
         def predict(self, x):
             return x
 
-    data = torch.utils.data.StackDataset(x=torch.arange(3.0))
-    write_predictions(One(), EvalLoader(data, batch_size=2), str(tmp_path / "p.jsonl"), device=CPU)
+    write_predictions(
+        One(), EvalLoader(Numbers(3), batch_size=2), str(tmp_path / "p.jsonl"), device=CPU
+    )
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["prediction"] for line in lines] == [0, 1, 2]
