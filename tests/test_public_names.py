@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
-    "distrain": "EventStorage get_event_storage HistoryBuffer HookBase Trainer TrainerBase "
+    "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Trainer TrainerBase "
     "WarmupMultiStepLR WarmupCosineLR param_groups",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
@@ -53,7 +53,7 @@ def test_a_documented_target_can_be_imported(target):
     assert callable(getattr(importlib.import_module(module), name))
 
 
-@pytest.mark.parametrize("module", ["", ".checkpoint", ".weights", ".runs"])
+@pytest.mark.parametrize("module", ["", ".checkpoint", ".weights", ".runs", ".evaluate"])
 def test_each_command_exists(module):
     command = [sys.executable, "-m", f"distrain{module}", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

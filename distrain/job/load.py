@@ -16,6 +16,7 @@ from distrain.checkpoint.retention import read_best
 from distrain.checks import wrong
 from distrain.config.schema import check
 from distrain.distributed.ranks import topology
+from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
 from distrain.job.model import build_model
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
@@ -105,8 +106,7 @@ def model_of(conf: dict[str, Any], checkpoint: Path, *, ema: str | None = None) 
     Raises:
         ConfigError: the model cannot be built, or the weights do not fit.
     """
-    whole = conf | {"trainer": conf["trainer"] | {"strategy": "ddp"}}  # evaluated unsharded
-    model = build_model(whole, ranks=topology(), is_new=False)
+    model = build_model(conf, ranks=topology(), strategy=Strategy(), is_new=False)
     weights = read_weights(checkpoint, ema=ema)
     try:
         model.load_state_dict(weights)

@@ -21,7 +21,7 @@ from distrain.errors import ConfigError
 from distrain.files import atomic
 from distrain.trainer.model_call import call, takes_whole_batch
 from distrain.trainer.module_state import eval_mode
-from distrain.trainer.numerics import Precision, autocast
+from distrain.trainer.numerics import Precision, autocast_dtype
 
 KINDS = (".jsonl", ".safetensors")
 
@@ -69,13 +69,13 @@ def write_predictions(
             "does and returns (B, ...) tensors by name"
         )
     parts: dict[str, list[Tensor]] = {}
-    whole = takes_whole_batch(model)
+    whole, dtype = takes_whole_batch(model), autocast_dtype(precision)
     with eval_mode(model), torch.no_grad():
         for batch in progress.counted(loader, "predictions", total=len(loader)):
             length, batch = batch_length(batch), to_device(batch, device)
             if channels_last:
                 batch = to_channels_last(batch)
-            with autocast(device, precision):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 found = call(predict, batch, whole=whole)
             for name, value in _named(found, length).items():
                 parts.setdefault(name, []).append(value.cpu())
