@@ -135,7 +135,7 @@ def _seed(seed: int, state: Conf | None, ranks: Topology) -> None:
 def _log_resume(start_iter: int, state: Conf, ranks: Topology) -> None:
     if ranks.is_main:
         before = len(state["rng"]["ranks"])
-        then = "" if before == ranks.world_size else f", then on {before} ranks"
+        change = "" if before == ranks.world_size else f" (before: {before})"
         log.logger.info(
-            "continuing after iteration %d on %d ranks%s", start_iter, ranks.world_size, then
+            "continuing after iteration %d on %d ranks%s", start_iter, ranks.world_size, change
         )
