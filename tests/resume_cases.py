@@ -164,6 +164,11 @@ def conf_of(
             "sync_batchnorm": True,
             "float32_matmul": None,
             "deterministic": False,
+            "strategy": "ddp",
+            "ddp": {},
+            "fsdp": {},
+            "comm_hook": "none",
+            "comm_options": {},
             **trainer,
         },
     }
