@@ -134,7 +134,7 @@ def test_every_schedule_and_a_scaled_loss(tmp_path):
 
 def test_the_schedules_here_are_all_there_are():
     ours = {each["_target_"] for each in SCHEDULES if each["_target_"].startswith("distrain.")}
-    assert ours == {f"distrain.schedule.{name}" for name in schedule.names()}
+    assert ours == {f"distrain.schedule.{name}" for name in schedule.__all__}
 
 
 def values(state, name):
