@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,7 +38,7 @@ def number(key: str, value: Any, *, above: float | None = None, least: float = 0
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
         not is_number
-        or not math.isfinite(value)
+        or not abs(value) <= sys.float_info.max  # math.isfinite raises for an int above it
         or (value < least if above is None else value <= above)
     ):
         raise wrong(key, value, f"a finite number {limit}")

@@ -69,7 +69,9 @@ def test_clip_by_value():
     assert [p.grad.tolist() for p in parameters[:2]] == [[1.0, -0.5], [-1.0]]
 
 
-@pytest.mark.parametrize("limits", [(1.0, 1.0), (0, None), (None, -1), (math.nan, None)])
+@pytest.mark.parametrize(
+    "limits", [(1.0, 1.0), (0, None), (None, -1), (math.nan, None), (10**400, None)]
+)
 def test_wrong_limits(limits):
     with pytest.raises(ConfigError, match="clip_"):
         check_clipping(*limits)
