@@ -151,6 +151,7 @@ def conf_of(
             "seed_samples": noise > 0,
             "collate": None,
             "loader": None,
+            "sampler": None,
             "train": {"_target_": f"{HERE}.Images", "noise": noise, "num": num},
             "eval": None,
         },

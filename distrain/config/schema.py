@@ -69,6 +69,7 @@ class DataKeys:
     seed_samples: bool = False
     collate: str | None = None
     loader: Target | None = None
+    sampler: Target | None = None
 
 
 @dataclass

@@ -6,19 +6,39 @@ from distrain._lazy import attach
 
 if TYPE_CHECKING:
     from distrain.data.loader import EvalLoader, Loader, TrainLoader
+    from distrain.data.samplers import (
+        ByLength,
+        ClassBalanced,
+        Mixture,
+        MixtureOrder,
+        SampleOrder,
+        Weighted,
+    )
     from distrain.data.stream import SampleStream
 
 _MODULE_OF = {
+    "ByLength": "samplers",
+    "ClassBalanced": "samplers",
     "EvalLoader": "loader",
     "Loader": "loader",
+    "Mixture": "samplers",
+    "MixtureOrder": "samplers",
+    "SampleOrder": "samplers",
     "SampleStream": "stream",
     "TrainLoader": "loader",
+    "Weighted": "samplers",
 }
 __getattr__, __dir__ = attach(__name__, _MODULE_OF)
 
 __all__ = [
+    "ByLength",
+    "ClassBalanced",
     "EvalLoader",
     "Loader",
+    "Mixture",
+    "MixtureOrder",
+    "SampleOrder",
     "SampleStream",
     "TrainLoader",
+    "Weighted",
 ]

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from distrain.checks import whole
 from distrain.data.fetch import Collate, Fetch, length_of, load_here
+from distrain.data.samplers import SampleOrder
 from distrain.data.stream import SampleStream, TrainSampler, eval_batches, micro_batches
 from distrain.data.workers import WorkerBatches
 
@@ -55,6 +56,7 @@ class TrainLoader(Loader):
         accumulation: micro-batches per iteration of a rank; the loader returns one at a time.
         seed: of the run.
         shuffle: False repeats the data set in its own order.
+        sampler: another order of samples, see `distrain.data.samplers`; equal on all ranks.
         workers: loader processes of this rank; 0 loads in the training process.
         seed_samples: seed python, numpy and torch before each sample from (seed, epoch, sample), so
             that augmentation does not depend on rank, worker or resumption, and leave the training
@@ -81,6 +83,7 @@ class TrainLoader(Loader):
         accumulation: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        sampler: SampleOrder | None = None,
         workers: int = 0,
         seed_samples: bool = True,
         collate: Collate | None = None,
@@ -88,7 +91,7 @@ class TrainLoader(Loader):
     ) -> None:
         self.num_samples = length_of(dataset, "data.train")
         self.stream = SampleStream(
-            self.num_samples, batch_size=batch_size, seed=seed, shuffle=shuffle
+            self.num_samples, batch_size=batch_size, seed=seed, shuffle=shuffle, sampler=sampler
         )
         self.accumulation = micro_batches(batch_size, ranks=world_size, accumulation=accumulation)
         self.samples_per_forward = batch_size // world_size // self.accumulation

@@ -14,7 +14,8 @@ from torch.utils.data import Sampler
 
 from distrain.checks import whole
 from distrain.data.fetch import MicroBatch
-from distrain.data.permutation import Ints, permuted
+from distrain.data.permutation import Ints
+from distrain.data.samplers import SampleOrder, Shuffled
 from distrain.errors import ConfigError
 
 _BLOCK = 4096  # positions per call: a numpy call costs as much for 1 as for 1000
@@ -31,16 +32,25 @@ class SampleStream:
         batch_size: B, over all ranks.
         seed: of the run.
         shuffle: False repeats the data set in its own order.
+        sampler: another order of samples; `shuffle` does not count then.
 
     Raises:
         ConfigError: a number is too small.
     """
 
-    def __init__(self, size: int, *, batch_size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        sampler: SampleOrder | None = None,
+    ) -> None:
         self.size = whole("length of the data set", size, least=1)
         self.batch_size = whole("data.batch_size", batch_size, least=1)
-        self._seed = whole("seed", seed, least=0)
-        self._shuffle = shuffle
+        whole("seed", seed, least=0)
+        self._order = sampler or Shuffled(size, seed=seed, shuffle=shuffle)
 
     def indices(self, iteration: int) -> tuple[Ints, Ints]:
         """Return the (B,) epochs and (B,) samples of an iteration's batch, in O(B) anywhere."""
@@ -48,11 +58,7 @@ class SampleStream:
 
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:
         """Return the (num,) epochs and (num,) samples from a position of the sequence on."""
-        positions = np.arange(first, first + num, dtype=np.int64)
-        epochs, positions = np.divmod(positions, self.size)
-        if self._shuffle:
-            positions = permuted(positions, size=self.size, seed=self._seed, epoch=epochs)
-        return epochs, positions
+        return self._order.at(first, num)
 
 
 def micro_batches(

@@ -15,6 +15,7 @@ from distrain.checks import wrong
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build, with_key
 from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.data.samplers import SampleOrder
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology, local_device
 from distrain.distributed.strategy import Strategy
@@ -160,6 +161,8 @@ def _train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: in
     }
     if dataset is not None:
         arguments["dataset"] = dataset
+    if data["sampler"] is not None:
+        arguments["sampler"] = _sampler(conf, dataset)
     if data["loader"] is None:
         if dataset is None:
             raise ConfigError("data.train: expected a value, the _target_ of a data set")
@@ -169,6 +172,18 @@ def _train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: in
         expected = "a loader with a method batches(start_iter); derive it from distrain.data.Loader"
         raise wrong("data.loader._target_", data["loader"]["_target_"], expected)
     return loader
+
+
+def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
+    node = conf["data"]["sampler"]
+    if dataset is None:
+        raise ConfigError("data.train: expected a value, as data.sampler takes its samples")
+    context = {"dataset": dataset, "batch_size": conf["data"]["batch_size"], "seed": conf["seed"]}
+    sampler = build(node, "data.sampler", **context)
+    if not isinstance(sampler, SampleOrder):
+        expected = "a sampler; derive it from distrain.data.SampleOrder"
+        raise wrong("data.sampler._target_", node["_target_"], expected)
+    return sampler
 
 
 def eval_loader(conf: Conf, ranks: Topology, dataset: Any) -> EvalLoader:

@@ -58,6 +58,7 @@ def test_what_is_left_out_has_its_default():
         "seed_samples": False,
         "collate": None,
         "loader": None,
+        "sampler": None,
     }
 
 

@@ -201,5 +201,5 @@ def test_the_length_is_that_of_the_first_tensor_with_a_dimension(batch: object) 
 
 @pytest.mark.parametrize("batch", [torch.tensor(1.0), "text", [], {"x": ["a"]}, 3, None])
 def test_nothing_to_count_is_said(batch: object) -> None:
-    with pytest.raises(ValueError, match="no tensor with a dimension"):
+    with pytest.raises(ValueError, match="one with a dimension of samples"):
         batch_length(batch)

@@ -1,10 +1,13 @@
 """Orders of samples: numbers workable by hand, seeking, and proportions."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from distrain.data.loader import TrainLoader
 from distrain.data.samplers import (
     ByLength,
     ClassBalanced,
@@ -91,6 +94,38 @@ def test_a_mixture_is_even_at_any_place():
     first_epoch = samples[samples < 70][:70]
     assert sorted(first_epoch) == list(range(70)), "each sample of a set once per its epoch"
     assert [int(mixture[i][0]) for i in (0, 69, 70, 119)] == [0, 69, 0, 49]
+
+
+@pytest.mark.parametrize("name", orders())
+def test_ranks_and_workers_share_one_order(name):
+    """1, 2 and 4 ranks, with and without loader processes, see the same global batches."""
+    found = []
+    for ranks, workers in ((1, 0), (2, 0), (4, 0), (2, 1)):
+        size = 15 if name == "mixture" else 13
+        loaders = [
+            TrainLoader(
+                numbers(size),
+                batch_size=4,
+                rank=rank,
+                world_size=ranks,
+                workers=workers,
+                sampler=orders()[name],
+            )
+            for rank in range(ranks)
+        ]
+        batches = [islice(loader.batches(5), 6) for loader in loaders]
+        found.append(
+            [
+                torch.cat([part[0] for part in parts]).tolist()
+                for parts in zip(*batches, strict=True)
+            ]
+        )
+        for loader in loaders:
+            loader.close()
+    assert all(each == found[0] for each in found)
+    expected = orders()[name].at(20, 24)[1].reshape(6, 4)
+    if name != "mixture":  # whose data set has the values of each set from 0 on
+        assert found[0] == expected.tolist()
 
 
 @pytest.mark.parametrize(
