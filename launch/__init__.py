@@ -10,7 +10,7 @@ from distrain.errors import ExitCode
 from distrain.launch.client import JobClient
 
 if TYPE_CHECKING:
-    from distrain.launch.handover import Handover
+    from distrain.launch.run_dir_handover import Handover
 
 
 class Job(Protocol):

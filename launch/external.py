@@ -14,9 +14,9 @@ from pathlib import Path
 
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, Launcher, failure
-from distrain.launch.handover import Handover
 from distrain.launch.local import only_rank_env
 from distrain.launch.rank import append, die_with_parent, open_log
+from distrain.launch.run_dir_handover import Handover
 from distrain.process.environment import env_int, environment, restart_count
 from distrain.run_layout import LOGS
 

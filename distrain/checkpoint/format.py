@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from distrain.files.regular import open_regular
+from distrain.files.open_regular import open_regular
 from distrain.files.retry import is_definite, retried
 from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.scratch import remove, scratch_name, write_small
-from distrain.files.regular import read_regular
+from distrain.files.open_regular import read_regular
 from distrain.files.retry import read_file
 
 BEST_FILE = "best.json"

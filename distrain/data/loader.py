@@ -11,7 +11,7 @@ import numpy as np
 from typing_extensions import override
 
 from distrain.checks import whole
-from distrain.data.fetch import Collate, Fetch, length_of, load_here
+from distrain.data.collate import Collate, Fetch, length_of, load_here
 from distrain.data.samplers import SampleOrder
 from distrain.data.stream import SampleStream, TrainSampler, eval_batches, micro_batches
 from distrain.data.workers import WorkerBatches

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from distrain.checks import whole
-from distrain.data.fetch import MicroBatch
+from distrain.data.collate import MicroBatch
 from distrain.data.permutation import Ints
 from distrain.data.samplers import SampleOrder, Shuffled
 from distrain.errors import ConfigError

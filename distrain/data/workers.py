@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from distrain.data.fetch import Fetch, MicroBatch
+from distrain.data.collate import Fetch, MicroBatch
 from distrain.data.loader_errors import SHM_HINT, WorkerError, worker_error
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 

@@ -19,7 +19,7 @@ from distrain.distributed.comm_hooks import CommHook, check_comm_hook, compress_
 from distrain.distributed.ranks import topology
 from distrain.distributed.rng import random_states, restore_random_states
 from distrain.distributed.strategy import Strategy
-from distrain.distributed.unprofiled import UnprofiledDDP
+from distrain.distributed.without_profiler import UnprofiledDDP
 from distrain.errors import ConfigError
 from distrain.log import logger
 

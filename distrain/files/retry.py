@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from distrain.files.regular import open_regular
+from distrain.files.open_regular import open_regular
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.data.fetch import Fetch, MicroBatch, length_of
+from distrain.data.collate import Fetch, MicroBatch, length_of
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 from distrain.distributed import serialization as wire
 from distrain.distributed.collectives import gather_to_all

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distrain.config.instantiate import build
-from distrain.distributed.strategies import make_strategy
 from distrain.distributed.strategy import Strategy
+from distrain.distributed.strategy_by_name import make_strategy
 from distrain.errors import ConfigError
 
 STRATEGY_KEYS = ("strategy", "ddp", "fsdp", "comm_hook", "comm_options")

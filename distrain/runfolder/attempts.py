@@ -18,7 +18,7 @@ from typing import Any
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import iteration_of
 from distrain.files import atomic
-from distrain.files.regular import read_regular
+from distrain.files.open_regular import read_regular
 from distrain.run_layout import ATTEMPTS_FILE, CHECKPOINTS, METRICS_FILE
 from distrain.scalar_names import STEP_S
 from distrain.text import table

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError
-from distrain.files.regular import open_regular
+from distrain.files.open_regular import open_regular
 from distrain.files.retry import is_definite
 from distrain.run_layout import LOCK_FILE
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.checks import shown
-from distrain.files.regular import read_regular
+from distrain.files.open_regular import read_regular
 from distrain.redact import masked
 from distrain.runfolder.differences import differences
 from distrain.runfolder.provenance import LEFT_OUT

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distrain.files.regular import open_regular, read_regular, read_tail
+from distrain.files.open_regular import open_regular, read_regular, read_tail
 from distrain.launch import Launcher
 from distrain.launch.client import JobClient
 from distrain.redact import masked_text

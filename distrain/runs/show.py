@@ -14,7 +14,7 @@ import yaml
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint.retention import best_mark, known_best
-from distrain.files.regular import read_tail
+from distrain.files.open_regular import read_tail
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.run_layout import CHECKPOINTS, LOGS
 from distrain.runfolder.attempts import summary

@@ -14,19 +14,19 @@ from distrain.checks import one_of, whole
 from distrain.data.batch import to_channels_last, to_device
 from distrain.data.epochs import repeat
 from distrain.distributed.ranks import local_device
-from distrain.distributed.strategies import StrategyName, make_strategy
 from distrain.distributed.strategy import Strategy, check_clipping
-from distrain.distributed.unprofiled import clear_gradients, update
+from distrain.distributed.strategy_by_name import StrategyName, make_strategy
+from distrain.distributed.without_profiler import clear_gradients, update
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.optim.optimizer import start_momentum
 from distrain.scalar_names import GRAD_NORM
-from distrain.trainer.frozen import check_still_frozen, frozen_parameters
+from distrain.trainer.frozen_parameters import check_still_frozen, frozen_parameters
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
 from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.trainer.module_state import train_mode
-from distrain.trainer.nonfinite import SkippedUpdates
+from distrain.trainer.nonfinite_gradients import SkippedUpdates
 from distrain.trainer.numerics import Precision, autocast_dtype
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]

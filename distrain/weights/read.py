@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.errors import ConfigError
-from distrain.files.regular import open_regular
+from distrain.files.open_regular import open_regular
 from distrain.files.retry import retried
 from distrain.run_layout import CHECKPOINTS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from distrain.files.append_file import AppendFile
 from distrain.files.atomic import replacing
-from distrain.files.regular import open_regular
+from distrain.files.open_regular import open_regular
 from distrain.run_layout import METRICS_FILE
 from distrain.writers.base import Row, RunInfo, Writer
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from distrain.data.fetch import Fetch, MicroBatch
+from distrain.data.collate import Fetch, MicroBatch
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.data.loader_errors import FILES_HINT, SHM_HINT
 from distrain.data.workers import WorkerBatches

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distrain import Trainer
 from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed import DDP, FSDP, Strategy
-from distrain.distributed.strategies import make_strategy
 from distrain.distributed.strategy import check_clipping
+from distrain.distributed.strategy_by_name import make_strategy
 from distrain.errors import ConfigError
 from distrain.job.strategy import build_strategy
 from examples.local_sgd import LocalSGD

@@ -11,8 +11,8 @@ from ranks import FORK
 
 from distrain.errors import ConfigError, RankFailed
 from distrain.launch.external import ExternalLauncher, rank_env
-from distrain.launch.handover import Handover
 from distrain.launch.local import refuse_among_ranks
+from distrain.launch.run_dir_handover import Handover
 from distrain.process.environment import env_int, restart_count
 
 ROOT = Path(__file__).parents[2]

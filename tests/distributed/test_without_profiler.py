@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distrain.distributed import unprofiled
-from distrain.distributed.unprofiled import clear_gradients, update
+from distrain.distributed import without_profiler
+from distrain.distributed.without_profiler import clear_gradients, update
 
 
 class Counted(torch.optim.SGD):
@@ -101,7 +101,7 @@ def test_without_a_private_name_of_torch_the_wrapped_step_is_called(owner, name,
     _, optimizer = of_a_line()
     wrapped = type(optimizer).step
     monkeypatch.delattr(owner, name)
-    monkeypatch.setattr(unprofiled, "_STEP_WRAPPER", unprofiled._step_wrapper())
+    monkeypatch.setattr(without_profiler, "_STEP_WRAPPER", without_profiler._step_wrapper())
 
     class Step:  # looks like the wrapped step; torch's own cannot run without the name
         __code__ = wrapped.__code__
@@ -119,8 +119,8 @@ def test_without_a_private_name_of_torch_the_wrapped_step_is_called(owner, name,
 
 def test_without_the_parts_of_ddps_forward_it_is_torchs_own(monkeypatch):
     calls = []
-    monkeypatch.setattr(unprofiled, "_HAS_DDP_FORWARD", False)
+    monkeypatch.setattr(without_profiler, "_HAS_DDP_FORWARD", False)
     monkeypatch.setattr(DistributedDataParallel, "forward", lambda self, *args: calls.append(args))
-    ddp = unprofiled.UnprofiledDDP.__new__(unprofiled.UnprofiledDDP)
-    unprofiled.UnprofiledDDP.forward(ddp, 1, 2)
+    ddp = without_profiler.UnprofiledDDP.__new__(without_profiler.UnprofiledDDP)
+    without_profiler.UnprofiledDDP.forward(ddp, 1, 2)
     assert calls == [(1, 2)]

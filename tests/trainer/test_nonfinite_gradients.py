@@ -10,7 +10,7 @@ from torch import nn
 
 from distrain import Trainer, get_event_storage
 from distrain.errors import ConfigError, NonFiniteLoss
-from distrain.trainer.nonfinite import SkippedUpdates
+from distrain.trainer.nonfinite_gradients import SkippedUpdates
 
 
 class Line(nn.Module):
