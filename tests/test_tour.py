@@ -12,7 +12,7 @@ def test_the_tour_reads_in_an_hour():
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in FILES)
     (said,) = re.findall(r"about\s+([\d,]+) lines", TOUR)
     assert abs(lines - int(said.replace(",", ""))) <= 200
-    assert lines <= 4600
+    assert lines <= 3700
     assert 18 <= len(FILES) <= 24
 
 
