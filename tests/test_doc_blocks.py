@@ -109,6 +109,8 @@ Net = Model
 
 
 class Blobs(torch.utils.data.Dataset):
+    labels = [i % 3 for i in range(512)]
+
     def __init__(self, **keywords):
         self.keywords = keywords
 
@@ -236,7 +238,7 @@ def test_a_command(line, compose, capfd):
 
         Path(argv[-1]).unlink(missing_ok=True)
         code = main(argv)
-    elif module == "distrain.evaluate":  # test_evaluate.py evaluates a run
+    elif module == "distrain.evaluate":  # test_evaluate_command.py evaluates a run
         from distrain.cli.evaluate import build_parser, changed
         from distrain.job.load import read_conf
 

@@ -201,3 +201,8 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError):
         _ = distrain.NoSuchName
+
+
+def test_files_of_tests_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest imports them by name"
