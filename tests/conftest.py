@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 if os.environ.get("TEST_CLOCK"):  # before distrain is imported; see `make test-clock`
@@ -25,6 +26,9 @@ def pytest_configure(config):
     """Hide the GPUs: these tests put many ranks on the CPU. `-m gpu` is for those on GPUs."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # under nohup SIGHUP is ignored, by the commands that tests start too; a handler ends with exec
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.hookimpl(optionalhook=True)
