@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from distrain.cli import completion
 from distrain.cli.sweep import sweep_name, worst
 from distrain.config.compose import explain, resolve
+from distrain.config.import_path import import_from_here
 from distrain.config.instantiate import build
 from distrain.config.origins import clean
 from distrain.config.overrides import readable
@@ -236,9 +237,7 @@ def main() -> None:
     """Run the command line; exit with its code."""
     stdio.protect()
     os.umask(os.umask(0o077) | 0o002)  # a user who can write to a run folder can run code in it
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # `_target_` may name modules of the current folder
+    import_from_here()
     sys.argv[1:] = readable(from_here(sys.argv[1:]))
     script = completion.script(sys.argv[1:])
     if script is not None:

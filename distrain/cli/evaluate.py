@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distrain.config.import_path import import_from_here
 from distrain.errors import ConfigError, ExitCode, RankFailed, RunFailed
 
-_GROUPS = Path(__file__).parents[1] / "conf"
+_CONF = Path(__file__).parents[1] / "conf"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
     options = build_parser().parse_args(arguments)
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # `_target_` names modules of the current folder
+    import_from_here()
     try:
         return int(run(options))
     except ConfigError as error:
@@ -103,11 +102,7 @@ def changed(conf: dict[str, Any], overrides: Sequence[str]) -> tuple[str, dict[s
         if key == "checkpoint":
             which = value
         elif key == "launch":
-            path = _GROUPS / "launch" / f"{value}.yaml"
-            if not path.exists():
-                names = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml")))
-                raise ConfigError(f"launch={value}: no such choice; available: {names}")
-            composed.launch = OmegaConf.load(path)
+            composed.launch = _launch_group(value)
         else:
             try:
                 composed.merge_with_dotlist([override])
@@ -116,6 +111,17 @@ def changed(conf: dict[str, Any], overrides: Sequence[str]) -> tuple[str, dict[s
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
     return which, check({str(key): value for key, value in plain.items()})
+
+
+def _launch_group(choice: str) -> Any:
+    """Return the node that `launch=CHOICE` stands for, with the options that launchers share."""
+    from hydra import compose, initialize_config_module
+
+    names = sorted(each.stem for each in (_CONF / "launch").glob("*.yaml"))
+    if choice not in names:
+        raise ConfigError(f"launch={choice}: no such choice; available: {', '.join(names)}")
+    with initialize_config_module("distrain.conf", version_base="1.3"):
+        return compose(f"launch/{choice}").launch
 
 
 def _new_folder(above: Path, name: str) -> Path:

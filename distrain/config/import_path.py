@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -73,3 +75,10 @@ def _missing(owner: object, name: str) -> str:
         names += [module.name for module in pkgutil.iter_modules(owner.__path__)]
     label = getattr(owner, "__name__", None) or name_of(type(owner))
     return f"{label} has no {name}; {did_you_mean(name, sorted(names))}"
+
+
+def import_from_here() -> None:
+    """Make the modules of the current folder importable: `_target_` may name them."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)

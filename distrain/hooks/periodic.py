@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from distrain.checks import whole
@@ -10,7 +11,7 @@ from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
 
 
-class PeriodicHook(HookBase):
+class PeriodicHook(HookBase, ABC):
     """Calls `run` every `period` iterations and once at the end of training.
 
     Args:
@@ -21,9 +22,9 @@ class PeriodicHook(HookBase):
         self._period = checked_period(period)
         self._last_done = -1  # iterations done at the last run
 
+    @abstractmethod
     def run(self) -> None:
-        """Do the work; a subclass overrides it."""
-        raise NotImplementedError
+        """Do the work."""
 
     def before_train(self) -> None:
         self.is_idle = self._period is None

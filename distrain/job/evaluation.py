@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distrain import log
 from distrain.config.instantiate import build
 from distrain.errors import ConfigError, ExitCode
@@ -20,7 +18,7 @@ RESULT_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Evaluates one checkpoint on `data.eval`. Picklable; torch is used by the ranks only.
+    """Evaluates one checkpoint on `data.eval`. Picklable.
 
     Attributes:
         conf: resolved configuration.
@@ -56,6 +54,7 @@ class EvaluateJob:
         from distrain.job.load import model_of
         from distrain.job.predictions import write_predictions
         from distrain.trainer.evaluate import evaluate
+        from distrain.trainer.numerics import numerics
 
         conf, trainer = self.conf, self.conf["trainer"]
         if conf["data"]["eval"] is None:
@@ -67,7 +66,10 @@ class EvaluateJob:
             "precision": trainer["precision"],
             "channels_last": trainer["channels_last"],
         }
-        if self.predict is not None:
-            with torch.no_grad():
+        # rounds as in training, so that the values are those of its own evaluation
+        with numerics(
+            deterministic=trainer["deterministic"], float32_matmul=trainer["float32_matmul"]
+        ):
+            if self.predict is not None:
                 write_predictions(model, loader, self.predict, **settings)
-        return evaluate(model, loader, **settings)
+            return evaluate(model, loader, **settings)

@@ -64,7 +64,6 @@ def find_checkpoint(run: str | Path, which: str | int) -> Found:
         ConfigError: there is none, or it is damaged.
     """
     folder, name = Path(run, CHECKPOINTS), str(which)
-    iterations = [iteration for path in find_all(folder) if (iteration := iteration_of(path.name))]
     if name == "newest":
         found = newest_valid(folder)
         if found is None:
@@ -76,11 +75,11 @@ def find_checkpoint(run: str | Path, which: str | int) -> Found:
         iteration = int(name)
     else:
         raise wrong("checkpoint", which, "newest, best, best:METRIC or an iteration")
-    if iteration not in iterations:
-        available = ", ".join(map(str, iterations)) or "none"
+    paths = {iteration_of(path.name): path for path in find_all(folder)}
+    if iteration not in paths:
+        available = ", ".join(map(str, paths)) or "none"
         raise ConfigError(f"checkpoint={which}: not in {folder}; available: {available}")
-    path = next(path for path in find_all(folder) if iteration_of(path.name) == iteration)
-    found = describe(path)
+    found = describe(paths[iteration])
     if not found.valid:
         raise ConfigError(f"checkpoint={which}: damaged: {found.why_not}")
     return found

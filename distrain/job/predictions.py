@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from distrain import progress
 from distrain.checks import wrong
-from distrain.data.batch import batch_length, to_channels_last, to_device
 from distrain.data.loader import EvalLoader
 from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.files import atomic
+from distrain.trainer.evaluate import evaluating, on_device
 from distrain.trainer.model_call import call, takes_whole_batch
-from distrain.trainer.module_state import eval_mode
 from distrain.trainer.numerics import Precision, autocast_dtype
 
 KINDS = (".jsonl", ".safetensors")
@@ -70,11 +69,9 @@ def write_predictions(
         )
     parts: dict[str, list[Tensor]] = {}
     whole, dtype = takes_whole_batch(model), autocast_dtype(precision)
-    with eval_mode(model), torch.no_grad():
-        for batch in progress.counted(loader, "predictions", total=len(loader)):
-            length, batch = batch_length(batch), to_device(batch, device)
-            if channels_last:
-                batch = to_channels_last(batch)
+    with evaluating(model):
+        counted = progress.counted(loader, "predictions", total=len(loader))
+        for batch, length in on_device(counted, device=device, channels_last=channels_last):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 found = call(predict, batch, whole=whole)
             for name, value in _named(found, length).items():
@@ -85,9 +82,12 @@ def write_predictions(
     counts = gather_to_all(len(next(iter(own.values()))) if own else 0)  # all parts are written
     if topology().is_main:
         files = [Path(f"{path}.rank_{rank}") for rank in range(len(counts))]
-        _join([load_file(file) for file, count in zip(files, counts, strict=True) if count], path)
-        for file in files:
-            file.unlink()
+        try:
+            parts_of = zip(files, counts, strict=True)
+            _join([load_file(file) for file, count in parts_of if count], path)
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 def _named(found: Any, length: int) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,13 +50,7 @@ def evaluate(
     Raises:
         ConfigError: a metric is not one value per sample.
     """
-    with (
-        heartbeat.current().phase(Phase.EVALUATION),
-        kept_generators(),
-        buffers_of_rank_0(model),
-        eval_mode(model),
-        torch.no_grad(),
-    ):
+    with evaluating(model):
         totals = _Totals(model)
         num = len(loader) if max_batches is None else min(len(loader), max_batches)
         if isinstance(loader, EvalLoader):  # loads no batch ahead of the last one
@@ -63,12 +58,8 @@ def evaluate(
         else:
             batches = itertools.islice(loader, max_batches)
         dtype = autocast_dtype(precision)
-        for batch in progress.counted(batches, "evaluation", total=num):
-            heartbeat.current().beat(Phase.EVALUATION)
-            length = batch_length(batch)
-            batch = to_device(batch, device)
-            if channels_last:
-                batch = to_channels_last(batch)
+        counted = progress.counted(batches, "evaluation", total=num)
+        for batch, length in on_device(counted, device=device, channels_last=channels_last):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 totals.add(batch, length)
         ranks = gather_to_all(
@@ -79,6 +70,30 @@ def evaluate(
         / sum(rank[name][0] for rank in ranks if name in rank)
         for name in sorted({name for rank in ranks for name in rank})
     }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, rank 0's buffers, no gradients; all is restored afterwards. A collective."""
+    with (
+        heartbeat.current().phase(Phase.EVALUATION),
+        kept_generators(),
+        buffers_of_rank_0(model),
+        eval_mode(model),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def on_device(
+    batches: Iterable[Any], *, device: torch.device, channels_last: bool
+) -> Iterator[tuple[Any, int]]:
+    """Yield each batch on the device with its number of samples, with a heartbeat per batch."""
+    for batch in batches:
+        heartbeat.current().beat(Phase.EVALUATION)
+        length = batch_length(batch)
+        batch = to_device(batch, device)
+        yield (to_channels_last(batch) if channels_last else batch), length
 
 
 class _Totals:

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from distrain.cli.evaluate import changed
+from distrain.config.instantiate import build
+from distrain.job.load import read_conf
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -42,6 +46,13 @@ def test_it_gives_the_value_of_training_and_the_predictions(run, tmp_path):
     assert all(len(line["probabilities"]) == 10 for line in lines)
     for path, before in files.items():
         assert (run / path).read_bytes() == before, "an evaluation changes nothing of the run"
+
+
+@pytest.mark.parametrize("choice", ["local", "slurm"])
+def test_another_launcher_has_the_options_that_launchers_share(run, choice):
+    _, conf = changed(read_conf(run), [f"launch={choice}", "launch.ranks=1", "launch.grace_s=7"])
+    assert type(build(conf["launch"], "launch")).__name__.lower() == f"{choice}launcher"
+    assert conf["launch"]["grace_s"] == 7
 
 
 @pytest.mark.parametrize(
