@@ -56,7 +56,7 @@ def run_node(
     rendezvous: StaticRendezvous | None = None,
     on_failure: Callable[[Failure], None] | None = None,
 ) -> ExitCode:
-    """Run a job on the ranks of this node, together with the agents of the other nodes.
+    """Run a job on this node's ranks; return STOPPED if one of them did, else FINISHED.
 
     Args:
         job: run by every rank.
@@ -66,9 +66,6 @@ def run_node(
         options: of the ranks; without a start method they are spawned.
         rendezvous: of the agents of all nodes; None: one node.
         on_failure: called with the cause of each failed attempt.
-
-    Returns:
-        STOPPED if a rank returned it, else FINISHED.
 
     Raises:
         ConfigError, NonFiniteLoss, RankFailed: as the failing rank's job.
@@ -84,21 +81,21 @@ def run_node(
     if method == "fork" and world_size > 1:
         # DistributedDataParallel imports it when it is first made: 1.6 s, paid here once
         importlib.import_module("torch._dynamo")
+    spec = WorkerSpec(
+        role="distrain",
+        local_world_size=ranks,
+        entrypoint=rank_main,
+        args=(task,),
+        rdzv_handler=rendezvous,
+        max_restarts=options.max_restarts,
+        monitor_interval=0.1,
+    )
     watchdog = Watchdog(options.watchdog_s, log_dir=log_dir, rendezvous=rendezvous)
     files = RankFiles(log_dir, nodes=rendezvous.num_nodes, watchdog=watchdog)
     with files, warnings.catch_warnings():
         # Python 3.12 on warns of fork with other threads, such as the store's: the child uses
         # nothing that they hold
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-        spec = WorkerSpec(
-            role="distrain",
-            local_world_size=ranks,
-            entrypoint=rank_main,
-            args=(task,),
-            rdzv_handler=rendezvous,
-            max_restarts=options.max_restarts,
-            monitor_interval=0.1,
-        )
         agent = _Agent(spec, files, method, rendezvous, watchdog, stop)
         agent.grace_s, agent.log_dir, agent.on_failure = options.grace_s, log_dir, on_failure
         with no_handlers_of_torch():
@@ -106,8 +103,8 @@ def run_node(
     if result.is_failed():
         assert agent.cause is not None
         raise agent.cause.error()
-    codes = set(result.return_values.values())
-    return ExitCode.STOPPED if ExitCode.STOPPED in codes else ExitCode.FINISHED
+    is_stopped = ExitCode.STOPPED in result.return_values.values()
+    return ExitCode.STOPPED if is_stopped else ExitCode.FINISHED
 
 
 class _Agent(LocalElasticAgent):

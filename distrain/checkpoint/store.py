@@ -171,20 +171,13 @@ class CheckpointStore:
         snapshot = encode(state)
         name = fmt.folder_name(iteration) + (fmt.TRAINED_SUFFIX if is_end_left else "")
         scratch = scratch_name(name)
-        job = {
-            "folder": str(self.folder),
-            "parent": self._parent,
-            "iteration": iteration,
-            "name": name,
-            "scratch": scratch,
-            "keep": self._keep,
-            "manifest": {
-                "world_size": world_size,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "attempt": self._attempt,
-                "best": best,
-            },
+        manifest = {
+            "world_size": world_size,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "attempt": self._attempt,
+            "best": best,
         }
+        job = self._job(iteration, name=name, scratch=scratch, manifest=manifest)
         self._newest = self._newest if is_end_left else iteration
         try:
             place = self._staged().fill(snapshot, job)
@@ -194,6 +187,11 @@ class CheckpointStore:
             self._save_failed(iteration, f"{type(error).__name__}: {error}")
         self._settle(wait=False)
         return Stall(waited - start, time.perf_counter() - waited)
+
+    def _job(self, iteration: int, **fields: Any) -> dict[str, Any]:
+        """Return the request of a save to the writer process, but its tensors."""
+        own = {"folder": str(self.folder), "parent": self._parent, "keep": self._keep}
+        return {"iteration": iteration, **own, **fields}
 
     def best(self) -> dict[str, Best]:
         """Return the best checkpoint by each metric's name; OSError if unreadable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ _MAX_CHECKED_CALLS = 1000  # sets of arguments of put_scalars that are remembere
 _MAX_PENDING_ROWS = 1000  # of a storage without a trainer
 
 
-class ScalarRecorder:
+class ScalarRecorder(ABC):
     """The part of an EventStorage that scalars are put into.
 
     Attributes:
@@ -40,9 +41,9 @@ class ScalarRecorder:
         self._rows: list[ScalarRow] = [self._row]
         self._taken: list[ScalarRow] = []  # rows of the current iteration that were taken already
 
+    @abstractmethod
     def _fold(self) -> None:
         """Move rows into the histories, unless a trainer reduces them."""
-        raise NotImplementedError
 
     @property
     def iter(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,8 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             _log_resume(start_iter, state, ranks)
         _seed(conf["seed"], state, ranks)
         del state
-        gc.collect()
-        gc.freeze()  # a full collection over all of torch's objects takes 0.1 s
-        try:
+        with _frozen_garbage(), _closing(parts.loader):
             trainer.train(start_iter, max_iter)
-        finally:
-            gc.unfreeze()
-            if isinstance(parts.loader, Loader):
-                parts.loader.close()
     # after the process group has ended: a rank that raises inside leaves the others waiting
     outcome = outcome_of(trainer)
     if watch is not None:
@@ -95,6 +90,20 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         may_be_unsaved = conf["hooks"].get("checkpoint") is None
         conclude(trainer, outcome, run_dir, checkpoints, may_be_unsaved=may_be_unsaved)
     return outcome
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # a full collection over all of torch's objects takes 0.1 s
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _closing(loader: Any) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.closing(loader) if isinstance(loader, Loader) else contextlib.nullcontext()
 
 
 def _never_resumes(resume: str) -> bool:

@@ -111,8 +111,7 @@ class Trainer(TrainerBase):
         )
         self.is_sharded = self.strategy.is_sharded
         self.device = device or local_device()
-        self.optimizer = optimizer
-        self.module = model
+        self.optimizer, self.module = optimizer, model
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
