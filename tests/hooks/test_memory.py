@@ -41,7 +41,7 @@ def trainer(*hooks):
 
 
 def train(rank):
-    ballast = np.ones(64 * 2**17) if rank == 1 else None  # 64 MiB, touched
+    ballast = np.ones(256 * 2**17) if rank == 1 else None  # 256 MiB, touched
     run = trainer()
     run.train(0, 5)
     assert ballast is None or ballast[0]
@@ -54,7 +54,7 @@ def test_host_memory_is_that_of_the_largest_rank():
     (small, first), (large, second) = run_ranks(train, 2)
     assert first == second
     assert [iteration for _, iteration in first] == [1, 3, 4]
-    assert large > small + 50
+    assert large > small + 128  # two idle ranks already differ by tens of MiB
     assert first[-1][0] == pytest.approx(large, abs=16)
 
 
