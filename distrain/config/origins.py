@@ -21,9 +21,9 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from distrain.config import schema
 from distrain.config.import_path import locate
 from distrain.config.instantiate import keywords_of
+from distrain.config.keys import Keys, OptimKeys
 from distrain.errors import ConfigError
 
 _CONF = Path(__file__).parents[1] / "conf"
@@ -86,7 +86,7 @@ def _check_file(group: str, choice: str, folders: Sequence[str]) -> None:
             f"{group}={choice}: {own[0]} is shadowed by distrain's own file of the same name; "
             "rename it"
         )
-    known = [field.name for field in dataclasses.fields(schema.Keys)]
+    known = [field.name for field in dataclasses.fields(Keys)]
     if group not in known and not _PACKAGE.match(own[0].read_text()):
         raise ConfigError(
             f"{group}={choice}: the keys of {own[0]} are below {group}.; expected "
@@ -149,7 +149,7 @@ def _drop_keywords_of_others(
         path = override.lstrip("+~").partition("=")[0].split(".")
         if path[0] == group and len(path) > 1:
             target_of[path[1]] = final
-    service = {field.name for field in dataclasses.fields(schema.OptimKeys)}
+    service = {field.name for field in dataclasses.fields(OptimKeys)}
     others = {
         key
         for key, of in target_of.items()

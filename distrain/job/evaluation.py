@@ -50,7 +50,7 @@ class EvaluateJob:
     def _values(self) -> dict[str, float]:
         """Return the metrics over all ranks; write the predictions. A collective."""
         from distrain.distributed.ranks import local_device, topology
-        from distrain.job.build import eval_loader
+        from distrain.job.data import eval_loader
         from distrain.job.load import model_of
         from distrain.job.predictions import write_predictions
         from distrain.trainer.evaluate import evaluate

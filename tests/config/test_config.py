@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distrain.config import schema
+from distrain.config import keys
 from distrain.config.compose import build, explain, locate, resolve
 from distrain.errors import ConfigError
 from distrain.trainer.trainer import Trainer
@@ -157,11 +157,11 @@ def test_every_key_of_the_service_is_in_its_own_conf():
     base = OmegaConf.load(conf / "config.yaml")
     groups = {"trainer": conf / "trainer" / "default.yaml", "optim": conf / "optim" / "sgd.yaml"}
     for node, cls in (
-        ("run", schema.RunKeys),
-        ("data", schema.DataKeys),
-        ("checkpoint", schema.CheckpointKeys),
-        ("trainer", schema.TrainerKeys),
-        ("optim", schema.OptimKeys),
+        ("run", keys.RunKeys),
+        ("data", keys.DataKeys),
+        ("checkpoint", keys.CheckpointKeys),
+        ("trainer", keys.TrainerKeys),
+        ("optim", keys.OptimKeys),
     ):
         shown = OmegaConf.load(groups[node]) if node in groups else base[node]
         assert cls.__annotations__.keys() <= {str(key) for key in shown}, node
@@ -174,10 +174,10 @@ def test_a_default_is_the_same_in_the_schema_in_conf_and_in_the_trainer():
     shown["trainer"] = OmegaConf.to_container(trainer)
     of_trainer = inspect.signature(Trainer).parameters
     for node, cls in (
-        ("data", schema.DataKeys),
-        ("checkpoint", schema.CheckpointKeys),
-        ("init", schema.InitKeys),
-        ("trainer", schema.TrainerKeys),
+        ("data", keys.DataKeys),
+        ("checkpoint", keys.CheckpointKeys),
+        ("init", keys.InitKeys),
+        ("trainer", keys.TrainerKeys),
     ):
         plain = shown[node]
         for entry in dataclasses.fields(cls):

@@ -1,0 +1,99 @@
+"""Build the data sets and loaders that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from distrain.checks import wrong
+from distrain.config.import_path import locate
+from distrain.config.instantiate import build
+from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.data.samplers import SampleOrder
+from distrain.distributed.ranks import Topology, local_device
+from distrain.errors import ConfigError
+from distrain.job.same_data import check_same_data, open_files
+from distrain.trainer.trainer import Seekable
+
+Conf = dict[str, Any]
+
+
+def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, Any]:
+    """Build the training and the evaluation set; check that all ranks have the same."""
+    data = conf["data"]
+    open_before = open_files()
+    sets = {
+        f"data.{name}": build(data[name], f"data.{name}")
+        for name in ("train", "eval")
+        if data[name] is not None
+    }
+    train_set, eval_set = sets.get("data.train"), sets.get("data.eval")
+    if data["loader"] is not None:
+        sets.pop("data.train", None)  # may be a stream, or another part of the data per rank
+    if ranks.world_size > 1:
+        # where CUDA is in use, fork only if loader processes are forked anyway
+        may_fork = data["workers"] > 0 or not torch.cuda.is_initialized()
+        check_same_data(sets, seed=conf["seed"], open_before=open_before, may_fork=may_fork)
+    return train_set, eval_set
+
+
+def _loading(conf: Conf, ranks: Topology) -> dict[str, Any]:
+    """Return the arguments that both loaders take."""
+    data = conf["data"]
+    collate = data["collate"]
+    return {
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "workers": data["workers"],
+        "seed": conf["seed"],
+        "seed_samples": data["seed_samples"],
+        "collate": None if collate is None else locate(collate, "data.collate"),
+    }
+
+
+def train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: int) -> Any:
+    """Return the loader of this rank's training batches.
+
+    Raises:
+        ConfigError: `data.loader` has no `batches`, or a value is missing.
+    """
+    data = conf["data"]
+    arguments = _loading(conf, ranks) | {
+        "batch_size": data["batch_size"],
+        "accumulation": accumulation,
+        "pin_memory": local_device().type == "cuda",
+    }
+    if dataset is not None:
+        arguments["dataset"] = dataset
+    if data["sampler"] is not None:
+        arguments["sampler"] = _sampler(conf, dataset)
+    if data["loader"] is None:
+        if dataset is None:
+            raise ConfigError("data.train: expected a value, the _target_ of a data set")
+        return TrainLoader(**arguments)
+    loader = build(data["loader"], "data.loader", **arguments)
+    if not isinstance(loader, (Seekable, Iterable)):
+        expected = "a loader with a method batches(start_iter); derive it from distrain.data.Loader"
+        raise wrong("data.loader._target_", data["loader"]["_target_"], expected)
+    return loader
+
+
+def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
+    node = conf["data"]["sampler"]
+    if dataset is None:
+        raise ConfigError("data.train: expected a value, as data.sampler takes its samples")
+    context = {"dataset": dataset, "batch_size": conf["data"]["batch_size"], "seed": conf["seed"]}
+    sampler = build(node, "data.sampler", **context)
+    if not isinstance(sampler, SampleOrder):
+        expected = "a sampler; derive it from distrain.data.SampleOrder"
+        raise wrong("data.sampler._target_", node["_target_"], expected)
+    return sampler
+
+
+def eval_loader(conf: Conf, ranks: Topology, dataset: Any) -> EvalLoader:
+    """Return the loader of this rank's share of the evaluation set."""
+    batch_size = conf["data"]["eval_batch_size"] or conf["data"]["batch_size"]
+    share = max(1, batch_size // ranks.world_size)
+    return EvalLoader(dataset, batch_size=share, **_loading(conf, ranks))
