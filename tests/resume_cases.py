@@ -109,6 +109,16 @@ SCHEDULES = [
     {"_target_": "distrain.schedule.OneCycleLR", "max_iters": ITERS},
     {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": ITERS},
     {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9},
+    {"_target_": "distrain.schedule.WarmupCosineRestartsLR", "cycle_iters": 3, "warmup_iters": 2},
+    {
+        "_target_": "torch.optim.lr_scheduler.SequentialLR",
+        "milestones": [3, 7],
+        "schedulers": [
+            {"_target_": "torch.optim.lr_scheduler.LinearLR", "total_iters": 3},
+            {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 4},
+            {"_target_": "distrain.schedule.WarmupLinearLR", "max_iters": 9, "warmup_iters": 0},
+        ],
+    },
 ]
 SGD = {"target": "torch.optim.SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
 
@@ -133,7 +143,7 @@ def conf_of(
     hooks = {
         **(hooks or {}),
         "timer": timer,
-        "schedule": {"_target_": "distrain.hooks.LRScheduler"},
+        "schedule": {"_target_": "distrain.hooks.LRScheduler", **(hooks or {}).get("schedule", {})},
         "ledger": {"_target_": f"{HERE}.Ledger"},
         "checkpoint": {"_target_": "distrain.hooks.PeriodicCheckpointer", "period": period},
         "stop": stop and {"_target_": f"{HERE}.Stop", **stop},

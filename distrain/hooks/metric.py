@@ -12,6 +12,7 @@ from distrain.hooks.evaluation import EvalHook
 from distrain.hooks.periodic import is_finished
 from distrain.log import logger
 from distrain.trainer.hook import HookBase
+from distrain.trainer.loop import TrainerBase
 
 _MAX_NAMES = 20  # in a warning
 
@@ -39,25 +40,8 @@ class MetricHook(HookBase):
         self._seen: tuple[int, str] | None = None
 
     def before_train(self) -> None:
-        """Check that an evaluation has the metric, if its name has the prefix of one.
-
-        An unknown name is only logged where hooks of the user may put it. A collective if the name
-        is unknown.
-        """
-        evaluations = [
-            hook
-            for hook in self.trainer.hooks.values()
-            if isinstance(hook, EvalHook)
-            and self.metric.startswith(tuple(f"{prefix}/" for prefix in hook.prefixes()))
-        ]
-        if not evaluations or any(hook.has(self.metric) for hook in evaluations):
-            return
-        names = [name for hook in evaluations for name in hook.names()]
-        expected = f"a metric of an evaluation; {did_you_mean(self.metric, names)}"
-        error = wrong(self.key, self.metric, expected)
-        if not any(_may_put_any_scalar(hook) for hook in self.trainer.hooks.values()):
-            raise error
-        logger.warning("%s", error)
+        """Check the name of the metric, see `check_metric`."""
+        check_metric(self.trainer, self.key, self.metric)
 
     def after_train(self) -> None:
         trainer = self.trainer
@@ -92,6 +76,35 @@ class MetricHook(HookBase):
             return False
         self.best = value
         return True
+
+
+def check_metric(trainer: TrainerBase, key: str, metric: str) -> None:
+    """Check that an evaluation has a metric, if its name has the prefix of one.
+
+    An unknown name is only logged where hooks of the user may put it. A collective if the name is
+    unknown.
+
+    Args:
+        trainer: whose hooks evaluate.
+        key: of the metric in the configuration.
+        metric: the scalar's name.
+
+    Raises:
+        ConfigError: no evaluation has it, and no hook of the user can put it.
+    """
+    evaluations = [
+        hook
+        for hook in trainer.hooks.values()
+        if isinstance(hook, EvalHook)
+        and metric.startswith(tuple(f"{prefix}/" for prefix in hook.prefixes()))
+    ]
+    if not evaluations or any(hook.has(metric) for hook in evaluations):
+        return
+    names = [name for hook in evaluations for name in hook.names()]
+    error = wrong(key, metric, f"a metric of an evaluation; {did_you_mean(metric, names)}")
+    if not any(_may_put_any_scalar(hook) for hook in trainer.hooks.values()):
+        raise error
+    logger.warning("%s", error)
 
 
 def _may_put_any_scalar(hook: HookBase) -> bool:

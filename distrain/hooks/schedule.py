@@ -8,7 +8,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from distrain.checks import wrong
 from distrain.errors import ConfigError
+from distrain.hooks.metric import check_metric
 from distrain.optim.optimizer import representative_group
 from distrain.scalar_names import LR
 from distrain.schedule.base import WarmupLR
@@ -21,10 +23,15 @@ class LRScheduler(HookBase):
     `LRScheduler(schedule)` and `LRScheduler(optimizer, scheduler)` are the same. `lr` is the rate
     of the most representative group (`optim.representative_group`).
 
+    torch's `ReduceLROnPlateau` steps once per new value of `metric` instead, the one at the end of
+    training too. Then the hook comes after the evaluation (order 70).
+
     Args:
         optimizer: that of the schedule, or the schedule itself.
         scheduler: of distrain or torch; it steps once per iteration.
         schedule: another name of it.
+        metric: of `ReduceLROnPlateau`: the name of an evaluation's result, as "eval/loss", or of
+            another metric that `TrainerBase.report_metrics` gets on all ranks.
     """
 
     order = 20
@@ -36,6 +43,7 @@ class LRScheduler(HookBase):
         scheduler: TorchScheduler | None = None,
         *,
         schedule: TorchScheduler | None = None,
+        metric: str | None = None,
     ) -> None:
         given = [s for s in (scheduler, schedule) if s is not None]
         if optimizer is not None and not isinstance(optimizer, Optimizer):
@@ -46,19 +54,37 @@ class LRScheduler(HookBase):
                 "LRScheduler(schedule) or LRScheduler(optimizer, scheduler)"
             )
         self.schedule = given[0]
-        if isinstance(self.schedule, ReduceLROnPlateau):
-            raise ConfigError(
-                "schedule=ReduceLROnPlateau: expected a schedule that depends on the iteration "
-                "alone, not on a metric; take another, as schedule=cosine"
-            )
         if isinstance(optimizer, Optimizer) and self.schedule.optimizer is not optimizer:
             raise ConfigError("LRScheduler: expected the optimizer of the scheduler")
+        self._metric = _checked(metric, self.schedule)
+        self._stepped_at = -1  # iterations done at the last step on a metric
+        if metric is not None:
+            self.order = 70
         self._group = representative_group(self.schedule.optimizer)
+
+    def before_train(self) -> None:
+        if self._metric is not None:
+            key = next(name for name, hook in self.trainer.hooks.items() if hook is self)
+            check_metric(self.trainer, f"hooks.{key}.metric", self._metric)
 
     def after_step(self) -> None:
         lr = float(self.schedule.get_last_lr()[self._group])
         self.trainer.storage.put_scalar(LR, lr, False, reduce="local")
-        self.schedule.step()
+        if self._metric is None:
+            self.schedule.step()
+        else:
+            self._step_on(self._metric)
+
+    def after_train(self) -> None:
+        if self._metric is not None and self.trainer.error is None:
+            self._step_on(self._metric)  # it counts where a run is extended later
+
+    def _step_on(self, metric: str) -> None:
+        assert isinstance(self.schedule, ReduceLROnPlateau)
+        value, done = self.trainer.reported_now(metric), self.trainer.iter_done
+        if value is not None and self._stepped_at != done:
+            self._stepped_at = done
+            self.schedule.step(value)
 
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict()
@@ -67,3 +93,18 @@ class LRScheduler(HookBase):
         self.schedule.load_state_dict(state)
         if isinstance(self.schedule, WarmupLR):
             self.schedule.apply()  # the horizon may have changed
+
+
+def _checked(metric: str | None, schedule: TorchScheduler) -> str | None:
+    """Return the metric if the schedule waits for one.
+
+    Raises:
+        ConfigError: one of the two is given without the other.
+    """
+    if isinstance(schedule, ReduceLROnPlateau) == (metric is not None):
+        return metric
+    if metric is None:
+        expected = "a metric for ReduceLROnPlateau; set hooks.schedule.metric=eval/loss"
+    else:
+        expected = f"null for {type(schedule).__name__}; only schedule=plateau waits for a metric"
+    raise wrong("hooks.schedule.metric", metric, expected)

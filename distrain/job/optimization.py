@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.config.instantiate import build, with_key
+from distrain.config.instantiate import build_nested, with_key
 from distrain.errors import ConfigError
 from distrain.optim.optimizer import build_optimizer
 from distrain.schedule.schedules import WarmupConstantLR
@@ -37,4 +37,4 @@ def build_optimization(conf: Conf, model: nn.Module) -> tuple[Optimizer, Any]:
             "optim=null: the model has a schedule of its own; add {override /schedule: null} to "
             "the defaults of the experiment"
         )
-    return optimizer, build(conf["schedule"], "schedule", optimizer=optimizer)
+    return optimizer, build_nested(conf["schedule"], "schedule", optimizer=optimizer)

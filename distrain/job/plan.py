@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.config.instantiate import build
+from distrain.config.instantiate import build_nested
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import Topology
 from distrain.job.build import build_parts
@@ -94,12 +95,13 @@ def _schedule_lines(conf: dict[str, Any], trainer: Trainer) -> list[str]:
         values = [float(optimizer.param_groups[group]["lr"])] * len(at)
     else:
         values = schedule_values(
-            lambda optimizer: build(conf["schedule"], "schedule", optimizer=optimizer),
+            lambda optimizer: build_nested(conf["schedule"], "schedule", optimizer=optimizer),
             optimizer,
             at,
             group=group,
         )
-    return [f"  step {step:>9,}  {lr:.6g}" for step, lr in zip(at, values, strict=True)]
+    shown = ["not known before" if math.isnan(lr) else f"{lr:.6g}" for lr in values]
+    return [f"  step {step:>9,}  {lr}" for step, lr in zip(at, shown, strict=True)]
 
 
 def _moments(hook: HookBase) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "OneCycleLR",
     "WarmupConstantLR",
     "WarmupCosineLR",
+    "WarmupCosineRestartsLR",
     "WarmupExponentialLR",
     "WarmupLinearLR",
     "WarmupMultiStepLR",
@@ -73,16 +74,79 @@ class WarmupMultiStepLR(WarmupLR):
 
 
 class WarmupCosineLR(HorizonLR):
-    """Half a cosine down to 0 at `max_iters`: `decay(t) = 0.5 * (1 + cos(pi * t / max_iters))`.
+    """Half a cosine down to a fraction of the base rate at `max_iters`.
 
-    Loshchilov & Hutter 2017, "SGDR", equation 5, without restarts. The cosine starts at t = 0, also
-    under a warm-up, and rises again past `max_iters`. Example: max_iters 4: 1, 0.853553, 0.5,
-    0.146447, 0.
+    `decay(t) = final_factor + (1 - final_factor) * 0.5 * (1 + cos(pi * t / max_iters))`: Loshchilov
+    & Hutter 2017, "SGDR", equation 5, without restarts. The cosine starts at t = 0, also under a
+    warm-up, and rises again past `max_iters`. Example: max_iters 4, final_factor 0: 1, 0.853553,
+    0.5, 0.146447, 0.
+
+    Args:
+        final_factor: fraction of the base rate at the end, >= 0.
+        optimizer, max_iters, *warmup, **keywords: see `HorizonLR`.
     """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_iters: int,
+        *warmup: Any,
+        final_factor: float = 0.0,
+        **keywords: Unpack[Warmup],
+    ) -> None:
+        self.final_factor = number("final_factor", final_factor)
+        super().__init__(optimizer, max_iters, *warmup, **keywords)
 
     @override
     def decay(self, t: int) -> float:
-        return 0.5 * (1.0 + math.cos(math.pi * t / self.max_iters))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * t / self.max_iters))
+        return self.final_factor + (1.0 - self.final_factor) * cosine
+
+
+class WarmupCosineRestartsLR(WarmupLR):
+    """Cosine cycles with warm restarts (SGDR).
+
+    At x of a cycle, 0 <= x < 1, `decay(t) = final_factor + (1 - final_factor) * 0.5 * (1 + cos(pi *
+    x))`, times `restart_factor` to the power of the number of restarts so far. Each cycle is
+    `cycle_factor` times as long as the one before: Loshchilov & Hutter 2017, "SGDR", section 3. The
+    first cycle starts at t = 0, also under a warm-up. Example: cycle_iters 2, cycle_factor 2,
+    restart_factor 0.5: 1, 0.5, 0.5, 0.426777, 0.25, 0.073223, 0.25, ...
+
+    Args:
+        cycle_iters: length of the first cycle.
+        cycle_factor: length of a cycle over that of the one before, an integer >= 1.
+        restart_factor: height of a cycle over that of the one before, > 0.
+        final_factor: fraction of the cycle's height at its end, >= 0.
+        optimizer, **keywords: see `WarmupLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycle_iters: int,
+        *,
+        cycle_factor: int = 1,
+        restart_factor: float = 1.0,
+        final_factor: float = 0.0,
+        **keywords: Unpack[Warmup],
+    ) -> None:
+        self.cycle_iters = whole("cycle_iters", cycle_iters, least=1)
+        self.cycle_factor = whole("cycle_factor", cycle_factor, least=1)
+        self.restart_factor = number("restart_factor", restart_factor, above=0.0)
+        self.final_factor = number("final_factor", final_factor)
+        super().__init__(optimizer, **keywords)
+
+    @override
+    def decay(self, t: int) -> float:
+        start, length, restarts = 0, self.cycle_iters, 0
+        if self.cycle_factor == 1:
+            restarts, start = t // length, t // length * length
+        else:  # as few cycles as log(t)
+            while t >= start + length:
+                start, length, restarts = start + length, length * self.cycle_factor, restarts + 1
+        cosine = 0.5 * (1.0 + math.cos(math.pi * (t - start) / length))
+        height = float(self.restart_factor**restarts)
+        return height * (self.final_factor + (1.0 - self.final_factor) * cosine)
 
 
 class WarmupLinearLR(HorizonLR):

@@ -57,7 +57,7 @@ class HookBase:
     """
 
     trainer: TrainerBase
-    order: ClassVar[int] = 50
+    order: int = 50
     order_at_end: ClassVar[int | None] = None
     ranks: ClassVar[Literal["all", "main"]] = "all"
     part: ClassVar[str] = "hooks"

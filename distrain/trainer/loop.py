@@ -226,10 +226,13 @@ class TrainerBase:
 
     def metric_now(self, name: str) -> float | None:
         """Return a metric reported, or a scalar put on this rank, in this iteration; else None."""
+        value = self.reported_now(name)
+        return self.storage.put_now(name) if value is None else value
+
+    def reported_now(self, name: str) -> float | None:
+        """Return a metric reported in this iteration, which is equal on all ranks; else None."""
         done, metrics = self._reported
-        if done == self.iter_done and name in metrics:
-            return metrics[name]
-        return self.storage.put_now(name)
+        return metrics.get(name) if done == self.iter_done else None
 
     def request_stop(self) -> None:
         """Request a stop of all ranks after one common iteration; safe in a signal handler."""

@@ -27,6 +27,7 @@ NO_WARMUP = {"warmup_iters": 0}
 SCHEDULES = {
     "WarmupConstantLR": {},
     "WarmupCosineLR": {"max_iters": 12},
+    "WarmupCosineRestartsLR": {"cycle_iters": 2, "cycle_factor": 2, "restart_factor": 0.5},
     "WarmupExponentialLR": {"max_iters": 12},
     "WarmupLinearLR": {"max_iters": 12, "final_factor": 0.1},
     "WarmupMultiStepLR": {"milestones": [3, 7]},
@@ -94,6 +95,11 @@ def test_cosine_by_hand():
         (lambda o: WarmupMultiStepLR(o, [2, 2], **NO_WARMUP), [1, 1, 0.01]),
         (lambda o: WarmupMultiStepLR(o, [], **NO_WARMUP), [1, 1]),
         (lambda o: WarmupCosineLR(o, 4, **NO_WARMUP), [1, 0.853553, 0.5, 0.146447, 0]),
+        (lambda o: WarmupCosineLR(o, 4, final_factor=0.2, **NO_WARMUP),
+         [1, 0.882843, 0.6, 0.317157, 0.2]),
+        (lambda o: ours.WarmupCosineRestartsLR(o, 2, cycle_factor=2, restart_factor=0.5,
+                                               **NO_WARMUP),
+         [1, 0.5, 0.5, 0.426777, 0.25, 0.073223, 0.25]),
         (lambda o: WarmupLinearLR(o, 4, final_factor=0.2, **NO_WARMUP),
          [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
         (lambda o: WarmupLinearLR(o, 4, **NO_WARMUP), [1, 0.75, 0.5, 0.25, 0, 0]),
@@ -124,6 +130,12 @@ def test_the_examples_of_the_docstrings(schedule, expected):
         (lambda o: WarmupMultiStepLR(o, [3, 7], 0.5, **NO_WARMUP),
          lambda o: theirs.MultiStepLR(o, [3, 7], 0.5)),
         (lambda o: WarmupCosineLR(o, 20, **NO_WARMUP), lambda o: theirs.CosineAnnealingLR(o, 20)),
+        (lambda o: WarmupCosineLR(o, 20, final_factor=0.1, **NO_WARMUP),
+         lambda o: theirs.LambdaLR(o, lambda t: 0.55 + 0.45 * math.cos(math.pi * t / 20))),
+        (lambda o: ours.WarmupCosineRestartsLR(o, 3, cycle_factor=2, **NO_WARMUP),
+         lambda o: theirs.CosineAnnealingWarmRestarts(o, 3, 2)),
+        (lambda o: ours.WarmupCosineRestartsLR(o, 3, **NO_WARMUP),
+         lambda o: theirs.CosineAnnealingWarmRestarts(o, 3)),
         (lambda o: WarmupLinearLR(o, 20, final_factor=0.1, **NO_WARMUP),
          lambda o: theirs.LinearLR(o, 1.0, 0.1, 20)),
         (lambda o: WarmupConstantLR(o, 0.1, 5), lambda o: theirs.LinearLR(o, 0.1, 1.0, 5)),
@@ -297,5 +309,7 @@ def test_the_hook_refuses_what_it_cannot_step():
     for arguments in ((), (optimizer,), (schedule, schedule)):
         with pytest.raises(ConfigError, match="LRScheduler: expected one schedule"):
             LRScheduler(*arguments)
-    with pytest.raises(ConfigError, match="schedule=ReduceLROnPlateau: .* not on a metric"):
+    with pytest.raises(ConfigError, match="hooks.schedule.metric=null: expected a metric for Red"):
         LRScheduler(optimizer, theirs.ReduceLROnPlateau(optimizer))
+    with pytest.raises(ConfigError, match="metric=loss: expected null for WarmupCosineLR; only"):
+        LRScheduler(schedule, metric="loss")
