@@ -365,11 +365,11 @@ def run_python(text, scope, storage):
 def test_python(text, stand_ins, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(distrain.Trainer, "train", short(distrain.Trainer.train))
-    if "pandas" in text:
-        pytest.importorskip("pandas")
     import safetensors.torch
 
     scope = names(stand_ins) | {"safetensors": safetensors}
+    if "pandas" in text:
+        scope["pandas"] = pytest.importorskip("pandas")
     if "GPT2LMHeadModel" in text:
         tokens = {"input_ids": torch.rand(4, 2), "labels": torch.zeros(4)}
         scope |= {"GPT2LMHeadModel": sys.modules["transformers"].GPT2LMHeadModel}
