@@ -17,7 +17,7 @@ import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from distrain.config import schema
+from distrain.config import keys
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
@@ -155,7 +155,7 @@ def configuration() -> str:
     return "\n".join(lines)
 
 
-def schema_keys(cls: type = schema.Keys, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def schema_keys(cls: type = keys.Keys, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield the schema's keys: dotted name, type, default, and what a node's docstring says."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for entry in dataclasses.fields(cls):
@@ -180,9 +180,9 @@ def type_text(hint: Any) -> str:
         inner, *limits = typing.get_args(hint)
         words = [type_text(inner)]
         for limit in limits:
-            if isinstance(limit, schema.AtLeast):
+            if isinstance(limit, keys.AtLeast):
                 words.append(f"at least {limit.limit}")
-            elif limit is schema.positive:
+            elif limit is keys.positive:
                 words.append("above 0")
         return ", ".join(words)
     if origin is Literal:
@@ -192,7 +192,7 @@ def type_text(hint: Any) -> str:
             "null" if each is type(None) else type_text(each) for each in typing.get_args(hint)
         ]
         return " or ".join(words)
-    if hint is schema.Target:
+    if hint is keys.Target:
         return "node with `_target_`"
     if origin in (dict, list):
         of = typing.get_args(hint)[-1]

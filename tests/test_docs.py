@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.config import schema
+from distrain.config import keys
 from distrain.launch.client import State
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_every_module_is_on_one_page(site, generate):
 
 
 def test_the_schema_is_what_the_page_is_made_of(generate):
-    assert generate.schema is schema
+    assert generate.keys is keys
 
 
 def test_pages_name_keys_and_classes_that_exist(generate):
