@@ -16,8 +16,8 @@ PUBLIC = {
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
     "ReplicaGuard StragglerWatch Throughput TorchMemoryStats TorchProfiler",
-    "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR "
-    "WarmupCosineRestartsLR WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
+    "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR WarmupCosineRestartsLR "
+    "WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
     "distrain.distributed": "process_group",
     "distrain.adapters": "HuggingFaceModel LightningModel",
 }
