@@ -137,6 +137,7 @@ def conf_of(
     stop=None,
     hooks=None,
     init=None,
+    data=None,
     **trainer,
 ):
     timer = {"_target_": "distrain.hooks.IterationTimer"}
@@ -164,6 +165,7 @@ def conf_of(
             "sampler": None,
             "train": {"_target_": f"{HERE}.Images", "noise": noise, "num": num},
             "eval": None,
+            **(data or {}),
         },
         "optim": optim,
         "schedule": schedule,

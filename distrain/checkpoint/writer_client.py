@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -104,6 +105,10 @@ class WriterProcess:
 
     def close(self) -> None:
         """Wait until the process has finished its requests and ended."""
+        with contextlib.suppress(OSError):  # it died, or the pipe is closed
+            if self._process.stdin is not None and not self._process.stdin.closed:
+                # loader workers that were forked since hold the pipe open: its end does not show
+                self._process.stdin.write(b"\n")
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()

@@ -179,7 +179,7 @@ def _best_marks(path: str) -> dict[str, float] | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Answer requests until the training process closes the pipe or dies."""
+    """Answer requests until an empty line, the end of the pipe or of the training process."""
     staging_fd, parent = map(int, arguments)  # parent: process id
     for number in IGNORED_SIGNALS:  # launchers and SLURM signal all processes of a job
         signal.signal(number, signal.SIG_IGN)
@@ -196,6 +196,8 @@ def main(arguments: list[str]) -> None:
             return
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
+            if not line:
+                return
             answer = json.dumps(perform(json.loads(line), staging_fd)) + "\n"
             try:
                 os.write(1, answer.encode())

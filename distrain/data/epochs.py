@@ -3,48 +3,166 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import IterableDataset
+from typing_extensions import override
 
+from distrain.data.epoch_ends import EpochEnds, has_ranks, lengths_of_ranks
+from distrain.data.loader import Loader
 from distrain.errors import ConfigError
 from distrain.log import logger
 
 
-def repeat(data: Iterable[Any], *, start: int = 0) -> Iterator[Any]:
-    """Yield the batches of `data` without end, as an uninterrupted run gets them after `start`.
+@runtime_checkable
+class Stateful(Protocol):
+    """Data that knows its position, as torchdata's StatefulDataLoader."""
 
-    Before each epoch, samplers and data sets in `data` with a method `set_epoch` get its number.
-    The batches of the first epoch before `start` are loaded and dropped.
+    def state_dict(self) -> Any:
+        """Return the position after the last item."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Begin the next iteration at a position."""
+
+
+class EpochLoader(Loader):
+    """Endless batches of an iterable, such as a DataLoader, epoch after epoch.
+
+    Before each epoch, samplers and data sets in the data with a method `set_epoch` get its number.
+    All ranks end an epoch after the same batch: the last one of the rank that has the fewest.
+
+    A resumed run continues where it stopped: from the data's own state where it has one; else the
+    batches of its epoch before are loaded again and dropped. Their order is that of the first time
+    where it comes from `set_epoch`, or from torch's generator, whose state is saved.
 
     Args:
-        data: yields the batches of one epoch each time it is iterated over.
-        start: number of batches that the run has had. If `data` has no length, all of them are
-            loaded again.
+        data: yields the batches of one epoch of this rank each time it is iterated over.
+        accumulation: batches per iteration.
 
     Raises:
-        ConfigError: an epoch has no batch.
+        ConfigError: an epoch has no batch; or the data has its own state, and it was saved on
+            another number of ranks.
     """
-    length = _length(data)
-    first_epoch, num_dropped = divmod(start, length) if length else (0, start)
-    if num_dropped:
-        logger.info(
-            "resuming within an epoch: %d batches of the data loader are loaded again and dropped; "
-            "distrain.data.TrainLoader starts at any iteration at no cost",
-            num_dropped,
-        )
-    for epoch in itertools.count(first_epoch):
-        _set_epoch(data, epoch)
-        is_empty = True
-        for batch in data:
-            is_empty = False
-            if num_dropped:
-                num_dropped -= 1
+
+    is_seekable = False
+
+    def __init__(self, data: Iterable[Any], *, accumulation: int = 1) -> None:
+        self._data = data
+        self._accumulation = accumulation
+        self._start_iter, self._num_since = 0, 0  # batches since iteration `_start_iter`
+        self._epoch = self._batch = 0  # position: in an epoch, after a number of its batches
+        self._generator: Tensor | None = None  # torch's, when the epoch began
+        self._own: Any = None  # state of the data; None: ask it
+        self._ends: EpochEnds | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = self._own
+        if own is None and self._num_since and isinstance(self._data, Stateful):
+            own = self._data.state_dict()
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "generator": self._generator,
+            "own": own,
+        }
+
+    @override
+    def load_state_dict(self, states: Sequence[Any], *, iteration: int, rank: int) -> None:
+        world_size = dist.get_world_size() if has_ranks() else 1
+        if len(states) != world_size:
+            if states[0]["own"] is not None:
+                raise ConfigError(
+                    f"ranks={world_size}: expected {len(states)}, as the checkpoint has the "
+                    f"position of each rank in {type(self._data).__name__}"
+                )
+            return  # `batches` starts by the number of batches
+        state = states[rank]
+        self._start_iter, self._num_since = iteration, 0
+        self._epoch, self._batch = state["epoch"], state["batch"]
+        self._generator, self._own = state["generator"], state["own"]
+
+    @override
+    def batches(self, start_iter: int) -> Iterator[Any]:
+        """Return the batches after an iteration, as an uninterrupted run gets them."""
+        length = _length(self._data)
+        if has_ranks() and not isinstance(self._data, Iterator):
+            lengths = lengths_of_ranks(length)
+            if None in lengths:
+                length, self._ends = None, self._ends or EpochEnds()
             else:
+                length = min(each for each in lengths if each is not None)
+        if start_iter != self._start_iter + self._num_since // self._accumulation:
+            start = start_iter * self._accumulation
+            self._epoch, self._batch = divmod(start, length) if length else (0, start)
+            self._generator = self._own = None
+        self._start_iter, self._num_since = start_iter, 0
+        return self._endless(length)
+
+    def _endless(self, length: int | None) -> Iterator[Any]:
+        if self._own is None and self._batch == length:  # nothing to load again
+            self._epoch, self._batch, self._generator = self._epoch + 1, 0, None
+        while True:
+            batches = self._rest_of_epoch(length)
+            if self._ends is not None:
+                batches = self._ends.together(batches)
+            for batch, self._own in batches:
+                self._batch += 1
+                self._num_since += 1
                 yield batch
-        if is_empty:
-            raise ConfigError("the data has no batch; expected at least one per epoch")
+            if self._batch == 0:
+                raise ConfigError("the data has no batch; expected at least one per epoch")
+            if self._ends is not None and (unused := self._ends.total(len(self._ends.unused))):
+                logger.info(
+                    "epoch %d ended after %d batches per rank, when a rank had no more: %d of the "
+                    "others, which they had loaded, were left out",
+                    *(self._epoch, self._batch, unused),
+                )
+            self._epoch, self._batch, self._generator, self._own = self._epoch + 1, 0, None, None
+
+    def _rest_of_epoch(self, length: int | None) -> Iterator[tuple[Any, Any]]:
+        """Yield the batches of the epoch after the position, with the data's state after each.
+
+        The state is None where it is known without: no batch is read ahead.
+        """
+        _set_epoch(self._data, self._epoch)
+        iterator = self._start() if self._batch else None
+        if iterator is None:
+            self._generator = torch.get_rng_state()
+            iterator = iter(self._data)
+        has_state = self._ends is not None and isinstance(self._data, Stateful)
+        left = None if length is None else length - self._batch
+        for batch in itertools.islice(iterator, left):
+            yield batch, (self._data.state_dict() if has_state else None)  # type: ignore[attr-defined]
+
+    def _start(self) -> Iterator[Any]:
+        """Return the iterator of the epoch at the position; torch's generator stays as it is."""
+        state = torch.get_rng_state()
+        try:
+            if self._own is not None and isinstance(self._data, Stateful):
+                self._data.load_state_dict(self._own)
+                return iter(self._data)
+            logger.warning(
+                "resuming within an epoch: the first %d batches of epoch %d are loaded again and "
+                "dropped; distrain.data.TrainLoader starts at any iteration at no cost",
+                *(self._batch, self._epoch),
+            )
+            if self._generator is not None:
+                torch.set_rng_state(self._generator)
+            while True:
+                iterator = iter(self._data)
+                dropped = sum(1 for _ in itertools.islice(iterator, self._batch))
+                if dropped in (0, self._batch):
+                    return iterator
+                # only without a saved state: the position was counted from the very first batch
+                self._epoch, self._batch = self._epoch + 1, self._batch - dropped
+                _set_epoch(self._data, self._epoch)
+        finally:
+            torch.set_rng_state(state)
 
 
 def _length(data: Iterable[Any]) -> int | None:

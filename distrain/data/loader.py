@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,33 @@ class Loader(ABC):
     Attributes:
         num_samples: per epoch; None if unknown.
         samples_per_forward: of this rank; None if unknown or not constant.
+        is_seekable: whether `batches` may be called for any iteration at any time.
     """
 
     num_samples: int | None = None
     samples_per_forward: int | None = None
+    is_seekable = True
 
     @abstractmethod
     def batches(self, start_iter: int) -> Iterator[Any]:
         """Return endless batches, `accumulation` per iteration, from an iteration on.
 
         A run that resumes at `start_iter` must get the batches that an uninterrupted run gets.
+        """
+
+    def state_dict(self) -> Any:
+        """Return this rank's position for `load_state_dict`; None if its iteration is enough."""
+        return None
+
+    def load_state_dict(  # noqa: B027 - no state by default
+        self, states: Sequence[Any], *, iteration: int, rank: int
+    ) -> None:
+        """Take a saved position; the next `batches(iteration)` continues there.
+
+        Args:
+            states: what `state_dict` returned on each rank of the run that was saved.
+            iteration: number of iterations that it had done.
+            rank: of this process.
         """
 
     def close(self) -> None:  # noqa: B027 - nothing to end by default

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from distrain.checkpoint.portable import from_portable, to_portable
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checks import wrong
 from distrain.distributed.collectives import gather_to_main
@@ -150,11 +151,15 @@ def save(
     """
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
-        random = gather_to_main(random_states())
+        position = to_portable(trainer.data_state())
+        ranks = gather_to_main({"random": random_states(), "position": position})
         state = _state(trainer)
         if state is None:
             return
-        state["rng"] = {"ranks": random}
+        assert ranks is not None
+        state["rng"] = {"ranks": [of_rank["random"] for of_rank in ranks]}
+        if trainer.data_state() is not None:
+            state["stream"]["ranks"] = [from_portable(of_rank["position"]) for of_rank in ranks]
         if is_end_left:
             state["end"] = {"stop": trainer.reduction.stop}
         checkpoints.save(

@@ -257,6 +257,10 @@ class TrainerBase:
         for call in self._calls[moment]:
             call()
 
+    def data_state(self) -> Any:
+        """Return this rank's position in its data, or None where the iteration determines it."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run: histories, and the hooks' states by part and name.
 

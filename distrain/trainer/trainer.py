@@ -9,10 +9,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distrain.checks import one_of, whole
 from distrain.data.batch import to_channels_last, to_device
-from distrain.data.epochs import repeat
+from distrain.data.epochs import EpochLoader
+from distrain.data.loader import Loader
 from distrain.distributed.ranks import local_device
 from distrain.distributed.strategy import Strategy, check_clipping
 from distrain.distributed.strategy_by_name import StrategyName, make_strategy
@@ -48,7 +50,7 @@ class Trainer(TrainerBase):
             `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element, or
             several by name, whose sum is minimised.
         optimizer: over parameters of the model.
-        data: an iterable of this rank's batches, started again when it ends (see `epochs.repeat`);
+        data: an iterable of this rank's batches, started again when it ends (see `EpochLoader`);
             or a `TrainLoader`, whose stream starts at any iteration.
         hooks: see `TrainerBase`.
         device: of the model; None is this rank's GPU, or the CPU.
@@ -117,8 +119,8 @@ class Trainer(TrainerBase):
         if compile:
             model.compile()
         self.model = self.strategy.wrap(model, optimizer, self.device)
-        self.data = data
-        self.accumulation = accumulation
+        self.data, self.accumulation = data, accumulation
+        self._loader = _loader_of(data, accumulation)
         self.precision = precision
         self.data_s = 0.0
         self.grad_norm: Tensor | None = None
@@ -142,10 +144,7 @@ class Trainer(TrainerBase):
         """Start the stream at `start_iter`, and let the strategy warm up."""
         train_mode(self.module)
         start_momentum(self.optimizer)
-        if isinstance(self.data, Seekable):
-            self._batches = self.data.batches(self.start_iter)
-        else:
-            self._batches = repeat(self.data, start=self.start_iter * self.accumulation)
+        self._batches = self._loader.batches(self.start_iter)
         if self.start_iter < self.max_iter:
             self.strategy.warm_up(self.model, self._first_loss)
 
@@ -249,6 +248,10 @@ class Trainer(TrainerBase):
         with EventStorage(self.start_iter):
             return self.forward(batch)["loss"]
 
+    @override
+    def data_state(self) -> Any:
+        return self._loader.state_dict() if isinstance(self._loader, Loader) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of model, optimizer, scaler, stream, hooks and histories.
 
@@ -260,6 +263,8 @@ class Trainer(TrainerBase):
             "stream": {
                 "iteration": self.iter_done,
                 "samples_per_forward": getattr(self.data, "samples_per_forward", None),
+                # of this rank; a checkpoint has those of all ranks
+                **({} if (position := self.data_state()) is None else {"ranks": [position]}),
             },
             **super().state_dict(),
         }
@@ -276,4 +281,13 @@ class Trainer(TrainerBase):
         self.strategy.load_state_dict(self.module, self.optimizer, state)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        stream = state["stream"]
+        if "ranks" in stream and isinstance(self._loader, Loader):
+            self._loader.load_state_dict(
+                stream["ranks"], iteration=stream["iteration"], rank=self.where.rank
+            )
         super().load_state_dict(state)
+
+
+def _loader_of(data: Iterable[Any] | Seekable, accumulation: int) -> Seekable:
+    return data if isinstance(data, Seekable) else EpochLoader(data, accumulation=accumulation)

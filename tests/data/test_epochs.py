@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import distrain
-from distrain.data.epochs import repeat
+from distrain.data.epochs import EpochLoader
 from distrain.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def shuffled(*, in_batch_sampler):
 
 
 def take(data, num, *, start=0):
-    return [*itertools.islice(repeat(data, start=start), num)]
+    return [*itertools.islice(EpochLoader(data).batches(start), num)]
 
 
 def values(batches):
@@ -89,7 +89,7 @@ def test_whole_epochs_before_the_position_are_not_loaded():
 def test_batches_dropped_on_the_way_are_reported(caplog):
     with caplog.at_level("INFO", logger="distrain"):
         take([1, 2, 3], 1, start=4)
-    assert "1 batches of the data loader are loaded again" in caplog.text
+    assert "the first 1 batches of epoch 1 are loaded again" in caplog.text
 
 
 def test_data_without_a_batch_is_refused():

@@ -1,0 +1,113 @@
+"""A run of a plain DataLoader or another iterable continues at the batch where it stopped."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from resume_cases import Images, differing, interrupted_and_straight
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from distrain.data.epochs import EpochLoader
+from distrain.errors import ConfigError
+
+HERE = __name__
+
+
+class Part(IterableDataset):
+    """The samples of this rank and loader process, in another order in each epoch, with a state."""
+
+    def __init__(self, num=29):
+        self.images, self.epoch, self.next = Images(num, noise=0), 0, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        worker = get_worker_info()
+        num, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        order = torch.randperm(29, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        mine = order[rank * num + number :: ranks * num]
+        while self.next < len(mine):
+            self.next += 1
+            yield self.images[mine[self.next - 1]]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.next, self.epoch = state["next"], state["epoch"]
+
+
+def shuffled(workers):
+    return DataLoader(Images(noise=0), batch_size=3, shuffle=True, num_workers=workers)
+
+
+def stateful(workers):
+    return StatefulDataLoader(Part(), batch_size=3, num_workers=workers, drop_last=True)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(("make", "workers"), [("shuffled", 2), ("shuffled", 0), ("stateful", 2)])
+def test_interrupted_is_straight_bit_for_bit(tmp_path, world_size, make, workers):
+    loader = {"_target_": f"{HERE}.{make}", "workers": workers}
+    both = run_ranks(
+        interrupted_and_straight, world_size, tmp_path, data={"train": None, "loader": loader}
+    )[0]
+    assert differing(*both) == []
+    assert len(both[1]["stream"]["ranks"]) == world_size
+
+
+class Numbers:
+    """Epoch e yields 10 e, 10 e + 1, ...; has no length."""
+
+    def __init__(self, num):
+        self.num, self.epoch = num, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(range(10 * self.epoch, 10 * self.epoch + self.num))
+
+
+def unequal(rank, has_length):
+    data = [[0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3, 4]][rank] if has_length else Numbers(4 - rank % 2)
+    loader = EpochLoader(data)
+    found = [*itertools.islice(loader.batches(0), 7)]
+    resumed = EpochLoader(data)
+    resumed.load_state_dict([loader.state_dict()] * 3, iteration=7, rank=rank)
+    return found, [*itertools.islice(resumed.batches(7), 2)]
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_ranks_with_unequal_ends_end_an_epoch_together(has_length, caplog):
+    for found, resumed in run_ranks(unequal, 3, has_length):
+        step = 0 if has_length else 10
+        assert found == [0, 1, 2, step, step + 1, step + 2, 2 * step]
+        assert resumed == [2 * step + 1, 2 * step + 2]
+
+
+def test_on_another_number_of_ranks_a_state_of_the_data_is_refused():
+    loader = EpochLoader(stateful(0))
+    next(loader.batches(0))
+    with pytest.raises(
+        ConfigError, match="ranks=1: expected 2, as the checkpoint has the position"
+    ):
+        EpochLoader(stateful(0)).load_state_dict([loader.state_dict()] * 2, iteration=1, rank=0)
+
+
+def test_left_out_batches_are_reported(caplog):
+    def texts(rank):
+        with caplog.at_level("INFO", logger="distrain"):
+            [*itertools.islice(EpochLoader(Numbers(4 - rank)).batches(0), 4)]
+        return caplog.text
+
+    assert (
+        "epoch 0 ended after 3 batches per rank, when a rank had no more: 1 of"
+        in run_ranks(texts, 2)[0]
+    )
