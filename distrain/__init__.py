@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from distrain.schedule.schedules import WarmupCosineLR, WarmupMultiStepLR
     from distrain.trainer.hook import HookBase
     from distrain.trainer.loop import TrainerBase
+    from distrain.trainer.loss import Loss
     from distrain.trainer.trainer import Trainer
 
 _MODULE_OF = {
     "EventStorage": "events.storage",
     "HistoryBuffer": "events.history",
     "HookBase": "trainer.hook",
+    "Loss": "trainer.loss",
     "Trainer": "trainer.trainer",
     "TrainerBase": "trainer.loop",
     "WarmupCosineLR": "schedule.schedules",
@@ -35,6 +37,7 @@ __all__ = [
     "EventStorage",
     "HistoryBuffer",
     "HookBase",
+    "Loss",
     "Trainer",
     "TrainerBase",
     "WarmupCosineLR",

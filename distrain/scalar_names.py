@@ -10,6 +10,7 @@ STEP_S = PERF + "step_s"
 ETA_S = PERF + "eta_s"
 LR = "lr"
 GRAD_NORM = "grad_norm"
+SKIPPED_UPDATE = "skipped_update"
 
 NONDETERMINISTIC_PREFIXES = (PERF, GPU, MEMORY, STRAGGLER)
 """Timing and hardware metrics: they differ between equal runs, so no digest includes them."""

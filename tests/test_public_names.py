@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
-    "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Trainer TrainerBase "
-    "WarmupMultiStepLR WarmupCosineLR param_groups",
+    "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Loss Trainer "
+    "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
     "ReplicaGuard StragglerWatch Throughput TorchMemoryStats TorchProfiler",

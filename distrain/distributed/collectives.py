@@ -1,4 +1,4 @@
-"""Gather and broadcast of objects, for rare moments such as a checkpoint.
+"""Gather and broadcast of objects, for rare moments such as a checkpoint; a sum on the device.
 
 Values travel as `serialization.encode` describes: tuples come back as lists, tensors on the CPU.
 """
@@ -58,6 +58,14 @@ def broadcast_from_main(value: Any) -> Any:
     buffer = _tensor(data.ljust(int(size), b"\0"))
     dist.broadcast(buffer, 0)
     return _values([buffer], [int(size)])[0]
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum over all ranks of a tensor, on its device, not read back. A collective."""
+    total = tensor.clone()
+    if topology().world_size > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def _device() -> torch.device:

@@ -90,6 +90,23 @@ class FSDP(Strategy):
         finally:
             model.set_requires_gradient_sync(True)
 
+    @contextmanager
+    @override
+    def reduced_backward(self, model: Any) -> Iterator[None]:
+        # inside `no_sync` gradients that are not reduced lie in torch's private buffers
+        if not self.is_sharded:
+            yield
+            return
+        model.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(False)
+
+    @override
+    def local(self, tensor: Tensor) -> Tensor:
+        return _local(tensor)
+
     @override
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return sqrt(n_0^2 + n_1^2 + ...) of the norms of all ranks' shards: 5 for 3 and 4."""

@@ -81,6 +81,17 @@ class Strategy:
         """Return a context in which gradients accumulate on each rank without a reduction."""
         return nullcontext()
 
+    def reduced_backward(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return a context for a backward inside `no_sync` after which `grad` must hold the sum.
+
+        Only where gradients are scaled after the last forward, see `WeightedGradients`.
+        """
+        return nullcontext()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return this rank's part of a parameter or gradient, which shares its memory."""
+        return tensor
+
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return the () 2-norm of all gradients together, equal on all ranks."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -16,9 +16,12 @@ from distrain.data.loader import EvalLoader
 from distrain.distributed.collectives import gather_to_all
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
+from distrain.trainer.loss import Loss, WeightedLosses
 from distrain.trainer.model_call import call, takes_whole_batch, total_loss
 from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
 from distrain.trainer.numerics import Precision, autocast_dtype
+
+_SUM_OF_MEANS = "\0loss"  # marks losses by name with weights, whose sum is known at the end
 
 
 def evaluate(
@@ -33,8 +36,9 @@ def evaluate(
     """Return the mean over all samples of all ranks of each metric of the model. A collective.
 
     The metrics are those of the model's method `metrics`, called like its forward, which returns
-    (B,) values by name, one per sample; without that method they are its losses, weighted by the
-    size of the batch. A metric in some batches only is divided by the samples of those.
+    (B,) values by name, one per sample, or a `Loss`, a sum over other elements; without that method
+    they are its losses, weighted by their weights or the size of the batch. A metric in some
+    batches only is divided by the samples of those.
 
     The model is in eval mode meanwhile, on all ranks with the buffers of rank 0, which are those
     of a checkpoint. Modes, buffers and random generators are restored afterwards.
@@ -63,13 +67,9 @@ def evaluate(
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 totals.add(batch, length)
         ranks = gather_to_all(
-            {name: (totals.counts[name], float(total)) for name, total in totals.sums.items()}
+            {name: (float(totals.counts[name]), float(sum_)) for name, sum_ in totals.sums.items()}
         )
-    return {
-        name: sum(rank[name][1] for rank in ranks if name in rank)
-        / sum(rank[name][0] for rank in ranks if name in rank)
-        for name in sorted({name for rank in ranks for name in rank})
-    }
+    return _means(ranks)
 
 
 @contextmanager
@@ -96,12 +96,28 @@ def on_device(
         yield (to_channels_last(batch) if channels_last else batch), length
 
 
+def _means(ranks: list[Any]) -> dict[str, float]:
+    """Return the mean of each metric from (count, sum) by name of each rank.
+
+    Losses with weights are summed after their means.
+    """
+    means = {}
+    for name in sorted({name for rank in ranks for name in rank}):
+        count, total = map(sum, zip(*(rank[name] for rank in ranks if name in rank), strict=True))
+        if count:
+            means[name] = total / count
+    if _SUM_OF_MEANS in means:
+        del means[_SUM_OF_MEANS]
+        means = {"loss": sum(means.values()), **means}
+    return means
+
+
 class _Totals:
-    """Sums of a model's metrics over batches, and their numbers of samples."""
+    """Sums of a model's metrics over batches, and their numbers of samples or weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Tensor | int] = {}
         self._model = model
         self._metrics = getattr(model, "metrics", None)
         self._whole = takes_whole_batch(model)
@@ -110,25 +126,47 @@ class _Totals:
         """Call the model with a batch of `length` samples."""
         if self._metrics is None:
             losses = total_loss(call(self._model, batch, whole=self._whole))
-            sums = {name: loss.double() * length for name, loss in losses.items()}
+            sums = _sums_of_losses(losses, length)
         else:
             sums = _sums(call(self._metrics, batch, whole=self._whole), length)
-        for name, value in sums.items():
+        for name, (value, count) in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + length
+            self.counts[name] = self.counts.get(name, 0) + count
 
 
-def _sums(values: Any, length: int) -> dict[str, Tensor]:
+_Sums = dict[str, tuple[Tensor, Tensor | int]]
+
+
+def _sums_of_losses(losses: dict[str, Tensor], length: int) -> _Sums:
+    """Return the sum and the weight of each loss of a batch."""
+    if not isinstance(losses, WeightedLosses):
+        return {name: (loss.double() * length, length) for name, loss in losses.items()}
+    sums: _Sums = {n: (loss.double() * length, length) for n, loss in losses.plain.items()}
+    sums |= {n: (total.double(), losses.weights[n]) for n, total in losses.totals.items()}
+    if "loss" not in sums:
+        sums[_SUM_OF_MEANS] = (losses["loss"].new_zeros(()), 1)
+    return sums
+
+
+def _sums(values: Any, length: int) -> _Sums:
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"metrics() returned {type(values).__name__}: expected a dict with one value per "
             f"sample, [{length}], by name"
         )
+    weighted = WeightedLosses({n: v for n, v in values.items() if isinstance(v, Loss)})
     for name, value in values.items():
+        if name in weighted.totals:
+            continue
         if not isinstance(value, Tensor) or value.shape != (length,):
             shape = [*value.shape] if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(
                 f"metric {name!r} is {shape}: expected one value per sample, [{length}]; return "
                 "the values before the mean over the batch"
             )
-    return {name: value.double().sum() for name, value in values.items()}
+    sums: _Sums = {
+        name: (value.double().sum(), length)
+        for name, value in values.items()
+        if name not in weighted.totals
+    }
+    return sums | {n: (total.double(), weighted.weights[n]) for n, total in weighted.totals.items()}

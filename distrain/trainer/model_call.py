@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.errors import ConfigError
+from distrain.trainer.loss import Loss, WeightedLosses
 
 
 def takes_whole_batch(model: nn.Module) -> bool:
@@ -41,31 +42,38 @@ def caller(model: Callable[..., Any], kind: type, *, whole: bool) -> Callable[[A
 
 
 def total_loss(output: Any) -> dict[str, Tensor]:
-    """Return named losses with their sum as "loss".
+    """Return named losses with their sum as "loss"; `WeightedLosses` if one is a `Loss`.
 
     Args:
-        output: of a model: a tensor with one element, or a mapping of such.
+        output: of a model: a tensor with one element, a `Loss`, or a mapping of such.
 
     Raises:
         ConfigError: it is neither.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
         return {"loss": _zero_dim(output)}
+    if isinstance(output, Loss):
+        return WeightedLosses({"loss": output})
     if isinstance(output, Mapping) and output:
+        is_weighted = False
         for name, loss in output.items():
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if isinstance(loss, Loss):
+                is_weighted = True
+            elif not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ConfigError(
                     f"the model's forward returned {name!r}: {_describe(loss)}; expected a tensor "
                     "with one element. Return losses only, and record the rest by "
                     "get_event_storage().put_scalar"
                 )
-        if len(output) == 1 and "loss" in output:
-            return {"loss": _zero_dim(output["loss"])}
-        if "loss" in output:
+        if "loss" in output and len(output) > 1:
             raise ConfigError(
                 f"the model's forward returned 'loss' among {list(output)}: expected the parts "
                 "only, whose sum is the loss, or the loss only"
             )
+        if is_weighted:
+            return WeightedLosses(output)
+        if "loss" in output:
+            return {"loss": _zero_dim(output["loss"])}
         total = torch.stack([_zero_dim(loss) for loss in output.values()]).sum()
         return {"loss": total, **output}
     raise ConfigError(

@@ -22,14 +22,16 @@ from distrain.distributed.without_profiler import clear_gradients, update
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
 from distrain.optim.optimizer import start_momentum
-from distrain.scalar_names import GRAD_NORM
+from distrain.scalar_names import GRAD_NORM, SKIPPED_UPDATE
 from distrain.trainer.frozen_parameters import check_still_frozen, frozen_parameters
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
+from distrain.trainer.loss import WeightedLosses, check_first, unweighted
 from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.trainer.module_state import train_mode
 from distrain.trainer.nonfinite_gradients import SkippedUpdates
 from distrain.trainer.numerics import Precision, autocast_dtype
+from distrain.trainer.weighted_gradients import EmptyUpdates, WeightedGradients
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 
@@ -47,8 +49,8 @@ class Trainer(TrainerBase):
 
     Args:
         model: called as `model(batch)` if its forward takes one argument, else as
-            `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element, or
-            several by name, whose sum is minimised.
+            `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element or a
+            `Loss`, or several by name, whose sum is minimised.
         optimizer: over parameters of the model.
         data: an iterable of this rank's batches, started again when it ends (see `EpochLoader`);
             or a `TrainLoader`, whose stream starts at any iteration.
@@ -142,6 +144,9 @@ class Trainer(TrainerBase):
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`, and let the strategy warm up."""
+        self._has_run = False  # a forward of training
+        self._weighted: WeightedGradients | None = None  # where the model returns a `Loss`
+        self._empty_updates = EmptyUpdates()
         train_mode(self.module)
         start_momentum(self.optimizer)
         self._batches = self._loader.batches(self.start_iter)
@@ -159,12 +164,15 @@ class Trainer(TrainerBase):
         losses, weights = (
             self._accumulate() if self.accumulation > 1 else (self._forward_backward(), None)
         )
+        is_empty = False
+        if self._weighted is not None:
+            losses, weights, is_empty = self._weighted.finish()
         self.storage.put_losses(losses, weights)
         if self._scales:
             self.scaler.unscale_(self.optimizer)
         self._call("after_backward")
         self.pulse.beat(Phase.OPTIMIZER)
-        if self._may_update(losses):
+        if self._may_update(losses, is_empty):
             if self._clip_norm is not None or self._clip_value is not None:
                 self._clip_gradients()
             if self._scales:
@@ -186,39 +194,66 @@ class Trainer(TrainerBase):
         else:
             self.storage.put_losses({GRAD_NORM: self.grad_norm})
 
-    def _may_update(self, losses: Mapping[str, Tensor]) -> bool:
+    def _may_update(self, losses: Mapping[str, Tensor], is_empty: bool) -> bool:
         """Whether the update may be applied; equal on all ranks, as the gradients are."""
-        if self._skipped is None:
+        if self._weighted is not None:
+            self._empty_updates.count(is_empty, iteration=self.iter)
+        if self._skipped is None and self._weighted is None:
             return True
-        may = self._skipped.may_update(losses, iteration=self.iter)
-        self.storage.put_scalar("skipped_update", float(not may), smoothing_hint=False)
+        may = not is_empty and (
+            self._skipped is None or self._skipped.may_update(losses, iteration=self.iter)
+        )
+        self.storage.put_scalar(SKIPPED_UPDATE, float(not may), smoothing_hint=False)
         return may
 
     def _accumulate(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         with self.strategy.no_sync(self.model):
             parts: list[dict[str, Tensor]] = []
             for _ in range(self.accumulation - 1):
-                parts.append(self._forward_backward())
+                parts.append(self._forward_backward(is_last=False))
                 self.pulse.beat(Phase.DATA)
         parts.append(self._forward_backward())
-        return mean_losses(parts)
+        return mean_losses(parts) if self._weighted is None else ({}, {})
 
-    def _forward_backward(self) -> dict[str, Tensor]:
+    def _forward_backward(self, *, is_last: bool = True) -> dict[str, Tensor]:
         begin = time.perf_counter()
         batch = next(self._batches)
         self.data_s += time.perf_counter() - begin
         self.pulse.beat(Phase.FORWARD)
         losses = self.forward(batch)
+        if losses.__class__ is not dict or self._weighted is not None:
+            self._weighted_backward(losses, is_last=is_last)
+            return losses
+        self._has_run = True
         loss = losses["loss"]
         if self.accumulation > 1:
             loss = loss / self.accumulation
+        self._backward(loss)
+        return losses
+
+    def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self._skipped is not None:
             loss = self._skipped.propagate_nonfinite(loss)
         if self._scales:
             loss = self.scaler.scale(loss)
         self.pulse.beat(Phase.BACKWARD)
-        loss.backward()
-        return losses
+        loss.backward(retain_graph=retain_graph)
+
+    def _weighted_backward(self, losses: dict[str, Tensor], *, is_last: bool) -> None:
+        """Backward of losses with weights; which a model returns from its first forward on."""
+        if self._weighted is None:
+            check_first(losses, has_run=self._has_run)
+            self._weighted = WeightedGradients(
+                self.strategy, self._parameters, num_forwards=self.accumulation
+            )
+        weighted = losses if isinstance(losses, WeightedLosses) else unweighted(losses)
+        if is_last:
+            loss = self._weighted.close(weighted)
+            assert loss is not None
+            self._backward(loss)
+        else:
+            with self.strategy.reduced_backward(self.model):
+                self._weighted.add(weighted, self._backward)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """Return the losses of a batch by name; "loss" is their sum.
