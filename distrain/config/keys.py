@@ -135,6 +135,7 @@ class OptimKeys:
     layer_decay: Annotated[float, positive] | None = None
     layers: str | None = None
     fused: bool | None = None
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 OPEN: tuple[type, ...] = (OptimKeys,)

@@ -58,7 +58,7 @@ class FSDP(Strategy):
         new = dict(module.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [new[old[p]] for p in group["params"]]
-            group.update(_implementation(optimizer, device))
+            group.update(_implementation(optimizer, group, device))
         return module
 
     def _shard(self, module: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
@@ -173,15 +173,17 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _implementation(optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
-    """Return the keywords of an optimizer's implementation that work on shards.
+def _implementation(
+    optimizer: Optimizer, group: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return the keywords of an optimizer's implementation that work on shards, for a group.
 
     Fused Adam and AdamW do, on CPU and CUDA; fused SGD and Adagrad do not (torch 2.13: no sharding
     strategy registered). Then foreach on CUDA, and the plain loop on the CPU, where it is faster.
     """
-    if "fused" not in optimizer.defaults and "foreach" not in optimizer.defaults:
+    if "fused" not in group and "foreach" not in group:
         return {}
-    fused = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.param_groups[0]["fused"])
+    fused = isinstance(optimizer, torch.optim.Adam) and bool(group["fused"])
     return {"fused": fused or None, "foreach": None if fused else device.type == "cuda"}
 
 

@@ -13,8 +13,8 @@ from distrain.distributed.ranks import Topology
 from distrain.job.build import build_parts
 from distrain.job.model import build_model
 from distrain.job.strategy import build_strategy
-from distrain.optim.groups import GroupSettings, explain_groups, format_groups
-from distrain.optim.optimizer import representative_group
+from distrain.optim.groups import format_groups
+from distrain.optim.optimizer import explain_optimizer, representative_group
 from distrain.run_layout import CHECKPOINTS
 from distrain.schedule.preview import schedule_values
 from distrain.trainer.hook import MOMENTS, HookBase
@@ -80,9 +80,7 @@ def _samples(conf: dict[str, Any], loader: Any) -> str:
 def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
     if optim is None:
         return "the model's own groups, by its configure_optimizers"
-    keys = {"lr", "weight_decay", *GroupSettings.__annotations__}
-    rows = explain_groups(trainer.module, **{k: v for k, v in optim.items() if k in keys})
-    return format_groups(rows)
+    return format_groups(explain_optimizer(trainer.module, **optim))
 
 
 def _schedule_lines(conf: dict[str, Any], trainer: Trainer) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -66,7 +66,12 @@ class _Assigned:
 
 
 def param_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, **settings: Unpack[GroupSettings]
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    among: Container[nn.Parameter] | None = None,
+    **settings: Unpack[GroupSettings],
 ) -> list[dict[str, Any]]:
     """Return the parameter groups for an optimizer, one per different settings.
 
@@ -87,6 +92,7 @@ def param_groups(
         model: the model; frozen parameters are left out.
         lr: learning rate where no factor applies.
         weight_decay: weight decay of parameters that are neither of a norm nor a bias.
+        among: only these parameters are in groups; None for all.
         **settings: `weight_decay_norm`, weight decay of norm layers (default None: as
             `weight_decay`); `bias_lr_factor`, factor on `lr` for biases outside norm layers (1.0);
             `weight_decay_bias`, weight decay of these biases (None: as `weight_decay`); `rules`,
@@ -101,7 +107,7 @@ def param_groups(
     Raises:
         ConfigError: nothing is trainable, a value is out of range, or a rule matches no parameter.
     """
-    assigned = _assign(model, lr=lr, weight_decay=weight_decay, **settings)
+    assigned = _assign(model, lr=lr, weight_decay=weight_decay, among=among, **settings)
     return [
         {"name": name, "params": [member.parameter for member in members], **members[0].settings}
         for name, members in _grouped(assigned).items()
@@ -109,13 +115,18 @@ def param_groups(
 
 
 def explain_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, **settings: Unpack[GroupSettings]
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    among: Container[nn.Parameter] | None = None,
+    **settings: Unpack[GroupSettings],
 ) -> list[GroupRow]:
     """Return one row per trainable parameter, in the model's order: its group, and why.
 
     Arguments and errors are those of `param_groups`.
     """
-    assigned = _assign(model, lr=lr, weight_decay=weight_decay, **settings)
+    assigned = _assign(model, lr=lr, weight_decay=weight_decay, among=among, **settings)
     group = {id(m): name for name, members in _grouped(assigned).items() for m in members}
     return [
         GroupRow(
@@ -165,6 +176,14 @@ def _walk(
             yield from _walk(child, f"{prefix}{name}.", parents)
 
 
+def places_of(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
+    """Return all places of each parameter, in the model's order."""
+    parameters: dict[nn.Parameter, list[Place]] = {}
+    for place, parameter in _walk(model):
+        parameters.setdefault(parameter, []).append(place)
+    return parameters
+
+
 def _kind(place: Place) -> str:
     """Return `norm`, `bias` or `weight`; attention and LSTM have `in_proj_bias`, `bias_hh_l0`."""
     if isinstance(place.modules[-1], NORMS):
@@ -185,6 +204,7 @@ def _assign(
     rules: Rules = (),
     layer_decay: float | None = None,
     layers: str | None = None,
+    among: Container[nn.Parameter] | None = None,
 ) -> list[_Assigned]:
     """Return each trainable parameter once, in the model's order, with its settings."""
     lr, decay = number("lr", lr, above=0.0), number("weight_decay", weight_decay)
@@ -195,22 +215,20 @@ def _assign(
         "norm": {"lr": lr, "weight_decay": of_norm},
         "bias": {"lr": lr * number("bias_lr_factor", bias_lr_factor), "weight_decay": of_bias},
     }
-    parameters: dict[nn.Parameter, list[Place]] = {}
-    for place, parameter in _walk(model):
-        parameters.setdefault(parameter, []).append(place)
+    parameters = places_of(model)
     names = {places[0].name: p for p, places in parameters.items()}
     # Frozen parameters count where a rule is checked and layers are numbered: thawing one must not
     # change the settings of the others.
     matched: list[tuple[Rule, dict[nn.Parameter, tuple[int, int]]]] = []
     for rule in with_layer_decay(names, rules, layer_decay, layers):
-        members = [p for p, places in parameters.items() if rule.matches(places)]
+        members = [p for p, places in parameters.items() if rule.matches(p, places)]
         if not members:
             raise rule.nothing_matched(parameters.values())
         depths, last = rule.depths([parameters[p] for p in members])
         matched.append((rule, {p: (d, last) for p, d in zip(members, depths, strict=True)}))
     assigned = []
     for p, places in parameters.items():
-        if p.requires_grad:
+        if p.requires_grad and (among is None or p in among):
             kind = _kind(places[0])
             hits = [(rule, *members[p]) for rule, members in matched if p in members]
             assigned.append(_settle(p, places, kind, defaults[kind], hits))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from torch.optim import SGD, Optimizer
 
 from distrain.checks import did_you_mean, wrong
 from distrain.errors import ConfigError
-from distrain.optim.groups import GroupSettings, param_groups
+from distrain.optim.combined import CombinedOptimizer, split_parameters
+from distrain.optim.groups import GroupRow, GroupSettings, explain_groups, param_groups
 from distrain.optim.rules import MATCH_KEYS, Rules, parse, plain, resolve
 
 _GROUP_KEYS = tuple(GroupSettings.__annotations__)
+_DEFAULT_TARGET = "torch.optim.SGD"
 
 
 def build_optimizer(
     model: nn.Module,
     *,
-    target: str = "torch.optim.SGD",
+    target: str = _DEFAULT_TARGET,
     lr: float,
     weight_decay: float = 0.0,
     fused: bool | None = None,
+    groups: Mapping[str, Mapping[str, Any] | None] | None = None,
     **keywords: Any,
 ) -> Optimizer:
     """Return an optimizer of any class over the model's parameter groups.
@@ -53,12 +57,84 @@ def build_optimizer(
         lr: learning rate, > 0.
         weight_decay: see `param_groups`; must be 0 where the optimizer has none.
         fused: True asks for fused kernels, False forbids them; None is torch's choice.
+        groups: other optimizers by name, for the parameters that they match: `match`, `module` and
+            `dims` as of a `Rule`, `target`, and any other keyword of this function; the first that
+            matches a parameter has it. Rates, weight decays and rules that one leaves out are these
+            here.
         **keywords: settings of `param_groups`, whose rules may set any keyword of the optimizer;
             and keywords of the optimizer, such as `momentum` or `betas`; lists become tuples.
 
     Raises:
         ConfigError: the target is no optimizer, or does not take a keyword or value.
     """
+    own = {"target": target, "lr": lr, "weight_decay": weight_decay, **keywords}
+    if not groups:
+        return _one(model, fused=fused, **own)
+    optimizers = []
+    for name, members, settings in optimizer_parts(model, groups, fused=fused, **own):
+        try:
+            optimizers.append(_one(model, among=members, label=name, **settings))
+        except ConfigError as error:
+            if not name:
+                raise
+            is_key = re.split("[=.:]", str(error), maxsplit=1)[0] in settings
+            raise ConfigError(f"groups.{name}{'.' if is_key else ': '}{error}") from error
+    return CombinedOptimizer(optimizers)
+
+
+def optimizer_parts(
+    model: nn.Module, groups: Mapping[str, Mapping[str, Any] | None], **own: Any
+) -> list[tuple[str, set[nn.Parameter], dict[str, Any]]]:
+    """Return name, parameters and keywords of each optimizer; the last has the rest, and "".
+
+    Args:
+        model: the model.
+        groups: of `build_optimizer`.
+        own: its other keywords.
+    """
+    shared = {key: own[key] for key in ("lr", "weight_decay", *_GROUP_KEYS) if key in own}
+    found, rest = split_parameters(model, groups)
+    if not rest:
+        raise ConfigError(
+            f"groups: expected parameters left for target={own['target']}; all are in "
+            f"{', '.join(found)}"
+        )
+    parts = [(name, members, shared | settings) for name, (members, settings) in found.items()]
+    return [*parts, ("", rest, own)]
+
+
+def explain_optimizer(model: nn.Module, **settings: Any) -> list[GroupRow]:
+    """Return one row per trainable parameter, as `explain_groups`, for `build_optimizer`."""
+    groups = settings.pop("groups", None)
+    parts = optimizer_parts(model, groups, **settings) if groups else [("", None, settings)]
+    keys = ("lr", "weight_decay", *_GROUP_KEYS)
+    rows = []
+    for name, members, keywords in parts:
+        used: Any = {"weight_decay": 0.0} | {k: v for k, v in keywords.items() if k in keys}
+        for row in explain_groups(model, among=members, **used):
+            target = str(keywords.get("target", _DEFAULT_TARGET)).rpartition(".")[2]
+            why = f"{row.why}; {target}" if groups else row.why
+            rows.append(row._replace(group=_labelled(row.group, name), why=why))
+    return rows
+
+
+def _labelled(group: str, label: str) -> str:
+    """Return the name of a group with that of its optimizer: `muon`, `muon/head`."""
+    return "/".join(filter(None, (label, group if group != "default" or not label else "")))
+
+
+def _one(
+    model: nn.Module,
+    *,
+    target: str = _DEFAULT_TARGET,
+    lr: float,
+    weight_decay: float = 0.0,
+    fused: bool | None = None,
+    among: Container[nn.Parameter] | None = None,
+    label: str = "",
+    **keywords: Any,
+) -> Optimizer:
+    """Return the optimizer of some of the parameters, see `build_optimizer`."""
     settings: Any = {key: keywords.pop(key) for key in _GROUP_KEYS if key in keywords}
     optimizer_class = _optimizer_class(target)
     create: Callable[..., Optimizer] = optimizer_class
@@ -68,7 +144,9 @@ def build_optimizer(
         keywords["fused"] = fused
     if allowed is not None:
         _check_keywords(target, allowed, keywords, settings.get("rules", ()))
-    groups = param_groups(model, lr=lr, weight_decay=weight_decay, **settings)
+    groups = param_groups(model, lr=lr, weight_decay=weight_decay, among=among, **settings)
+    for group in groups:
+        group["name"] = _labelled(group["name"], label)
     if allowed is None or "weight_decay" in allowed:
         keywords["weight_decay"] = float(weight_decay)
     elif any(group.pop("weight_decay") for group in groups):
@@ -111,6 +189,9 @@ def start_momentum(optimizer: Optimizer) -> None:
     Raises:
         ConfigError: dampening is set: the first momentum would be (1 - dampening) * g, not g.
     """
+    if isinstance(optimizer, CombinedOptimizer):
+        for each in optimizer.optimizers:
+            start_momentum(each)
     if type(optimizer) is not SGD:
         return
     for group in optimizer.param_groups:

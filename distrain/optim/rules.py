@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from distrain.checks import did_you_mean, number, wrong
+from distrain.checks import did_you_mean, number, whole, wrong
 from distrain.errors import ConfigError
 
 Rules = Mapping[str, Mapping[str, Any] | None] | Sequence[Mapping[str, Any]]
-MATCH_KEYS = ("match", "module", "layers")
+MATCH_KEYS = ("match", "module", "dims", "layers")
 
 
 def plain(value: Any) -> Any:
@@ -60,6 +61,7 @@ class Rule:
     text, dots included, `?` one character, `[ab]` one of several; case counts. `module` is the
     import path or the bare name of a class; all parameters inside a module of that class match.
     Batch norms count as one class, because SyncBatchNorm does not keep the class that it replaced.
+    `dims` is the number of dimensions: 2 for matrices.
     `layers` numbers the layers for `layer_decay`: its `{}` stands for a number (several compare
     one after the other).
 
@@ -67,6 +69,7 @@ class Rule:
         name: in groups, tables and errors.
         patterns: of `match`; empty matches every name.
         module: of `module`; empty matches every class.
+        dims: of `dims`; None matches every parameter.
         layers: of `layers`; empty for a rule without `layer_decay`.
         settings: the other keys: `lr_factor`, `layer_decay`, or keywords of the optimizer.
     """
@@ -74,11 +77,14 @@ class Rule:
     name: str
     patterns: tuple[str, ...] = ()
     module: str = ""
+    dims: int | None = None
     layers: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def matches(self, places: Iterable[Place]) -> bool:
-        """Return whether the rule matches one of the places of a parameter."""
+    def matches(self, parameter: nn.Parameter, places: Iterable[Place]) -> bool:
+        """Return whether the rule matches a parameter in one of its places."""
+        if self.dims is not None and (is_lazy(parameter) or parameter.dim() != self.dims):
+            return False
         return any(self._matches(place) for place in places)
 
     def _matches(self, place: Place) -> bool:
@@ -136,7 +142,9 @@ class Rule:
             for position, index in enumerate(found)
         ], last
 
-    def nothing_matched(self, parameters: Iterable[Sequence[Place]]) -> ConfigError:
+    def nothing_matched(
+        self, parameters: Iterable[Sequence[Place]], of: str = "rules"
+    ) -> ConfigError:
         """Return the error for a rule that matches no parameter, with names spelled like its."""
         places = [place for each in parameters for place in each]
         texts = []
@@ -154,7 +162,9 @@ class Rule:
             texts.append(
                 f"module={self.module} ({did_you_mean(self.module.split('.')[-1], classes)})"
             )
-        return ConfigError(f"rules.{self.name}: matches no parameter: {' and '.join(texts)}")
+        if self.dims is not None:
+            texts.append(f"dims={self.dims}")
+        return ConfigError(f"{of}.{self.name}: matches no parameter: {' and '.join(texts)}")
 
 
 def resolve(key: str, path: str) -> Any:
@@ -194,18 +204,15 @@ def _parse(name: str, given: Any) -> Rule:
     if not isinstance(given, Mapping):
         raise wrong(f"rules.{name}", given, "a mapping {match: ..., lr_factor: ...}")
     rule = {str(key): plain(value) for key, value in given.items()}
-    match = rule.pop("match", ())
-    patterns = (match,) if isinstance(match, str) else match
-    module, layers = rule.pop("module", ""), rule.pop("layers", "")
+    layers = rule.pop("layers", "")
+    conditions = pop_conditions(f"rules.{name}", rule)
     if not name:
-        name = str(rule.pop("name", "") or "+".join(map(str, patterns or ())) or module or layers)
+        default = "+".join(conditions["patterns"]) or conditions["module"] or layers
+        name = str(rule.pop("name", "") or default)
     key = f"rules.{name}"
-    if not isinstance(patterns, tuple) or not all(isinstance(p, str) and p for p in patterns):
-        raise wrong(f"{key}.match", match, "a name pattern such as head.*")
-    for condition, value in (("module", module), ("layers", layers)):
-        if not isinstance(value, str):
-            raise wrong(f"{key}.{condition}", value, "text")
-    if not (patterns or module or layers):
+    if not isinstance(layers, str):
+        raise wrong(f"{key}.layers", layers, "text")
+    if not (layers or any(conditions.values())):
         raise ConfigError(f"{key}: no match condition; give one of {', '.join(MATCH_KEYS)}")
     if not rule:
         raise ConfigError(f"{key}: sets nothing; give lr_factor, weight_decay, layer_decay, ...")
@@ -221,4 +228,21 @@ def _parse(name: str, given: Any) -> Rule:
     for setting in {"lr", "layer_decay", "lr_factor", "weight_decay"} & rule.keys():
         above = 0.0 if setting in ("lr", "layer_decay") else None
         rule[setting] = number(f"{key}.{setting}", rule[setting], above=above)
-    return Rule(name, patterns, module, layers, rule)
+    return Rule(name, layers=layers, settings=rule, **conditions)
+
+
+def pop_conditions(key: str, rule: dict[str, Any]) -> dict[str, Any]:
+    """Take `match`, `module` and `dims` out of a rule; return them as keywords of `Rule`.
+
+    Raises:
+        ConfigError: one has a wrong value.
+    """
+    match, module = rule.pop("match", ()), rule.pop("module", "")
+    dims = rule.pop("dims", None)
+    patterns = (match,) if isinstance(match, str) else match
+    if not isinstance(patterns, tuple) or not all(isinstance(p, str) and p for p in patterns):
+        raise wrong(f"{key}.match", match, "a name pattern such as head.*")
+    if not isinstance(module, str):
+        raise wrong(f"{key}.module", module, "text")
+    dims = dims if dims is None else whole(f"{key}.dims", dims, least=1)
+    return {"patterns": patterns, "module": module, "dims": dims}
