@@ -15,6 +15,10 @@ LOCK_FILE = "lock"
 METRICS_FILE = "metrics.jsonl"
 """Scalars, one line of JSON per written iteration."""
 
+WANDB_RUN_ID = "wandb_run_id"
+MLFLOW_RUN_ID = "mlflow_run_id"
+"""Ids under which a resumed run continues in a tracker."""
+
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

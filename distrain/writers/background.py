@@ -1,8 +1,9 @@
-"""BackgroundWriter: the thread that passes rows to the writers."""
+"""BackgroundWriter: the threads that pass rows to the writers."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from queue import SimpleQueue
@@ -15,18 +16,19 @@ from distrain.writers.base import Row, RunInfo, Scalars, Writer
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_ROWS = 10_000
+MAX_WAITING_ROWS_OF_TRACKER = 1_000
+TRACKER_END_S = 5.0  # for the trackers at the end of training, before the final checkpoint
 HANG_S = 60.0  # at the end: writers that write no row for this time are given up
 
 
 class BackgroundWriter:
-    """Opens writers and passes rows to them in a thread: training pays for a queue, no disk.
+    """Opens writers and passes rows to them in threads: training pays for queues, no disk.
 
-    A writer that fails costs one warning, not the run; it gets the next row all the same, as a full
-    disk may be emptied. Its losses are reported when it is closed. If the writers hang, 10,000 rows
-    wait, and later ones are dropped. A writer that cannot be opened gets no rows.
+    One thread has all writers of local files, and each tracker (`Writer.is_remote`) has its own: a
+    server that hangs holds up neither the files nor training.
 
     Args:
-        writers: each gets every row, in this order.
+        writers: each gets every row; those of one thread in this order.
         run: the run that they are opened for.
 
     Raises:
@@ -34,22 +36,90 @@ class BackgroundWriter:
     """
 
     def __init__(self, writers: Iterable[Writer], run: RunInfo) -> None:
-        self._new_of = NewScalars(run.start_iteration)
-        self._failing: set[int] = set()  # ids of writers
-        self._is_full = False
-        self._writers = [w for w in writers if self._attempt(w, w.open, run, fatal=ConfigError)]
-        # an Event is set when the rows before it are written; a mapping is that of `finish`
-        self._items: SimpleQueue[Row | Mapping[str, float] | Event | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="distrain-writers", daemon=True)
-        self._thread.start()
+        writers = list(writers)
+        files = [writer for writer in writers if not writer.is_remote]
+        self._files = WriterThread("distrain-writers", files, run)
+        self._trackers = [
+            WriterThread(f"distrain-{type(writer).__name__}", [writer], run, is_remote=True)
+            for writer in writers
+            if writer.is_remote
+        ]
+        self._threads = [self._files, *self._trackers]
+        for thread in self._threads:  # after all writers are open, as one may raise
+            thread.start()
 
     def write(self, row: Row) -> None:
         """Queue a row; its arrays and mappings must not change afterwards."""
-        if self._items.qsize() < MAX_WAITING_ROWS:
+        for thread in self._threads:
+            thread.write(row)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Queue the end of a finished run."""
+        for thread in self._threads:
+            thread.finish(metrics)
+
+    def flush(self) -> None:
+        """Wait until every queued row is in the files, unless their writers hang."""
+        self._files.flush()
+
+    def close(self) -> None:
+        """Wait until all rows are written and all writers are closed, unless they hang.
+
+        A tracker that needs more than TRACKER_END_S is not waited for: the final checkpoint may
+        follow. Its thread goes on, and Python waits for it at the end of the process.
+        """
+        for thread in self._threads:
+            thread.end()
+        self._files.join()
+        deadline_s = time.monotonic() + TRACKER_END_S
+        for thread in self._trackers:
+            thread.join(deadline_s - time.monotonic())
+
+
+class WriterThread:
+    """The thread of some writers, and its queue.
+
+    A writer that fails costs one warning, not the run; it gets the next row all the same, as a full
+    disk may be emptied. Its losses are reported when it is closed. While the writers hang, at most
+    MAX_WAITING_ROWS rows wait, 1,000 for a tracker, and later ones are dropped, counted and
+    reported. A writer that cannot be opened gets no rows.
+
+    Args:
+        name: of the thread.
+        writers: each gets every row, in this order.
+        run: the run that they are opened for.
+        is_remote: whether it is the thread of a tracker.
+
+    Raises:
+        ConfigError: of a writer's `open`.
+    """
+
+    def __init__(
+        self, name: str, writers: Iterable[Writer], run: RunInfo, *, is_remote: bool = False
+    ) -> None:
+        self._new_of = NewScalars(run.start_iteration)
+        self._failing: set[int] = set()  # ids of writers
+        self._hang = f"{name.removeprefix('distrain-')} hangs" if is_remote else "the writers hang"
+        self._max_rows = MAX_WAITING_ROWS_OF_TRACKER if is_remote else MAX_WAITING_ROWS
+        self._dropped = 0
+        self._is_ended = False
+        self._writers = [w for w in writers if self._attempt(w, w.open, run, fatal=ConfigError)]
+        # an Event is set when the rows before it are written; a mapping is that of `finish`
+        self._items: SimpleQueue[Row | Mapping[str, float] | Event | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name=name, daemon=not is_remote)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def write(self, row: Row) -> None:
+        """Queue a row, or drop it."""
+        if self._items.qsize() < self._max_rows:
             self._items.put(row)
-        elif not self._is_full:
-            self._is_full = True
-            logger.warning("the writers hang: rows from iteration %d on are lost", row.iteration)
+            return
+        if not self._dropped:
+            logger.warning("%s: rows from iteration %d on are lost", self._hang, row.iteration)
+        self._dropped += 1
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Queue the end of a finished run."""
@@ -61,12 +131,22 @@ class BackgroundWriter:
         self._items.put(written)
         self._wait(written.wait, written.is_set)
 
-    def close(self) -> None:
-        """Wait until every queued row is written and all writers are closed, unless they hang."""
-        self._items.put(None)
+    def end(self) -> None:
+        """Queue the end of the thread."""
+        if not self._is_ended:
+            self._items.put(None)
+            self._is_ended = True
+            if self._dropped:
+                logger.warning("%s: %d rows were lost", self._hang, self._dropped)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the thread; without a limit as long as the queue gets shorter."""
+        if timeout_s is not None:
+            self._thread.join(max(0.0, timeout_s))
+            return
         self._wait(self._thread.join, lambda: not self._thread.is_alive())
         if self._thread.is_alive():
-            logger.warning("the writers hang: rows not written within %g s are lost", HANG_S)
+            logger.warning("%s: rows not written within %g s are lost", self._hang, HANG_S)
 
     def _wait(self, wait: Callable[[float], object], is_done: Callable[[], bool]) -> None:
         """Wait while the queue gets shorter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,13 @@ class Writer:
     in `open`, in the training thread. The other methods run in one thread of their own, one call at
     a time, so they may be slow. An error costs a warning and not the run, and the next row comes
     all the same.
+
+    Attributes:
+        is_remote: whether its methods may wait for another machine, as those of a tracker: it gets
+            a thread and a queue of its own.
     """
+
+    is_remote: ClassVar[bool] = False
 
     def open(self, run: RunInfo) -> None:
         """Open the output; called once, before the first row. ConfigError ends the run."""

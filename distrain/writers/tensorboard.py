@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,12 @@ from distrain.run_layout import TENSORBOARD
 from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
+from distrain.writers.hyperparameters import hyperparameters
 
 if TYPE_CHECKING:
     from distrain.events.histogram import Histogram
 
 _MAX_EVENTS = 16  # sets of names whose encoded event is kept
-# top-level keys of the configuration that do not change what is learned
-_NO_HPARAMS = ("run", "resume", "plan", "checkpoint", "launch", "hooks")
 
 
 class TensorBoardWriter(Writer):
@@ -143,7 +142,7 @@ class TensorBoardWriter(Writer):
         markdown = f"```yaml\n{yaml.safe_dump(conf, sort_keys=False)}\n```"
         self._add_text("config", markdown, plugin="text", step=step)
         info = SessionStartInfo(start_time_secs=time.time())
-        for name, value in _flatten({k: v for k, v in conf.items() if k not in _NO_HPARAMS}):
+        for name, value in hyperparameters(conf):
             if isinstance(value, bool):
                 info.hparams[name].bool_value = value
             elif isinstance(value, int | float) and math.isfinite(value):
@@ -269,11 +268,3 @@ def _histogram(histogram: Histogram) -> HistogramProto:
 def _metadata(plugin: str, content: bytes = b"") -> SummaryMetadata:
     data = SummaryMetadata.PluginData(plugin_name=plugin, content=content)
     return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

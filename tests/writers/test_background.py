@@ -141,7 +141,8 @@ def test_caller_does_not_wait_and_rows_are_bounded(
     writer.close()
     assert hanging.iterations == [0, 1, 2, 3, 4, 5]
     assert [r.getMessage() for r in caplog.records] == [
-        "the writers hang: rows from iteration 6 on are lost"
+        "the writers hang: rows from iteration 6 on are lost",
+        "the writers hang: 14 rows were lost",
     ]
 
 
@@ -165,7 +166,7 @@ def test_writers_that_hang_are_not_waited_for_for_ever(
         "the writers hang: rows not written within 0.05 s are lost"
     ]
     gate.set()
-    writer._thread.join()
+    writer._files._thread.join()
 
 
 def test_writers_that_are_slow_are_waited_for(
