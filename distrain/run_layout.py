@@ -12,6 +12,9 @@ ATTEMPTS_FILE = "attempts.jsonl"
 LOCK_FILE = "lock"
 """Locked by the process that starts the ranks, and by the ranks."""
 
+EPOCHS_FILE = "epochs.json"
+"""Iterations per epoch of a run whose length is given in epochs."""
+
 METRICS_FILE = "metrics.jsonl"
 """Scalars, one line of JSON per written iteration."""
 

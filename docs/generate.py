@@ -192,6 +192,8 @@ def type_text(hint: Any) -> str:
             "null" if each is type(None) else type_text(each) for each in typing.get_args(hint)
         ]
         return " or ".join(words)
+    if hint is keys.Length:
+        return "int, at least 1, or text in epochs"
     if hint is keys.Target:
         return "node with `_target_`"
     if origin in (dict, list):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from distrain.checks import number, parsed_number, wrong
 from distrain.config import schema
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
@@ -37,12 +38,29 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     composed = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     if OmegaConf.select(composed, "model") is None:
         raise ConfigError("nothing to train: give an experiment, " + experiments())
+    _set_max_iter(composed)
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(plain, dict)
     return schema.check({str(key): value for key, value in plain.items()})
+
+
+def _set_max_iter(composed: DictConfig) -> None:
+    """Set `trainer.max_iter` to the text of `trainer.max_epochs`, if given."""
+    from omegaconf import OmegaConf
+
+    epochs = OmegaConf.select(composed, "trainer.max_epochs")
+    if epochs is None:
+        return
+    number("trainer.max_epochs", parsed_number(epochs), above=0.0)
+    max_iter = OmegaConf.select(composed, "trainer.max_iter")
+    if max_iter is not None:
+        expected = f"trainer.max_iter=null with it, but that is {max_iter}"
+        raise wrong("trainer.max_epochs", epochs, expected)
+    # before interpolation: ${trainer.max_iter} of a schedule gets the text, too
+    OmegaConf.update(composed, "trainer.max_iter", f"{epochs} epochs", force_add=True)
 
 
 def experiments() -> str:

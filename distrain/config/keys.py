@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from distrain.checks import refuse_url, wrong
+from distrain.durations import seconds
 from distrain.errors import ConfigError
 
 
@@ -39,6 +40,17 @@ def run_name(key: str, value: str) -> None:
     """Raise ConfigError for a name outside the folder of all runs, or like an option."""
     if value.startswith(("-", "/")) or not {".", ".."}.isdisjoint(value.split("/")):
         raise wrong(key, value, "a name without a leading - or /, and without . or ..")
+
+
+def duration(key: str, value: str) -> None:
+    """Raise ConfigError for a text that is not a duration."""
+    seconds(key, value)
+
+
+class Length(str):
+    """A number of iterations, or text in epochs: 100, "2 epochs"."""
+
+    __slots__ = ()
 
 
 class Target(dict[str, Any]):
@@ -80,7 +92,9 @@ class FsdpKeys:
 class TrainerKeys:
     """`trainer.*`: the loop and its step."""
 
-    max_iter: Annotated[int, AtLeast(1)]
+    max_iter: Length
+    max_epochs: Annotated[float, positive] | None = None
+    max_time: Annotated[str, duration] | None = None
     window: Annotated[int, AtLeast(1)] = 20
     accumulation: Annotated[int, AtLeast(1)] = 1
     clip_norm: Annotated[float, positive] | None = None

@@ -9,7 +9,8 @@ import typing
 from typing import Annotated, Any, Literal
 
 from distrain.checks import did_you_mean, one_of, parsed_number, wrong
-from distrain.config.keys import OPEN, Keys, Target
+from distrain.config.keys import OPEN, AtLeast, Keys, Length, Target
+from distrain.durations import epochs
 from distrain.errors import ConfigError
 
 
@@ -69,6 +70,9 @@ def _value(value: Any, hint: Any, key: str) -> Any:
         return _node(value, typing.cast(type, hint), key)
     if hint is Target:
         return _target(value, key)
+    if hint is Length:
+        is_epochs = epochs(value) is not None
+        return value if is_epochs else _value(value, Annotated[int, AtLeast(1)], key)
     if origin is dict:
         _check_mapping(value, key)
         of = typing.get_args(hint)[1]

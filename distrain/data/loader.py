@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ class Loader(ABC):
         num_samples: per epoch; None if unknown.
         samples_per_forward: of this rank; None if unknown or not constant.
         is_seekable: whether `batches` may be called for any iteration at any time.
+        iters_per_epoch: None if it follows from the two, or is unknown.
     """
 
     num_samples: int | None = None
     samples_per_forward: int | None = None
     is_seekable = True
+    iters_per_epoch: Fraction | None = None
 
     @abstractmethod
     def batches(self, start_iter: int) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from distrain.distributed.collectives import gather_to_main
 from distrain.distributed.rng import random_states
 from distrain.heartbeat import Phase
 from distrain.hooks.metric import MetricHook
-from distrain.hooks.periodic import checked_period, is_due, is_finished
+from distrain.hooks.periodic import Period, checked_period, in_iterations, is_due, is_finished
 from distrain.progress import waiting
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
@@ -22,18 +22,20 @@ class PeriodicCheckpointer(HookBase):
     """Saves every `period` iterations, and at the end of a run that did not fail.
 
     Args:
-        period: in iterations; None saves at the end only.
+        period: in iterations, or text in epochs, as "1 epoch"; None saves at the end only.
         checkpoints: destination.
     """
 
     order = 80
     only_closes = True
 
-    def __init__(self, period: int | None = None, *, checkpoints: CheckpointStore) -> None:
-        self._period = checked_period(period)
+    def __init__(self, period: Period | None = None, *, checkpoints: CheckpointStore) -> None:
+        self._period = None if period is None else checked_period(period)
         self._checkpoints = checkpoints
 
     def before_train(self) -> None:
+        if self._period is not None:
+            self._period = in_iterations(self, self._period)
         self._rehearse(self._checkpoints.check)
 
     def after_step(self) -> None:

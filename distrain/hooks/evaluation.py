@@ -8,7 +8,7 @@ from distrain.checks import wrong
 from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks.ema import EMA
-from distrain.hooks.periodic import PeriodicHook
+from distrain.hooks.periodic import Period, PeriodicHook
 from distrain.trainer.evaluate import evaluate
 from distrain.trainer.module_state import kept_generators, no_trace
 from distrain.trainer.trainer import Trainer
@@ -21,7 +21,7 @@ class EvalHook(PeriodicHook):
     model's, see `EMA.evaluate`.
 
     Args:
-        period: in iterations; None evaluates at the end only.
+        period: in iterations, or text as "1 epoch"; None evaluates at the end only.
         eval_loader: this rank's part of a data set, for `distrain.trainer.evaluate.evaluate`.
         function: instead of `eval_loader`; returns metrics by name, equal on all ranks, and is
             called on all ranks. With neither nothing is evaluated.
@@ -33,7 +33,7 @@ class EvalHook(PeriodicHook):
 
     def __init__(
         self,
-        period: int | None = None,
+        period: Period | None = None,
         *,
         eval_loader: EvalLoader | None = None,
         function: Callable[[], Mapping[str, float]] | None = None,
@@ -49,6 +49,7 @@ class EvalHook(PeriodicHook):
         self.only_closes = eval_loader is None and function is None
 
     def before_train(self) -> None:
+        super().before_train()
         self.is_idle = self._period is None or self.only_closes
         instead = [name for name, ema in self._averages().items() if ema.evaluate == "instead"]
         if len(instead) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from distrain.checks import whole
+from distrain.hooks.periodic import Period, checked_period, ends_period, in_iterations
 from distrain.trainer.hook import HookBase
 
 
@@ -17,25 +17,26 @@ class GarbageCollector(HookBase):
     step is held for up to `period` iterations.
 
     Args:
-        period: in iterations.
+        period: in iterations, or text as "1 epoch".
     """
 
     order = 95
     only_closes = True
 
-    def __init__(self, period: int = 1000) -> None:
-        self._period = whole("period", period, least=1)
+    def __init__(self, period: Period = 1000) -> None:
+        self._period = checked_period(period)
         self._was_on = False
         self._has_frozen = False
 
     def before_train(self) -> None:
+        self._period = in_iterations(self, self._period)
         self._was_on, self._has_frozen = gc.isenabled(), gc.get_freeze_count() == 0
         gc.collect()
         gc.freeze()
         gc.disable()
 
     def after_step(self) -> None:
-        if self.trainer.iter_done % self._period == 0:
+        if ends_period(self.trainer.iter_done, self._period):
             gc.collect()
 
     def after_train(self) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
 from typing import Any
 
-from distrain.checks import whole
+from distrain.checks import parsed_number
+from distrain.durations import epochs, iterations
 from distrain.events.reduction import STOP_REQUESTED
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
+
+Period = int | Fraction | str
+"""In iterations, a fraction of them, or text in epochs before `in_iterations`."""
 
 
 class PeriodicHook(HookBase, ABC):
     """Calls `run` every `period` iterations and once at the end of training.
 
     Args:
-        period: in iterations; None runs at the end only.
+        period: in iterations, or text in epochs, as "0.5 epoch"; None runs at the end only.
     """
 
-    def __init__(self, period: int | None) -> None:
-        self._period = checked_period(period)
+    def __init__(self, period: Period | None) -> None:
+        self._period = None if period is None else checked_period(period)
         self._last_done = -1  # iterations done at the last run
 
     @abstractmethod
@@ -27,6 +32,8 @@ class PeriodicHook(HookBase, ABC):
         """Do the work."""
 
     def before_train(self) -> None:
+        if self._period is not None:
+            self._period = in_iterations(self, self._period)
         self.is_idle = self._period is None
 
     def after_step(self) -> None:
@@ -49,15 +56,46 @@ class PeriodicHook(HookBase, ABC):
         self._last_done = state["last_done"]
 
 
-def checked_period(period: int | None) -> int | None:
-    """Return the period in iterations, checked; None stands for the end only."""
-    return None if period is None else whole("period", period, least=1)
+def checked_period(period: Period) -> Period:
+    """Return the period, checked.
+
+    Raises:
+        ConfigError: neither an integer >= 1 nor text in epochs.
+    """
+    number: Period = parsed_number(period)  # of text, as an environment variable gives it
+    if epochs(number) is None:
+        iterations("period", number, iters_per_epoch=None)
+    return number
 
 
-def is_due(trainer: TrainerBase, period: int | None) -> bool:
+def in_iterations(hook: HookBase, period: Period) -> int | Fraction:
+    """Return a hook's period in iterations, a fraction where it is given in epochs.
+
+    Raises:
+        ConfigError: in epochs, but the length of the data is unknown; names the hook's key.
+    """
+    if not isinstance(period, str):
+        return period
+    trainer = hook.trainer
+    name = next(name for name, each in trainer.hooks.items() if each is hook)
+    return iterations(f"hooks.{name}.period", period, iters_per_epoch=trainer.iters_per_epoch)
+
+
+def is_due(trainer: TrainerBase, period: Period | None) -> bool:
     """Whether a period ends with this iteration; the last one's turn comes in `after_train`."""
     done = trainer.iter_done
-    return period is not None and done % period == 0 and done != trainer.max_iter
+    return period is not None and ends_period(done, period) and done != trainer.max_iter
+
+
+def ends_period(done: int, period: Period) -> bool:
+    """Whether a period ends with iteration number `done`, counted from 1.
+
+    The n-th ends with the first iteration after which n periods are done. Example: 5/2 iterations:
+    3, 5, 8, 10, ...
+    """
+    assert not isinstance(period, str), "in epochs: call in_iterations in before_train"
+    # for an int: done % period == 0
+    return done * period.denominator % period.numerator < period.denominator
 
 
 def is_finished(trainer: TrainerBase) -> bool:

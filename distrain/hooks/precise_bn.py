@@ -16,7 +16,7 @@ from distrain.checks import whole
 from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
-from distrain.hooks.periodic import PeriodicHook
+from distrain.hooks.periodic import Period, PeriodicHook
 from distrain.progress import counted
 from distrain.trainer.module_state import no_trace
 from distrain.trainer.trainer import Seekable, Trainer
@@ -36,14 +36,14 @@ class PreciseBN(PeriodicHook):
 
     Args:
         num_iters: number of iterations whose batches are used.
-        period: in iterations; also at the end of training. None: at the end only. With the period
-            of the evaluation, each evaluation sees the new statistics.
+        period: in iterations, or text as "1 epoch"; also at the end of training. None: at the end
+            only. With the period of the evaluation, each evaluation sees the new statistics.
     """
 
     order = 56  # before evaluation
     trainer: Trainer
 
-    def __init__(self, num_iters: int = 100, *, period: int | None = None) -> None:
+    def __init__(self, num_iters: int = 100, *, period: Period | None = None) -> None:
         super().__init__(period)
         self._num_iters = whole("num_iters", num_iters, least=1)
 

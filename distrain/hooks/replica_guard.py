@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distrain.checks import whole
 from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.ddp import has_own_buffers
 from distrain.distributed.fsdp import is_sharded
 from distrain.errors import ReplicaDrift
+from distrain.hooks.periodic import Period, checked_period, ends_period, in_iterations
 from distrain.log import logger
 from distrain.scalar_names import GUARD
 from distrain.trainer.hook import HookBase
@@ -42,7 +42,7 @@ class ReplicaGuard(HookBase):
     which have no replicas, and buffers where ranks may differ in them.
 
     Args:
-        period: in iterations.
+        period: in iterations, or text as "1 epoch".
 
     Raises:
         ReplicaDrift: from a later iteration, on all ranks, when the checksums differ.
@@ -51,11 +51,12 @@ class ReplicaGuard(HookBase):
     order = 55
     trainer: Trainer
 
-    def __init__(self, period: int = 1000) -> None:
-        self._period = whole("period", period, least=1)
+    def __init__(self, period: Period = 1000) -> None:
+        self._period = checked_period(period)
         self._in_flight: list[_Checked] = []  # oldest first; the same iterations on all ranks
 
     def before_train(self) -> None:
+        self._period = in_iterations(self, self._period)
         self._in_flight = []
         self.is_idle = self.trainer.where.world_size == 1
         if self.trainer.is_sharded and self.trainer.where.is_main:
@@ -64,7 +65,7 @@ class ReplicaGuard(HookBase):
     def after_step(self) -> None:
         trainer = self.trainer
         self._judge()
-        if trainer.iter_done % self._period == 0 and (tensors := self._tensors()):
+        if ends_period(trainer.iter_done, self._period) and (tensors := self._tensors()):
             sums = bit_sums(list(tensors.values()))
             self._in_flight.append(_Checked(trainer.iter, tuple(tensors), sums))
             trainer.storage.put_scalar(_CHECKSUM, checksum(sums), smoothing_hint=False)

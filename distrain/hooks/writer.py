@@ -70,9 +70,15 @@ class PeriodicWriter(HookBase):
         self._new_images = self.trainer.storage.images.reader()
         self._new_histograms = self.trainer.storage.pending_histograms.reader()
         with kept_generators():
-            run = RunInfo(self._run_dir, self._written, masked(self._conf or {}))
+            run = RunInfo(
+                self._run_dir, self._written, masked(self._conf or {}), self._iters_per_epoch()
+            )
             self._writer = BackgroundWriter(self._writers, run)
         self._write_complete()
+
+    def _iters_per_epoch(self) -> float | None:
+        per_epoch = self.trainer.iters_per_epoch if self.trainer.is_in_epochs else None
+        return None if per_epoch is None else float(per_epoch)
 
     def after_step(self) -> None:
         if self._writer is not None:

@@ -10,10 +10,12 @@ from torch import nn
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checks import wrong
 from distrain.config.instantiate import build
+from distrain.data.epoch_length import iters_per_epoch
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy
 from distrain.job.data import build_datasets, eval_loader, train_loader
+from distrain.job.epochs import in_iterations
 from distrain.job.optimization import build_optimization
 from distrain.job.strategy import STRATEGY_KEYS
 from distrain.trainer.hook import HookBase
@@ -22,7 +24,7 @@ from distrain.trainer.trainer import Trainer
 Conf = dict[str, Any]
 
 NOT_OF_TRAINER = (
-    *("max_iter", "deterministic", "float32_matmul", "sync_batchnorm"),
+    *("max_iter", "max_epochs", "deterministic", "float32_matmul", "sync_batchnorm"),
     *STRATEGY_KEYS,
 )
 """Keys of `trainer` that are used before the Trainer exists."""
@@ -30,8 +32,14 @@ NOT_OF_TRAINER = (
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects of a run. `loader` is a `distrain.data.Loader` or another source of batches."""
+    """The objects of a run.
 
+    Attributes:
+        conf: the configuration, with lengths in iterations that were given in epochs.
+        loader: a `distrain.data.Loader` or another source of batches.
+    """
+
+    conf: Conf
     trainer: Trainer
     loader: Any
     schedule: Any
@@ -47,7 +55,7 @@ def build_parts(
     checkpoints: CheckpointStore,
     largest_forward: int | None = None,
 ) -> Parts:
-    """Build everything but the model, in the order optimizer, schedule, data, hooks, trainer.
+    """Build everything but the model, in the order data, optimizer, schedule, hooks, trainer.
 
     Hooks get `eval_loader`, `schedule`, `checkpoints`, `run_dir` or `conf` if they have a keyword
     of that name.
@@ -65,7 +73,6 @@ def build_parts(
         ConfigError: a part cannot be built; names its key.
     """
     settings = {k: v for k, v in conf["trainer"].items() if k not in NOT_OF_TRAINER}
-    optimizer, schedule = build_optimization(conf, model)
     data_ranks = strategy.data_ranks(ranks)
     settings["accumulation"] = micro_batches(
         conf["data"]["batch_size"],
@@ -75,6 +82,16 @@ def build_parts(
     )
     train_set, eval_set = build_datasets(conf, ranks)
     loader = train_loader(conf, data_ranks, train_set, accumulation=settings["accumulation"])
+    # a length in epochs needs the data
+    lengths = in_iterations(
+        conf,
+        lambda: iters_per_epoch(
+            loader,
+            forwards=data_ranks.world_size * settings["accumulation"],
+            accumulation=settings["accumulation"],
+        ),
+    )
+    optimizer, schedule = build_optimization(lengths, model)
     hooks = _build_hooks(
         eval_loader=None if eval_set is None else eval_loader(conf, data_ranks, eval_set),
         schedule=schedule,
@@ -83,7 +100,7 @@ def build_parts(
         conf=conf,
     )
     trainer = Trainer(model, optimizer, loader, hooks=hooks, strategy=strategy, **settings)
-    return Parts(trainer, loader, schedule)
+    return Parts(lengths, trainer, loader, schedule)
 
 
 def _build_hooks(**context: Any) -> dict[str, HookBase]:

@@ -43,7 +43,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         run_dir=run_dir,
         checkpoints=checkpoints,
     )
-    trainer = parts.trainer
+    trainer, conf = parts.trainer, parts.conf
     num_parameters = sum(p.numel() for p in trainer.module.parameters())
     lines = [
         f"run         {run_dir}",

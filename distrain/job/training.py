@@ -25,8 +25,10 @@ from distrain.job.stop_signals import stop_signals
 from distrain.job.strategy import build_strategy
 from distrain.process.environment import env_int, restart_count
 from distrain.run_layout import CHECKPOINTS, LOGS
+from distrain.runfolder.epoch_file import write_epoch
 from distrain.runfolder.watch import FolderWatch
 from distrain.trainer.numerics import numerics
+from distrain.trainer.trainer import Trainer
 
 Conf = dict[str, Any]
 
@@ -61,10 +63,6 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         is_new = _is_new(conf, checkpoints)
         model = build_model(conf, ranks=ranks, strategy=strategy, is_new=is_new)
         start_iter, state = _resume_point(conf["resume"], checkpoints, model)
-        if why := why_done(start_iter, state, settings):
-            log.logger.info("%s %s", run_dir, why)
-            return ExitCode.FINISHED
-        max_iter = max(settings["max_iter"], start_iter)  # less: only the end is left
         parts = build_parts(
             conf,
             model=model,
@@ -74,15 +72,20 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             checkpoints=checkpoints,
             largest_forward=state["stream"]["samples_per_forward"] if state else None,
         )
-        trainer = parts.trainer
+        trainer, max_iter = parts.trainer, parts.conf["trainer"]["max_iter"]
+        if why := why_done(start_iter, state, parts.conf["trainer"]):
+            log.logger.info("%s %s", run_dir, why)
+            return ExitCode.FINISHED
         stop.forward_to(trainer)
         if state:
             trainer.load_state_dict(state)
             _log_resume(start_iter, state, ranks)
+        _note_epoch(trainer, settings, run_dir)
         _seed(conf["seed"], state, ranks)
         del state
         with _frozen_garbage(), _closing(parts.loader):
-            trainer.train(start_iter, max_iter)
+            # with fewer iterations than are done only the end is left
+            trainer.train(start_iter, settings["max_iter"] if max_iter > start_iter else start_iter)
     # after the process group has ended: a rank that raises inside leaves the others waiting
     outcome = outcome_of(trainer)
     if watch is not None:
@@ -139,6 +142,12 @@ def _seed(seed: int, state: Conf | None, ranks: Topology) -> None:
         seed_everything(seed + state["stream"]["iteration"], rank=ranks.rank)
     else:
         seed_everything(seed, rank=ranks.rank)
+
+
+def _note_epoch(trainer: Trainer, settings: Conf, run_dir: str) -> None:
+    if trainer.where.is_main and isinstance(settings["max_iter"], str):
+        assert trainer.iters_per_epoch is not None
+        write_epoch(run_dir, trainer.iters_per_epoch)
 
 
 def _log_resume(start_iter: int, state: Conf, ranks: Topology) -> None:

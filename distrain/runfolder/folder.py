@@ -36,16 +36,18 @@ from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, STARTS_FILE
 from distrain.runfolder import lock
 from distrain.runfolder.differences import covers, differences, is_data_path
+from distrain.runfolder.epoch_file import num_iterations
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record
 
 FREE_KEYS = (
     *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
+    "trainer.max_time",
     *("trainer.strategy", "trainer.fsdp"),  # sharding of the state; sums may round differently
 )
 """Keys that may change between two starts of a run: they do not change the computation."""
 
-HORIZON_KEYS = ("trainer.max_iter", "schedule.max_iters")
+HORIZON_KEYS = ("trainer.max_iter", "trainer.max_epochs", "schedule.max_iters")
 """Keys that may change, too: a run may be extended."""
 
 _MODE = 0o600  # diffs and arguments may hold what other users must not read
@@ -118,7 +120,9 @@ class RunFolder:
             else:
                 self._check_used(conf, is_restart=is_restart)
                 changed = self._check_same(conf, frozen)
-                self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"])
+                max_iter = num_iterations(self.path, conf["trainer"]["max_iter"])
+                # None, in epochs whose length is unknown: the ranks find out
+                self.done_iter = None if max_iter is None else _done_iter(self.path, max_iter)
         except OSError as error:
             raise RunFailed(unreadable(self.path, error)) from error
         if self.done_iter is not None:

@@ -37,6 +37,7 @@ from distrain.runfolder.attempts import (
     read_job_id,
     read_running,
 )
+from distrain.runfolder.epoch_file import num_iterations
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
 TAIL_BYTES = 1 << 16
@@ -79,7 +80,8 @@ class Files:
     @property
     def max_iter(self) -> int:
         """Iterations that the run is to have; 0 if unknown."""
-        return number(node(self.conf, "trainer").get("max_iter"))
+        max_iter = node(self.conf, "trainer").get("max_iter")
+        return number(num_iterations(self.path, max_iter))
 
     @property
     def iteration(self) -> int:

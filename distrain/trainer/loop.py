@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from distrain import heartbeat
 from distrain.checks import whole
 from distrain.distributed.ranks import default_store, new_cpu_group, topology
+from distrain.durations import seconds, whole_iterations
 from distrain.errors import ConfigError
 from distrain.events.reduction import STOP_EARLY, STOP_REQUESTED, ScalarReduction
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import ObservedHeartbeat, Phase, Pulse
 from distrain.log import logger
 from distrain.trainer.hook import MOMENTS, STEP_MOMENTS, HookBase, Moment, check_moments
+from distrain.trainer.time_limit import time_limit
 
 
 class TrainerBase:
@@ -26,12 +30,14 @@ class TrainerBase:
         window: iterations per row of the writers. Scalars are reduced over ranks once per window,
             or, where windows take less than a second, once in several of them.
         stop_on_nonfinite: end training on all ranks when a loss is not finite on any.
+        max_time: of `train`, in seconds or as "2h30m"; then it stops as after `request_stop`.
 
     Attributes:
         iter: the current iteration; after training, the number of iterations done.
         iter_done: the number of iterations whose step is done.
         start_iter: the first iteration of this run.
         max_iter: one past the last.
+        is_in_epochs: whether it was given in epochs.
         storage: the EventStorage of this run.
         reduction: reduces its scalars over ranks.
         error: exception that ended training, else None.
@@ -50,6 +56,7 @@ class TrainerBase:
         *,
         window: int = 20,
         stop_on_nonfinite: bool = True,
+        max_time: str | float | None = None,
     ) -> None:
         self.iter = self.iter_done = self.start_iter = self.max_iter = 0
         self.window = whole("trainer.window", window, least=1)
@@ -58,10 +65,11 @@ class TrainerBase:
         self.pulse: Pulse = heartbeat.current()
         self.hooks: dict[str, HookBase] = {}
         self._stop_on_nonfinite = stop_on_nonfinite
+        self._max_time_s = None if max_time is None else seconds("trainer.max_time", max_time)
         self._stop_requested = False
         self._histories: Mapping[str, Any] = {}
         self._early_stop = False  # of the loaded state
-        self.ends_only = False
+        self.ends_only = self.is_in_epochs = False
         self._end_left: Mapping[str, int] | None = None  # how training ended, by the loaded state
         self._reported: tuple[int, dict[str, float]] = (-1, {})  # iter_done and its metrics
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
@@ -109,16 +117,19 @@ class TrainerBase:
                 and not (hook.is_idle and moment in STEP_MOMENTS)
             ]
 
-    def train(self, start_iter: int, max_iter: int) -> None:
+    def train(self, start_iter: int, max_iter: int | str) -> None:
         """Train from iteration `start_iter` up to, not including, `max_iter`.
 
         Args:
             start_iter: 0, or the number of iterations that the loaded state has done.
-            max_iter: number of iterations at the end.
+            max_iter: number of iterations at the end; or text in epochs, as "3 epochs", rounded up
+                to a whole iteration.
 
         Raises:
+            ConfigError: in epochs, but the length of the data is unknown.
             NonFiniteLoss: a loss was not finite on some rank; on all ranks at one iteration.
         """
+        max_iter = self._in_iterations(max_iter)
         if not 0 <= start_iter <= max_iter:
             raise ConfigError(
                 f"start_iter={start_iter}: expected at least 0, and at most max_iter={max_iter}"
@@ -165,9 +176,17 @@ class TrainerBase:
             finally:
                 self._end()
 
+    def _in_iterations(self, max_iter: int | str) -> int:
+        self.is_in_epochs = isinstance(max_iter, str)
+        if isinstance(max_iter, int):
+            return max_iter
+        return whole_iterations("max_iter", max_iter, iters_per_epoch=self.iters_per_epoch)
+
     def _loop(self) -> None:
         before_step, after_step = self._calls["before_step"], self._calls["after_step"]
         storage, reduction, pulse = self.storage, self.reduction, self.pulse
+        if self._max_time_s is not None and self.where.is_main:
+            after_step = [*after_step, time_limit(reduction, self._max_time_s)]
         data, hooks = Phase.DATA, Phase.HOOKS
         for iteration in range(self.start_iter, self.max_iter):
             self.iter = storage.iter = pulse.iteration = iteration
@@ -202,6 +221,11 @@ class TrainerBase:
     def _beat_end(self) -> None:
         self.pulse.iteration = self.iter_done
         self.pulse.beat(Phase.END)
+
+    @cached_property
+    def iters_per_epoch(self) -> Fraction | None:
+        """Iterations per pass over the data, exactly; None if unknown. A collective at first."""
+        return None
 
     def prepare(self) -> None:
         """Prepare for the first step; called before any hook."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +15,7 @@ from typing_extensions import override
 
 from distrain.checks import one_of, whole
 from distrain.data.batch import to_channels_last, to_device
+from distrain.data.epoch_length import iters_per_epoch
 from distrain.data.epochs import EpochLoader
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import local_device
@@ -56,7 +59,7 @@ class Trainer(TrainerBase):
             or a `TrainLoader`, whose stream starts at any iteration.
         hooks: see `TrainerBase`.
         device: of the model; None is this rank's GPU, or the CPU.
-        window: see `TrainerBase`.
+        window, max_time: see `TrainerBase`.
         accumulation: A, forwards per step; the loss is their mean. A named loss that some of them
             do not return is averaged over those that do.
         clip_norm: scale gradients down to this global norm.
@@ -90,6 +93,7 @@ class Trainer(TrainerBase):
         hooks: Mapping[str, HookBase] | Iterable[HookBase] = (),
         device: torch.device | None = None,
         window: int = 20,
+        max_time: str | float | None = None,
         accumulation: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -100,7 +104,8 @@ class Trainer(TrainerBase):
         max_skipped: int = 10,
         strategy: Strategy | StrategyName = "ddp",
     ) -> None:
-        super().__init__(hooks, window=window, stop_on_nonfinite=nonfinite == "stop")
+        stops = nonfinite == "stop"
+        super().__init__(hooks, window=window, stop_on_nonfinite=stops, max_time=max_time)
         one_of("trainer.precision", precision, ("fp32", "bf16", "fp16"))
         one_of("trainer.nonfinite", nonfinite, ("stop", "skip"))
         whole("trainer.accumulation", accumulation, least=1)
@@ -121,13 +126,11 @@ class Trainer(TrainerBase):
         if compile:
             model.compile()
         self.model = self.strategy.wrap(model, optimizer, self.device)
-        self.data, self.accumulation = data, accumulation
+        self.data, self.accumulation, self.precision = data, accumulation, precision
         self._loader = _loader_of(data, accumulation)
-        self.precision = precision
-        self.data_s = 0.0
+        self.data_s, self.channels_last = 0.0, channels_last
         self.grad_norm: Tensor | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.channels_last = channels_last
         self._autocast = autocast_dtype(precision)
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._takes_whole = takes_whole_batch(model)
@@ -141,6 +144,12 @@ class Trainer(TrainerBase):
             self._skipped = SkippedUpdates(
                 self.strategy, model, self._parameters, scaler=self.scaler, max_in_a_row=max_skipped
             )
+
+    @cached_property
+    @override
+    def iters_per_epoch(self) -> Fraction | None:
+        forwards = self.strategy.data_ranks(self.where).world_size * self.accumulation
+        return iters_per_epoch(self.data, forwards=forwards, accumulation=self.accumulation)
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`, and let the strategy warm up."""

@@ -25,11 +25,13 @@ class RunInfo:
         start_iteration: the first iteration of the rows that follow. An interrupted attempt may
             have written it and later ones, which are trained again: drop them.
         conf: the configuration, its secrets masked; empty where a script has none.
+        iters_per_epoch: iterations per epoch of a run whose length is given in epochs.
     """
 
     run_dir: Path
     start_iteration: int = 0
     conf: Mapping[str, Any] = field(default_factory=dict)
+    iters_per_epoch: float | None = None
 
 
 @dataclass(frozen=True)

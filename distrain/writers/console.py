@@ -31,9 +31,10 @@ class ConsoleWriter(Writer):
         iter 199/2000  loss 0.0312  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07
 
     There "iter" is the index of the last finished iteration, the step that TensorBoard and
-    metrics.jsonl show too. At most 12 values are listed, losses first. Values of an earlier line
-    are not repeated. At most four lines per second are printed, and in addition the last row and
-    each one with a name that was not in the row before, such as an evaluation's.
+    metrics.jsonl show too; "epoch 1.50/3" follows in a run whose length is given in epochs. At most
+    12 values are listed, losses first. Values of an earlier line are not repeated. At most
+    four lines per second are printed, and in addition the last row and each one with a name that
+    was not in the row before, such as an evaluation's.
 
     Args:
         stream: where to write; the standard output by default.
@@ -48,6 +49,7 @@ class ConsoleWriter(Writer):
         self._skipped: tuple[Row, Mapping[str, float]] | None = None
 
     def open(self, run: RunInfo) -> None:
+        self._iters_per_epoch = run.iters_per_epoch
         self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
         if self._live:
             import_rich()  # not in the thread that writes
@@ -58,7 +60,8 @@ class ConsoleWriter(Writer):
             return
         if self._bar is None:
             self._bar = display.add(self._stream, total=row.max_iter, text="")
-        text = describe({name: value for name, (value, _) in row.scalars.items()})
+        values = {name: value for name, (value, _) in row.scalars.items()}
+        text = self._epoch(row) + describe(values)
         display.update(self._bar, completed=row.iteration + 1, total=row.max_iter, text=text)
         now_s = time.monotonic()
         if now_s >= self._next_refresh_s:  # drawing costs milliseconds
@@ -81,9 +84,17 @@ class ConsoleWriter(Writer):
         self._print(row, new)
 
     def _print(self, row: Row, values: Mapping[str, float]) -> None:
-        text = f"iter {row.iteration}/{row.max_iter}  {describe(values)}".rstrip()
+        place = f"iter {row.iteration}/{row.max_iter}  {self._epoch(row)}"
+        text = f"{place}{describe(values)}".rstrip()
         display.print(self._stream, text)
         self._skipped = None
+
+    def _epoch(self, row: Row) -> str:
+        """Return the epochs done, as "epoch 1.50/3  "; "" where a run counts iterations."""
+        if self._iters_per_epoch is None:
+            return ""
+        done, total = ((n / self._iters_per_epoch) for n in (row.iteration + 1, row.max_iter))
+        return f"epoch {done:.2f}/{total:.4g}  "
 
     def close(self) -> None:
         if self._skipped is not None:
