@@ -14,6 +14,7 @@ from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.straggler import StragglerWatch
+from distrain.hooks.thaw import Thaw
 from distrain.hooks.throughput import Throughput
 from distrain.hooks.timer import IterationTimer
 from distrain.hooks.writer import PeriodicWriter
@@ -34,6 +35,7 @@ __all__ = [
     "PreciseBN",
     "ReplicaGuard",
     "StragglerWatch",
+    "Thaw",
     "Throughput",
     "TorchMemoryStats",
     "TorchProfiler",

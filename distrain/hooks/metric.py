@@ -60,8 +60,7 @@ class MetricHook(HookBase):
     @property
     def key(self) -> str:
         """Key of `metric` in the configuration."""
-        name = next(name for name, hook in self.trainer.hooks.items() if hook is self)
-        return f"hooks.{name}.metric"
+        return f"hooks.{self.trainer.name_of(self)}.metric"
 
     def has_improved(self) -> bool | None:
         """Whether this iteration's value is the best so far; None without a new value."""

@@ -64,8 +64,8 @@ class LRScheduler(HookBase):
 
     def before_train(self) -> None:
         if self._metric is not None:
-            key = next(name for name, hook in self.trainer.hooks.items() if hook is self)
-            check_metric(self.trainer, f"hooks.{key}.metric", self._metric)
+            key = f"hooks.{self.trainer.name_of(self)}.metric"
+            check_metric(self.trainer, key, self._metric)
 
     def after_step(self) -> None:
         lr = float(self.schedule.get_last_lr()[self._group])

@@ -44,5 +44,5 @@ def check_still_frozen(
     raise ConfigError(
         f"requires_grad=True was set during training for {len(names)} parameters that {problem} "
         f"({shown}): expected the same parameters as at the start; let them require gradients from "
-        "the start, and set their .grad to None in after_backward until they are to be trained"
+        "the start; hooks.thaw (distrain.hooks.Thaw) freezes them until an iteration"
     )

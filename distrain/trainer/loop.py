@@ -104,6 +104,10 @@ class TrainerBase:
         self.hooks = dict(sorted(self.hooks.items(), key=lambda item: item[1].order))
         self._order_calls(*MOMENTS)
 
+    def name_of(self, hook: HookBase) -> str:
+        """Return the name of a registered hook."""
+        return next(name for name, each in self.hooks.items() if each is hook)
+
     def _order_calls(self, *moments: Moment) -> None:
         for moment in moments:
             ordered = list(self.hooks.values())
