@@ -15,7 +15,7 @@ PUBLIC = {
     "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
-    "ReplicaGuard StragglerWatch Thaw Throughput TorchMemoryStats TorchProfiler",
+    "ReplicaGuard StragglerWatch SWA Thaw Throughput TorchMemoryStats TorchProfiler",
     "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR WarmupCosineRestartsLR "
     "WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
     "distrain.distributed": "process_group",

@@ -14,6 +14,7 @@ from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.straggler import StragglerWatch
+from distrain.hooks.swa import SWA
 from distrain.hooks.thaw import Thaw
 from distrain.hooks.throughput import Throughput
 from distrain.hooks.timer import IterationTimer
@@ -21,6 +22,7 @@ from distrain.hooks.writer import PeriodicWriter
 
 __all__ = [
     "EMA",
+    "SWA",
     "BestCheckpointer",
     "CallbackHook",
     "EarlyStopping",

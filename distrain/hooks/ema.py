@@ -65,19 +65,25 @@ class EMA(HookBase):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.trainer.iter_done % self._period:
+        if not self._is_due(self.trainer.iter_done):
             return
         if not self._updates:
             self._start()
         else:
-            decay, t = self._decay, self._updates
-            if self._warmup:
-                decay = min(decay, (1 + t) / (10 + t))
             pairs = zip(self._weights, self._average, strict=True)
             weights = [w if w.dtype is a.dtype else w.to(a.dtype) for w, a in pairs]
             # one operation, nothing read back: torch's AveragedModel reads its counter back
-            torch._foreach_lerp_(self._average, weights, 1.0 - decay)
+            torch._foreach_lerp_(self._average, weights, self._fraction(self._updates))
         self._updates += 1
+
+    def _is_due(self, done: int) -> bool:
+        """Whether the average is updated after that many iterations."""
+        return done % self._period == 0
+
+    def _fraction(self, t: int) -> float:
+        """Return the fraction of the new weights in the average, after t updates."""
+        decay = min(self._decay, (1 + t) / (10 + t)) if self._warmup else self._decay
+        return 1.0 - decay
 
     @contextmanager
     def applied(self) -> Iterator[None]:
