@@ -27,6 +27,7 @@ AFTER_S = 2.0
 """Minimum duration of an operation that is shown."""
 
 REFRESH_S = 0.2
+_WIDE = 90  # characters of a terminal with room for a long bar
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -42,20 +43,31 @@ class Display:
         self._progress: Progress | None = None
         self._stream: TextIO | None = None
 
-    def add(self, stream: TextIO, *, total: float | None, text: str) -> TaskID:
-        """Add a line, on the stream of existing lines; without a total it has no count."""
+    def add(self, stream: TextIO, *, total: float | None, text: str, times: str = "") -> TaskID:
+        """Add a line, on the stream of existing lines; without a total it has no count.
+
+        Args:
+            stream: a terminal.
+            total: number of steps of the operation.
+            text: cut where the terminal is narrow.
+            times: never cut.
+        """
         with self._lock:
             if self._progress is None:
                 self._progress, self._stream = _start(stream), stream
-            task = self._progress.add_task("", total=total, text=text)
+            task = self._progress.add_task("", total=total, text=text, times=times)
             self._progress.refresh()
             return task
 
-    def update(self, task: TaskID, *, completed: float, total: float | None, text: str) -> None:
+    def update(
+        self, task: TaskID, *, completed: float, total: float | None, text: str, times: str = ""
+    ) -> None:
         """Update a line; the next `refresh` draws it."""
         with self._lock:
             if self._progress is not None:
-                self._progress.update(task, completed=completed, total=total, text=text)
+                self._progress.update(
+                    task, completed=completed, total=total, text=text, times=times
+                )
 
     def refresh(self) -> None:
         """Draw all lines; costs milliseconds."""
@@ -190,18 +202,28 @@ def _start(stream: TextIO) -> Progress:
     from rich.text import Text
 
     class Count(ProgressColumn):
-        """Count of a line; empty without a total."""
+        """Count and percentage of a line; empty without a total."""
 
         def render(self, task: Task) -> Text:
-            return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+            if task.total is None:
+                return Text("")
+            return Text(f"{task.completed:.0f}/{task.total:.0f} {int(task.percentage):3d}%")
+
+    class Times(ProgressColumn):
+        """Elapsed time and time left."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["times"])
 
     # on a narrow terminal the text is cut, so that a line stays one line
     one_line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    console = Console(file=stream)
     progress = Progress(
         Count(table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=20 if console.width >= _WIDE else 8),
+        Times(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[text]}", markup=False, table_column=one_line),
-        console=Console(file=stream),
+        console=console,
         auto_refresh=False,  # no thread of its own
         expand=True,
     )

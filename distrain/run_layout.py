@@ -22,7 +22,6 @@ WANDB_RUN_ID = "wandb_run_id"
 MLFLOW_RUN_ID = "mlflow_run_id"
 """Ids under which a resumed run continues in a tracker."""
 
-TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PROFILE = "profile"

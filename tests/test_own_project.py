@@ -30,7 +30,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def images(run_dir: Path) -> list[str]:
     """Return the names of the images that TensorBoard finds in a run."""
-    reader = EventAccumulator(str(run_dir / "tensorboard"))
+    reader = EventAccumulator(str(run_dir))
     reader.Reload()
     assert "loss" in reader.Tags()["scalars"]
     return list(reader.Tags()["images"])

@@ -6,7 +6,7 @@
     command.json   each start: command, versions, commit, changed keys, end
     git.diff       difference from that commit
     lock           held by the process that starts the ranks, and by the ranks
-    logs/ checkpoints/ tensorboard/ metrics.jsonl      written by the ranks
+    logs/ checkpoints/ metrics.jsonl events.out.*      written by the ranks
 """
 
 from __future__ import annotations

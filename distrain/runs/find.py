@@ -8,10 +8,10 @@ from pathlib import Path
 
 from distrain.checks import did_you_mean
 from distrain.errors import ConfigError
-from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOGS, TENSORBOARD
+from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOGS
 from distrain.runfolder.attempts import JOB_FOLDER
 
-_NO_RUNS_IN = {CHECKPOINTS, LOGS, JOB_FOLDER, TENSORBOARD}  # folders of a run
+_NO_RUNS_IN = {CHECKPOINTS, LOGS, JOB_FOLDER}  # folders of a run
 
 
 def find_runs(folder: Path) -> list[Path]:

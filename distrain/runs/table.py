@@ -32,6 +32,8 @@ _COLORS = {
     State.DEAD: "red",
     State.UNREADABLE: "red",
 }
+_FIRST_LEFT_OUT = ("job", "started", "goodput", "ranks", "seen", "eta")
+_MIN_NAME = 16
 _RIGHT = ("iteration", "metric", "eta", "ranks", "goodput")
 
 
@@ -154,20 +156,55 @@ def as_text(summaries: Sequence[Summary], metric: str) -> str:
     return table(rows, right=[COLUMNS.index(column) for column in _RIGHT])
 
 
+def fitted(
+    rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[list[str]], list[int], list[str]]:
+    """Return the rows that fit into a width, the columns kept, and the names of those left out.
+
+    No cell is cut but a name: it keeps its ends, and at least 16 characters.
+
+    Args:
+        rows: the titles and the cells of all columns; a row of one cell is the title of a sweep.
+        width: of the terminal, in characters.
+    """
+    full = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[i]) for row in full) for i in range(len(COLUMNS))]
+    kept = list(range(len(COLUMNS)))
+    for column in _FIRST_LEFT_OUT:
+        others = sum(widths[i] + 2 for i in kept if i)
+        if min(widths[0], _MIN_NAME) + others <= width:
+            break
+        kept.remove(COLUMNS.index(column))
+    room = max(_MIN_NAME, width - sum(widths[i] + 2 for i in kept if i))
+    cut = [
+        [shortened(row[0], room if len(row) > 1 else width), *(row[i] for i in kept[1:] if row[1:])]
+        for row in rows
+    ]
+    return cut, kept, [name for i, name in enumerate(COLUMNS) if i not in kept]
+
+
+def shortened(name: str, width: int) -> str:
+    """Return a name of at most `width` characters: its middle gives way, its ends tell it."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) // 2
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
+
+
 def _print_rich(summaries: Sequence[Summary], metric: str, stream: TextIO) -> None:
     from rich.console import Console  # only where there is a terminal
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, title in zip(COLUMNS, titles(metric), strict=True):
-        justify: Any = "right" if column in _RIGHT else "left"
-        table.add_column(title, justify=justify, overflow="fold", no_wrap=column != "name")
-    for state, row in _rows(summaries, metric):
-        if state is None:
-            table.add_row(Text(row[0], style="bold"))
-        else:
-            texts = [Text(cell) for cell in row]
-            texts[1].stylize(_COLORS[state])
-            table.add_row(*texts)
-    Console(file=stream, highlight=False).print(table)
+    console = Console(file=stream, highlight=False)
+    states = [None, *(state for state, _ in _rows(summaries, metric))]
+    rows = [titles(metric), *(cells for _, cells in _rows(summaries, metric))]
+    cut, kept, left_out = fitted(rows, console.width)
+    lines = table(cut, right=[kept.index(i) for i in map(COLUMNS.index, _RIGHT) if i in kept])
+    for state, row, line in zip(states, cut, lines.splitlines(), strict=True):
+        text = Text(line, style="" if state else "bold", no_wrap=True)
+        if state:
+            text.highlight_words([row[1]], _COLORS[state])
+        console.print(text)
+    if left_out:
+        names = ", ".join(left_out)
+        console.print(Text(f"not shown: {names}; see --json", style="dim"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from distrain.scalar_names import NONDETERMINISTIC_PREFIXES
 
-_NO_METRIC = "|".join([*NONDETERMINISTIC_PREFIXES, "lr/", "final/"])
+_NO_METRIC = "|".join([*NONDETERMINISTIC_PREFIXES, "lr/"])
 
 
 def default_layout(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:

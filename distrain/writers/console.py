@@ -25,7 +25,8 @@ _HIDDEN = 3  # the place of scalars that are not listed
 class ConsoleWriter(Writer):
     """Shows losses, metrics, learning rate, time per step and time left.
 
-    In a terminal that is one live line with a progress bar, counting finished iterations; elsewhere
+    In a terminal that is one live line: finished iterations, percentage, bar, elapsed time, time
+    left and values, of which a narrow terminal shows the first; elsewhere
     (a file, a pipe, TERM=dumb or NO_COLOR set) one line per row::
 
         iter 199/2000  loss 0.0312  accuracy 0.98  lr 0.00100  0.0042 s/it  eta 0:00:07
@@ -50,6 +51,7 @@ class ConsoleWriter(Writer):
 
     def open(self, run: RunInfo) -> None:
         self._iters_per_epoch = run.iters_per_epoch
+        self._begin_s = time.monotonic()
         self._live = is_terminal(self._stream) and not os.environ.get("NO_COLOR")
         if self._live:
             import_rich()  # not in the thread that writes
@@ -60,10 +62,12 @@ class ConsoleWriter(Writer):
             return
         if self._bar is None:
             self._bar = display.add(self._stream, total=row.max_iter, text="")
-        values = {name: value for name, (value, _) in row.scalars.items()}
-        text = self._epoch(row) + describe(values)
-        display.update(self._bar, completed=row.iteration + 1, total=row.max_iter, text=text)
         now_s = time.monotonic()
+        values = {name: value for name, (value, _) in row.scalars.items()}
+        times = f"{timedelta(seconds=int(now_s - self._begin_s))} {_eta(values.pop(ETA_S, None))}"
+        done = row.iteration + 1
+        text = self._epoch(row) + describe(values)
+        display.update(self._bar, completed=done, total=row.max_iter, times=times, text=text)
         if now_s >= self._next_refresh_s:  # drawing costs milliseconds
             self._next_refresh_s = now_s + REFRESH_S
             display.refresh()
@@ -123,10 +127,15 @@ def describe(values: Mapping[str, float]) -> str:
         parts.append(f"lr {values['lr']:#.3g}")
     if STEP_S in values:
         parts.append(f"{values[STEP_S]:.3g} s/it")
-    eta_s = values.get(ETA_S, float("inf"))
-    if 0 <= eta_s < timedelta.max.total_seconds():
-        parts.append(f"eta {timedelta(seconds=int(eta_s))}")
+    if eta := _eta(values.get(ETA_S)):
+        parts.append(eta)
     return "  ".join(parts)
+
+
+def _eta(eta_s: float | None) -> str:
+    if eta_s is None or not 0 <= eta_s < timedelta.max.total_seconds():
+        return ""
+    return f"eta {timedelta(seconds=int(eta_s))}"
 
 
 @lru_cache(10_000)

@@ -44,7 +44,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 
 from distrain.files.append_file import AppendFile
-from distrain.run_layout import TENSORBOARD
+from distrain.scalar_names import GUARD
 from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
@@ -65,14 +65,15 @@ class TensorBoardWriter(Writer):
     back. While writes fail, the events wait in memory.
 
     Args:
-        folder: the folder of the files, relative to the run folder.
+        folder: the folder of the files, relative to the run folder; the run folder itself, whose
+            name TensorBoard shows then, by default.
         layout: charts of the Custom Scalars tab: heading -> title of a chart -> regular expressions
             that the names of its curves begin with. None: `default_layout`.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] = TENSORBOARD,
+        folder: str | os.PathLike[str] = ".",
         *,
         layout: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     ) -> None:
@@ -102,8 +103,14 @@ class TensorBoardWriter(Writer):
     def write(self, row: Row) -> None:
         self._step = row.iteration
         for step in sorted({iteration for _, iteration in row.new.values()}):
-            scalars = {name: value for name, (value, at) in row.new.items() if at == step}
-            self._add_scalars(scalars, step=step)
+            # a checksum is no curve: it is in metrics.jsonl, for programs
+            scalars = {
+                name: value
+                for name, (value, at) in row.new.items()
+                if at == step and not name.startswith(GUARD)
+            }
+            if scalars:
+                self._add_scalars(scalars, step=step)
         values: defaultdict[int, list[Summary.Value]] = defaultdict(list)
         for name, image, iteration in row.images:
             values[iteration].append(Summary.Value(tag=name, image=_image(image)))
@@ -119,11 +126,6 @@ class TensorBoardWriter(Writer):
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         # only a run that reached its end is finished: TensorBoard does not take a status back
-        scalars = [
-            Summary.Value(tag=f"final/{name}", simple_value=value)
-            for name, value in metrics.items()
-        ]
-        self._add_values(scalars, step=self._step)
         info = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
         data = HParamsPluginData(session_end_info=info)
         self._add_hparams("session_end_info", data, step=self._step)

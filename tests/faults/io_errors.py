@@ -287,15 +287,14 @@ class Campaign:
 
     def curve(self) -> list[tuple[int, float]]:
         """Return the points of the loss in TensorBoard."""
-        folder = self.run / "tensorboard"
-        if not folder.exists():
+        if not [*self.run.glob("events.out.tfevents.*")]:
             return []
         import logging
 
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(folder)).Reload()
+        events = EventAccumulator(str(self.run)).Reload()
         if "loss" not in events.Tags()["scalars"]:
             return []
         return [(event.step, event.value) for event in events.Scalars("loss")]

@@ -249,7 +249,7 @@ class Runner:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(self.run / "tensorboard"), {"scalars": 0})
+        events = EventAccumulator(str(self.run), {"scalars": 0})
         events.Reload()
         return {
             tag: [(event.step, event.value) for event in events.Scalars(tag)]

@@ -51,7 +51,7 @@ spoil()
 writer = BackgroundWriter(default_writers(), RunInfo(folder, start))
 for iteration in range(start, start + 30):
     if iteration == start + 20:
-        while writer._items.qsize():
+        while writer._files._items.qsize():
             time.sleep(0.01)
         time.sleep(0.2)
         mend()
@@ -93,12 +93,12 @@ def test_what_cannot_be_opened_waits_until_it_can(small_disk, fault):
     assert [line["iteration"] for line in lines] == list(range(50))
     assert [line["loss8"] for line in lines] == [at / 4 for at in range(50)]
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    events = EventAccumulator(str(run_dir)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss8")] == [
         (at, at / 4) for at in range(50)
     ]
-    names = sorted(p.name for p in run_dir.iterdir())
-    assert names == ["metrics.jsonl", "tensorboard"]
+    names = sorted({p.name.split(".")[0] for p in run_dir.iterdir()})
+    assert names == ["events", "metrics"]
 
 
 LOGS = """

@@ -64,7 +64,7 @@ class Watch(HookBase):
         hook = self.trainer.hooks["PeriodicWriter"]
         hook.after_step()
         if hook._writer is not None:
-            while not hook._writer._items.empty():
+            while not hook._writer._files._items.empty():
                 time.sleep(0.01)
             time.sleep(0.2)  # the thread has taken the last row
 

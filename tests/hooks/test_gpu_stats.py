@@ -326,7 +326,7 @@ def test_the_command_shows_what_the_driver_says(libraries, tmp_path):
     }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {name: rows[-1][name] for name in expected} == expected
-    reader = EventAccumulator(str(run / "tensorboard"))
+    reader = EventAccumulator(str(run))
     reader.Reload()
     shown = {name: reader.Scalars(name)[-1].value for name in expected}
     assert shown == pytest.approx(expected)

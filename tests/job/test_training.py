@@ -92,8 +92,8 @@ def test_a_run_and_the_same_command_again(folder):
         "logs",
         "checkpoints",
         "metrics.jsonl",
-        "tensorboard",
     }
+    assert [*run.glob("events.out.tfevents.*")]
     again = distrain(folder)
     assert again.returncode == 0
     assert "30 iterations are done" in again.stdout

@@ -15,6 +15,8 @@ from project import write_project
 
 from distrain.runs.__main__ import run
 from distrain.runs.records import last_rows, read
+from distrain.runs.table import COLUMNS, fitted
+from distrain.text import table
 
 pytestmark = pytest.mark.ranks
 
@@ -220,6 +222,27 @@ def test_the_table_in_a_terminal(project, no_color):
     assert (b"\x1b[32mrunning" in text) == (not no_color)
     assert (b"\x1b[31mfailed" in text) == (not no_color)
     assert b"hooks.trouble.what=nothing" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_narrow_terminal_keeps_names_and_whole_numbers(width):
+    name = "sweeps/optim.lr=0.001,optim.weight_decay=0.05,seed=3"
+    rows = [
+        [*COLUMNS],
+        [name, "preempted", "142000/10000000", "0.002985", "12:34:56", "16", "100%", "4711_3"]
+        + ["2026-11-28 17:25", "37 min ago"],
+        ["digits", "finished", "200/200", "0.665", "-", "2", "60%", "-", "-", "1 s ago"],
+    ]
+    cut, kept, left_out = fitted(rows, width)
+    lines = table(cut).splitlines()
+    assert max(map(len, lines)) <= width
+    assert [COLUMNS[i] for i in kept][:4] == ["name", "state", "iteration", "metric"]
+    assert len(kept) + len(left_out) == len(COLUMNS)
+    for row, shown in zip(rows[1:], cut[1:], strict=True):
+        assert shown[1:] == [row[i] for i in kept[1:]]
+    assert cut[1][0].startswith(name[:7])
+    assert cut[1][0].endswith(name[-7:])
+    assert cut[2][0] == "digits"
 
 
 def test_show_begins_its_logs_with_the_rank_that_failed(runs, project):

@@ -248,7 +248,7 @@ def test_default_writers(
     assert lines == [
         {"iteration": i, "loss": v} for i, v in zip((4, 9, 14, 19, 24), values, strict=True)
     ]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [
         (i, pytest.approx(v)) for i, v in zip((4, 9, 14, 19, 24), values, strict=True)
     ]
@@ -289,7 +289,7 @@ def test_full_disk_is_survived_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(said) == 4  # and both work again
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(60))
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss29")] == list(range(60))
 
 
@@ -321,7 +321,7 @@ def test_kill_leaves_whole_records(tmp_path: Path) -> None:
     assert text.endswith("\n")
     assert len(iterations) > 30
     assert iterations == list(range(len(iterations)))
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     steps = [event.step for event in events.Scalars("loss29")]
     assert steps == list(range(len(steps)))
     assert abs(len(steps) - len(iterations)) <= 1  # TensorBoard's file is written first

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -129,6 +130,24 @@ def test_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss 1.5  [bold] 2" in text  # a name is not markup
     assert text.count("\n") == 1  # one live line
     assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_values_only(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    writer = Opened(ConsoleWriter(stream))
+    names = ("loss", "loss_box", "loss_class", "eval/accuracy", "eval/box_iou", "eval/map")
+    scalars = dict.fromkeys(names, (0.123456, 119999)) | {"perf/eta_s": (7384.0, 119_999)}
+    writer.write(Row(119_999, 200_000, scalars))
+    writer.close()
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).split("\r")[-1].strip()
+    assert line.startswith("120000/200000  60% ")
+    assert " 0:00:00 eta 2:03:04 loss 0.12" in line
+    assert len(line) <= width
+    assert line.endswith("…")
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])

@@ -177,7 +177,6 @@ def test_hparams_and_final_metrics(tmp_path: Path) -> None:
     )
     assert end.status == STATUS_SUCCESS
     assert end.end_time_secs >= start.start_time_secs > 0
-    assert points(tmp_path, "final/accuracy") == [(9, 0.75)]
     assert points(tmp_path, "accuracy") == [(9, 0.5)]
 
 
@@ -209,7 +208,7 @@ def test_default_layout_shows_each_curve_where_it_belongs() -> None:
     names = [
         "total_loss", "loss_box", "eval/loss", "accuracy", "eval/accuracy", "iou", "c++", "lr",
         "lr/head", "perf/step_s", "perf/data_s", "perf/eta_s", "perf/samples_per_s",
-        "gpu/0/memory_bytes", "final/accuracy", "final/eval/accuracy", "final/loss",
+        "gpu/0/memory_bytes",
     ]  # fmt: skip
     shown = {
         (heading, title): [

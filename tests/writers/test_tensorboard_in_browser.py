@@ -58,7 +58,7 @@ hooks:
   eval: {period: 20}
   checkpoint: {period: 20}
 """
-RUNS = [f"{run}/tensorboard" for run in ("live", "seen/optim.lr=0.01", "seen/optim.lr=0.1")]
+RUNS = ["live", "seen/optim.lr=0.01", "seen/optim.lr=0.1"]
 STEPS = list(range(4, 60, 5))  # of the rows that a run of 60 iterations writes
 
 
@@ -145,17 +145,17 @@ def see_a_running_run(page: Browser) -> None:
     It stands in iteration 49: those before the checkpoint at 40 are written, the one of 44 may wait
     for others of the same second.
     """
-    eventually(lambda: steps(page, "live/tensorboard", "loss") in (STEPS[:8], STEPS[:9]))
+    eventually(lambda: steps(page, "live", "loss") in (STEPS[:8], STEPS[:9]))
     page.wait("all('app-header-reload button').length")
     page.value("all('app-header-reload button')[0].click()")
-    page.wait("all('runs-data-table').some((e) => text(e).includes('live/tensorboard'))")
+    page.wait("all('runs-data-table').some((e) => text(e).includes('live'))")
 
 
 def see_scalars(page: Browser, url: str) -> None:
     """A heading for each scope; behind `loss`, a curve of each run."""
     page.open(f"{url}#scalars")
     headings = "inside('tf-scalar-dashboard', 'button').filter((e) => /^{}\\b/.test(text(e)))"
-    for scope in "eval", "final", "loss", "lr", "perf":
+    for scope in "eval", "loss", "lr", "perf":
         page.wait(f"{headings.format(scope)}.length == 1")
     cards = "all('tf-scalar-card').filter((e) => e.tag == 'loss')"
     if not page.value(f"{cards}.length"):  # only the first are open
@@ -216,6 +216,6 @@ def see_charts(page: Browser, url: str) -> None:
 
 def see_it_resumed(page: Browser, url: str) -> None:
     """Rows of 40 to 49 were written twice, and are seen once."""
-    eventually(lambda: steps(page, "live/tensorboard", "loss")[-1:] == [59])
-    assert steps(page, "live/tensorboard", "loss") == STEPS
-    assert steps(page, "live/tensorboard", "eval/distance") == [19, 39, 59]
+    eventually(lambda: steps(page, "live", "loss")[-1:] == [59])
+    assert steps(page, "live", "loss") == STEPS
+    assert steps(page, "live", "eval/distance") == [19, 39, 59]
