@@ -165,10 +165,11 @@ def test_plain_where_a_terminal_is_not_wanted(
 def test_rich_is_imported_for_a_terminal_only() -> None:
     script = (
         "import sys\n"
+        "from pathlib import Path\n"
         "from distrain.writers.console import ConsoleWriter\n"
-        "from distrain.writers import Row\n"
+        "from distrain.writers import Row, RunInfo\n"
         "writer = ConsoleWriter()\n"
-        "writer.open(None)\n"
+        "writer.open(RunInfo(Path()))\n"
         "writer.write(Row(9, 10, {}, new={'loss': (1.5, 9)}))\n"
         "assert not {'rich', 'torch', 'numpy'} & {*sys.modules}\n"
     )
