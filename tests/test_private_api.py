@@ -82,6 +82,10 @@ ATTRIBUTES = {
     "_optimizer_step_pre_hooks": (_optimizer, "step without a profiler range"),
     "_optimizer_step_post_hooks": (_optimizer, "step without a profiler range"),
     "_last_lr": (lambda: LambdaLR(_optimizer(), lambda t: 1.0), "get_last_lr of a schedule"),
+    "_reductions": (
+        lambda: importlib.import_module("torchmetrics").SumMetric(),
+        "states of a metric are merged as torchmetrics does",
+    ),
     "_worker_pids_set": (
         lambda: iter(DataLoader([1], num_workers=1)),
         "loader workers end unreported",

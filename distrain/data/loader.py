@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,9 @@ class EvalLoader:
         seed_samples: as for `TrainLoader`, with epoch 0.
         collate: as for `TrainLoader`.
 
+    Attributes:
+        num_samples: of the data set.
+
     Raises:
         ConfigError: the data set is empty or not map-style.
     """
@@ -182,13 +186,20 @@ class EvalLoader:
         seed_samples: bool = True,
         collate: Collate | None = None,
     ) -> None:
-        size = length_of(dataset, "data.eval")
+        self.num_samples = length_of(dataset, "data.eval")
         self.batch_size = whole("data.eval_batch_size", batch_size, least=1)
-        share = range(size * rank // world_size, size * (rank + 1) // world_size)
-        self._share = share
+        self.rank, self._world_size = rank, world_size
+        self._share = _share(self.num_samples, rank, world_size)
         self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
         self._workers = workers
         self._seed = _worker_seed(seed, rank, 0)
+
+    def limited(self, limit: int) -> EvalLoader:
+        """Return a loader of the set's first samples, `limit` at most over all ranks."""
+        first = copy.copy(self)
+        first.num_samples = min(limit, self.num_samples)
+        first._share = _share(first.num_samples, self.rank, self._world_size)
+        return first
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -214,6 +225,11 @@ class EvalLoader:
             yield from batches
         finally:
             batches.close()
+
+
+def _share(size: int, rank: int, world_size: int) -> range:
+    """Return the part of `size` samples that a rank takes."""
+    return range(size * rank // world_size, size * (rank + 1) // world_size)
 
 
 def _worker_seed(seed: int, rank: int, start_iter: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distrain import progress
@@ -16,11 +16,13 @@ from distrain.checks import wrong
 from distrain.data.loader import EvalLoader
 from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.ranks import topology
+from distrain.distributed.serialization import decode, encode
 from distrain.errors import ConfigError
 from distrain.files import atomic
 from distrain.trainer.evaluate import evaluating, on_device
 from distrain.trainer.model_call import call, takes_whole_batch
 from distrain.trainer.numerics import Precision, autocast_dtype
+from distrain.trainer.predictions import Predictions, join_ranks, named
 
 KINDS = (".jsonl", ".safetensors")
 
@@ -46,8 +48,9 @@ def write_predictions(
 ) -> None:
     """Write what `model.predict(batch)` returns for each sample of all ranks. A collective.
 
-    `predict` is called like forward and returns (B, ...) tensors by name, or one tensor. A
-    `.safetensors` file has them as (N, ...), a `.jsonl` file has one line per sample.
+    `predict` is called like forward and returns (B, ...) tensors, or lists of B values; see
+    `predictions.named` for their names. A `.safetensors` file has (N, ...) tensors, a `.jsonl` file
+    has one line per sample.
 
     Args:
         model: on its device, with its weights.
@@ -67,51 +70,57 @@ def write_predictions(
             f"--predict: {kind} has no method predict; write one that takes a batch as forward "
             "does and returns (B, ...) tensors by name"
         )
-    parts: dict[str, list[Tensor]] = {}
+    predictions = Predictions()
     whole, dtype = takes_whole_batch(model), autocast_dtype(precision)
     with evaluating(model):
         counted = progress.counted(loader, "predictions", total=len(loader))
         for batch, length in on_device(counted, device=device, channels_last=channels_last):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 found = call(predict, batch, whole=whole)
-            for name, value in _named(found, length).items():
-                parts.setdefault(name, []).append(value.cpu())
-    own = {name: torch.cat(values).contiguous() for name, values in parts.items()}
-    part = Path(f"{path}.rank_{topology().rank}")
-    save_file(own, part)
-    counts = gather_to_all(len(next(iter(own.values()))) if own else 0)  # all parts are written
-    if topology().is_main:
-        files = [Path(f"{path}.rank_{rank}") for rank in range(len(counts))]
+            predictions.add(named(found), length)
+    try:
+        part = encode(predictions.joined())
+    except TypeError as error:
+        raise ConfigError(f"--predict: expected tensors, numbers and text: {error}") from error
+    ranks = topology()
+    Path(f"{path}.rank_{ranks.rank}").write_bytes(part)
+    gather_to_all(ranks.rank)  # all parts are written
+    if ranks.is_main:
+        files = [Path(f"{path}.rank_{rank}") for rank in range(ranks.world_size)]
         try:
-            parts_of = zip(files, counts, strict=True)
-            _join([load_file(file) for file, count in parts_of if count], path)
+            _write(join_ranks([decode(file.read_bytes()) for file in files]), path)
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
 
 
-def _named(found: Any, length: int) -> dict[str, Tensor]:
-    """Return predictions by name, checked to be (length, ...)."""
-    named = found if isinstance(found, Mapping) else {"prediction": found}
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or value.shape[:1] != (length,):
-            shape = [*value.shape] if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"predict() returned {name!r}: {shape}; expected [{length}, ...]")
-    return {str(name): value for name, value in named.items()}
-
-
-def _join(parts: list[dict[str, Tensor]], path: str) -> None:
-    """Write the predictions of all ranks, in order, as one file."""
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _write(whole: Mapping[str, Any], path: str) -> None:
+    """Write the predictions of all ranks as one file."""
+    is_tensors = Path(path).suffix == ".safetensors"
+    for name, value in whole.items():
+        if is_tensors and not isinstance(value, Tensor):
+            raise ConfigError(
+                f"--predict={path}: {name!r} is a list, or differs in shape between samples; "
+                "expected a .jsonl file for it"
+            )
     with atomic.replacing(path) as scratch:
-        if Path(path).suffix == ".safetensors":
-            save_file(whole, scratch)
+        if is_tensors:
+            save_file({name: value.contiguous() for name, value in whole.items()}, scratch)
         else:
             with open(scratch, "w", encoding="utf-8") as file:
                 file.writelines(_lines(whole))
 
 
-def _lines(whole: Mapping[str, Tensor]) -> Iterator[str]:
+def _lines(whole: Mapping[str, Any]) -> Iterator[str]:
     for index in range(len(next(iter(whole.values())))):
-        values = {name: value[index].tolist() for name, value in whole.items()}
+        values = {name: _plain(value[index]) for name, value in whole.items()}
         yield json.dumps({"index": index, **values}) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a prediction as JSON values."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from distrain import heartbeat, progress
 from distrain.data.batch import batch_length, to_channels_last, to_device
 from distrain.data.loader import EvalLoader
 from distrain.distributed.collectives import gather_to_all
+from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.trainer.loss import Loss, WeightedLosses
 from distrain.trainer.model_call import call, takes_whole_batch, total_loss
 from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
 from distrain.trainer.numerics import Precision, autocast_dtype
+from distrain.trainer.set_metrics import KEY, SetMetrics
 
 _SUM_OF_MEANS = "\0loss"  # marks losses by name with weights, whose sum is known at the end
 
@@ -31,14 +34,16 @@ def evaluate(
     device: torch.device,
     precision: Precision = "fp32",
     channels_last: bool = False,
+    metrics: Mapping[str, Any] | None = None,
     max_batches: int | None = None,
 ) -> dict[str, float]:
-    """Return the mean over all samples of all ranks of each metric of the model. A collective.
+    """Return the metrics of a model over all samples of all ranks. A collective.
 
-    The metrics are those of the model's method `metrics`, called like its forward, which returns
-    (B,) values by name, one per sample, or a `Loss`, a sum over other elements; without that method
-    they are its losses, weighted by their weights or the size of the batch. A metric in some
-    batches only is divided by the samples of those.
+    Means over samples are those of the model's method `metrics`, called like its forward, which
+    returns (B,) values by name, one per sample, or a `Loss`, a sum over other elements; without
+    that method they are its losses, weighted by their weights or the size of the batch. A metric in
+    some batches only is divided by the samples of those. Metrics over the whole set, as an AUROC,
+    are given by `metrics`.
 
     The model is in eval mode meanwhile, on all ranks with the buffers of rank 0, which are those
     of a checkpoint. Modes, buffers and random generators are restored afterwards.
@@ -49,12 +54,15 @@ def evaluate(
         device: of the model.
         precision: "bf16" and "fp16" evaluate under autocast.
         channels_last: convert images to that memory format.
+        metrics: torchmetrics objects and functions by name, see `set_metrics.SetMetrics`.
         max_batches: largest number per rank; None takes all.
 
     Raises:
-        ConfigError: a metric is not one value per sample.
+        ConfigError: a metric is not one value per sample, or a name is there twice.
     """
-    with evaluating(model):
+    rank = loader.rank if isinstance(loader, EvalLoader) else topology().rank
+    of_set = SetMetrics(metrics, model, device=device, rank=rank) if metrics else None
+    with evaluating(model), contextlib.closing(of_set) if of_set else contextlib.nullcontext():
         totals = _Totals(model)
         num = len(loader) if max_batches is None else min(len(loader), max_batches)
         if isinstance(loader, EvalLoader):  # loads no batch ahead of the last one
@@ -66,10 +74,14 @@ def evaluate(
         for batch, length in on_device(counted, device=device, channels_last=channels_last):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 totals.add(batch, length)
-        ranks = gather_to_all(
-            {name: (float(totals.counts[name]), float(sum_)) for name, sum_ in totals.sums.items()}
-        )
-    return _means(ranks)
+                found = None if of_set is None else call(of_set.predict, batch, whole=totals.whole)
+            if of_set is not None:
+                of_set.add(found, length)
+        means = totals.means()
+        values = {} if of_set is None else of_set.values(is_part=max_batches is not None)
+    for name in means.keys() & values.keys():
+        raise ConfigError(f"{KEY}.{name}: the model has a metric of that name; rename one")
+    return means | values
 
 
 @contextmanager
@@ -120,18 +132,26 @@ class _Totals:
         self.counts: dict[str, Tensor | int] = {}
         self._model = model
         self._metrics = getattr(model, "metrics", None)
-        self._whole = takes_whole_batch(model)
+        self.whole = takes_whole_batch(model)
 
     def add(self, batch: Any, length: int) -> None:
         """Call the model with a batch of `length` samples."""
         if self._metrics is None:
-            losses = total_loss(call(self._model, batch, whole=self._whole))
+            losses = total_loss(call(self._model, batch, whole=self.whole))
             sums = _sums_of_losses(losses, length)
         else:
-            sums = _sums(call(self._metrics, batch, whole=self._whole), length)
+            sums = _sums(call(self._metrics, batch, whole=self.whole), length)
         for name, (value, count) in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + count
+
+    def means(self) -> dict[str, float]:
+        """Return the means over all samples of all ranks. A collective."""
+        return _means(
+            gather_to_all(
+                {name: (float(self.counts[name]), float(sum_)) for name, sum_ in self.sums.items()}
+            )
+        )
 
 
 _Sums = dict[str, tuple[Tensor, Tensor | int]]

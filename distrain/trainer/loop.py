@@ -71,7 +71,7 @@ class TrainerBase:
         self._early_stop = False  # of the loaded state
         self.ends_only = self.is_in_epochs = False
         self._end_left: Mapping[str, int] | None = None  # how training ended, by the loaded state
-        self._reported: tuple[int, dict[str, float]] = (-1, {})  # iter_done and its metrics
+        self._reported: dict[str, tuple[int, float]] = {}  # metrics: iter_done, value
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
         self.register_hooks(hooks)
 
@@ -246,21 +246,18 @@ class TrainerBase:
         """
         for name, value in metrics.items():
             self.storage.put_scalar(name, value, smoothing_hint=False, reduce="local")
-        done, before = self._reported
-        self._reported = (
-            self.iter_done,
-            {**(before if done == self.iter_done else {}), **metrics},
-        )
+            self._reported[name] = (self.iter_done, value)
 
     def metric_now(self, name: str) -> float | None:
         """Return a metric reported, or a scalar put on this rank, in this iteration; else None."""
-        value = self.reported_now(name)
-        return self.storage.put_now(name) if value is None else value
+        if name in self._reported:  # one from before the first iteration is put as iteration 0
+            return self.reported_now(name)
+        return self.storage.put_now(name)
 
     def reported_now(self, name: str) -> float | None:
         """Return a metric reported in this iteration, which is equal on all ranks; else None."""
-        done, metrics = self._reported
-        return metrics.get(name) if done == self.iter_done else None
+        done, value = self._reported.get(name, (-1, 0.0))
+        return value if done == self.iter_done else None
 
     def request_stop(self) -> None:
         """Request a stop of all ranks after one common iteration; safe in a signal handler."""
