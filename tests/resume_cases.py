@@ -153,6 +153,7 @@ def conf_of(
         "seed": 3,
         "resume": "auto",
         "checkpoint": {},
+        "eval": {"metrics": {}},
         "init": init or {},
         "model": {"_target_": f"{HERE}.Net", **(model or {})},
         "transforms": {},

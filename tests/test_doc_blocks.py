@@ -104,6 +104,13 @@ class Model(nn.Module):
     def metrics(self, images, labels):
         return {"accuracy": self.logits(images).argmax(1).eq(labels).float()}
 
+    def predict(self, images, labels):
+        return {"preds": self.logits(images).softmax(1), "target": labels}
+
+
+def errors(preds, target):
+    return (preds.argmax(1) != target).sum()
+
 
 Net = Model
 

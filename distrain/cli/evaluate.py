@@ -32,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint=newest|best|best:METRIC|ITERATION (default: newest); any key of the "
         "configuration, as data.eval.split=test or launch.ranks=4; launch=local|slurm",
     )
+    parser.add_argument(
+        "--set", metavar="NAME", help="evaluate this set of data.eval only, where it has several"
+    )
     parser.add_argument("--ema", metavar="NAME", help="evaluate the average of this EMA hook")
     parser.add_argument(
         "--predict", metavar="FILE", help="write model.predict(batch) to FILE.jsonl or .safetensors"
@@ -56,11 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> ExitCode:
     """Start the evaluation with the run's launcher and print the metrics."""
     from distrain.config.instantiate import build
+    from distrain.job.eval_sets import eval_nodes, only_set
     from distrain.job.evaluation import RESULT_FILE, EvaluateJob
     from distrain.job.load import find_checkpoint, read_conf
     from distrain.job.predictions import check_output
 
     which, conf = changed(read_conf(options.run), options.overrides)
+    if options.set is not None:
+        conf = only_set(conf, options.set)
+    sets = [*eval_nodes(conf)]
+    if not sets:
+        raise ConfigError("data.eval: expected a value, the _target_ of a data set")
+    if options.predict is not None and len(sets) > 1:
+        raise ConfigError(f"--predict: expected one data set; add --set {' or --set '.join(sets)}")
     found = find_checkpoint(options.run, which)
     if options.predict is not None:
         check_output(options.predict)

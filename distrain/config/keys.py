@@ -71,13 +71,20 @@ class DataKeys:
 
     batch_size: Annotated[int, AtLeast(1)]
     train: Target | None
-    eval: Target | None = None
+    eval: Target | dict[str, Target | None] | None = None
     eval_batch_size: Annotated[int, AtLeast(1)] | None = None
     workers: Annotated[int, AtLeast(0)] = 0
     seed_samples: bool = False
     collate: str | None = None
     loader: Target | None = None
     sampler: Target | None = None
+
+
+@dataclass
+class EvalKeys:
+    """`eval.*`: metrics over the whole evaluation set."""
+
+    metrics: dict[str, str | Target | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,6 +175,7 @@ class Keys:
     optim: OptimKeys | None = None
     schedule: Target | None = None
     transforms: dict[str, Target | None] = field(default_factory=dict)
+    eval: EvalKeys = field(default_factory=EvalKeys)
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)
     init: InitKeys = field(default_factory=InitKeys)

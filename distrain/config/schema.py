@@ -94,6 +94,10 @@ def _union(value: Any, hints: tuple[Any, ...], key: str) -> Any:
     if value is None and type(None) in hints:
         return None
     if isinstance(value, dict) and Target in hints:
+        by_name = [hint for hint in hints if typing.get_origin(hint) is dict]
+        are_nodes = all(each is None or isinstance(each, dict) for each in value.values())
+        if by_name and are_nodes and "_target_" not in value:  # several nodes
+            return _value(value, by_name[0], key)
         return _target(value, key)
     rest = [hint for hint in hints if hint is not type(None)]
     by_type = [hint for hint in rest if typing.get_origin(hint) is type(value)]

@@ -14,8 +14,9 @@ from distrain.data.epoch_length import iters_per_epoch
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy
-from distrain.job.data import build_datasets, eval_loader, train_loader
+from distrain.job.data import build_datasets, loading, train_loader
 from distrain.job.epochs import in_iterations
+from distrain.job.eval_sets import build_metrics, eval_loader
 from distrain.job.optimization import build_optimization
 from distrain.job.strategy import STRATEGY_KEYS
 from distrain.trainer.hook import HookBase
@@ -57,8 +58,8 @@ def build_parts(
 ) -> Parts:
     """Build everything but the model, in the order data, optimizer, schedule, hooks, trainer.
 
-    Hooks get `eval_loader`, `schedule`, `checkpoints`, `run_dir` or `conf` if they have a keyword
-    of that name.
+    Hooks get `eval_loader`, `metrics` (those of `eval.metrics`, if there are any), `schedule`,
+    `checkpoints`, `run_dir` or `conf` if they have a keyword of that name.
 
     Args:
         conf: resolved configuration.
@@ -80,7 +81,7 @@ def build_parts(
         accumulation=settings["accumulation"],
         largest=largest_forward,
     )
-    train_set, eval_set = build_datasets(conf, ranks)
+    train_set, eval_sets = build_datasets(conf, ranks)
     loader = train_loader(conf, data_ranks, train_set, accumulation=settings["accumulation"])
     # a length in epochs needs the data
     lengths = in_iterations(
@@ -92,8 +93,10 @@ def build_parts(
         ),
     )
     optimizer, schedule = build_optimization(lengths, model)
+    metrics = build_metrics(conf)
     hooks = _build_hooks(
-        eval_loader=None if eval_set is None else eval_loader(conf, data_ranks, eval_set),
+        eval_loader=eval_loader(conf, eval_sets, **loading(conf, data_ranks)),
+        **({"metrics": metrics} if metrics else {}),
         schedule=schedule,
         checkpoints=checkpoints,
         run_dir=run_dir,

@@ -10,37 +10,39 @@ import torch
 from distrain.checks import wrong
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
-from distrain.data.loader import EvalLoader, TrainLoader
+from distrain.data.loader import TrainLoader
 from distrain.data.samplers import SampleOrder
 from distrain.distributed.ranks import Topology, local_device
 from distrain.errors import ConfigError
+from distrain.job.eval_sets import build_sets, eval_key
 from distrain.job.same_data import check_same_data, open_files
 from distrain.trainer.trainer import Seekable
 
 Conf = dict[str, Any]
 
 
-def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, Any]:
-    """Build the training and the evaluation set; check that all ranks have the same."""
+def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
+    """Build the training set and the evaluation sets; check that all ranks have the same.
+
+    Evaluation sets are by name, see `eval_sets.eval_nodes`.
+    """
     data = conf["data"]
     open_before = open_files()
-    sets = {
-        f"data.{name}": build(data[name], f"data.{name}")
-        for name in ("train", "eval")
-        if data[name] is not None
-    }
-    train_set, eval_set = sets.get("data.train"), sets.get("data.eval")
-    if data["loader"] is not None:
-        sets.pop("data.train", None)  # may be a stream, or another part of the data per rank
+    train_set = None if data["train"] is None else build(data["train"], "data.train")
+    eval_sets = build_sets(conf)
+    sets = {eval_key(name): dataset for name, dataset in eval_sets.items()}
+    if train_set is not None and data["loader"] is None:
+        # that of a loader may be a stream, or another part of the data per rank
+        sets = {"data.train": train_set, **sets}
     if ranks.world_size > 1:
         # where CUDA is in use, fork only if loader processes are forked anyway
         may_fork = data["workers"] > 0 or not torch.cuda.is_initialized()
         check_same_data(sets, seed=conf["seed"], open_before=open_before, may_fork=may_fork)
-    return train_set, eval_set
+    return train_set, eval_sets
 
 
-def _loading(conf: Conf, ranks: Topology) -> dict[str, Any]:
-    """Return the arguments that both loaders take."""
+def loading(conf: Conf, ranks: Topology) -> dict[str, Any]:
+    """Return the arguments that the loaders of training and evaluation take."""
     data = conf["data"]
     collate = data["collate"]
     return {
@@ -60,7 +62,7 @@ def train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: int
         ConfigError: `data.loader` has no `batches`, or a value is missing.
     """
     data = conf["data"]
-    arguments = _loading(conf, ranks) | {
+    arguments = loading(conf, ranks) | {
         "batch_size": data["batch_size"],
         "accumulation": accumulation,
         "pin_memory": local_device().type == "cuda",
@@ -90,10 +92,3 @@ def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
         expected = "a sampler; derive it from distrain.data.SampleOrder"
         raise wrong("data.sampler._target_", node["_target_"], expected)
     return sampler
-
-
-def eval_loader(conf: Conf, ranks: Topology, dataset: Any) -> EvalLoader:
-    """Return the loader of this rank's share of the evaluation set."""
-    batch_size = conf["data"]["eval_batch_size"] or conf["data"]["batch_size"]
-    share = max(1, batch_size // ranks.world_size)
-    return EvalLoader(dataset, batch_size=share, **_loading(conf, ranks))

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain import log
-from distrain.config.instantiate import build
-from distrain.errors import ConfigError, ExitCode
+from distrain.errors import ExitCode
 from distrain.files import atomic
 from distrain.run_layout import LOGS
 
@@ -18,7 +17,7 @@ RESULT_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Evaluates one checkpoint on `data.eval`. Picklable.
+    """Evaluates one checkpoint on the sets of `data.eval`. Picklable.
 
     Attributes:
         conf: resolved configuration.
@@ -49,27 +48,34 @@ class EvaluateJob:
 
     def _values(self) -> dict[str, float]:
         """Return the metrics over all ranks; write the predictions. A collective."""
+        from distrain.data.loader import EvalLoader
         from distrain.distributed.ranks import local_device, topology
-        from distrain.job.data import eval_loader
+        from distrain.job.data import loading
+        from distrain.job.eval_sets import build_metrics, build_sets, eval_loader
         from distrain.job.load import model_of
         from distrain.job.predictions import write_predictions
         from distrain.trainer.evaluate import evaluate
         from distrain.trainer.numerics import numerics
 
         conf, trainer = self.conf, self.conf["trainer"]
-        if conf["data"]["eval"] is None:
-            raise ConfigError("data.eval: expected a value, the _target_ of a data set")
+        metrics = build_metrics(conf)
+        found = eval_loader(conf, build_sets(conf), **loading(conf, topology()))
+        loaders = {"": found} if isinstance(found, EvalLoader) else found or {}
         model = model_of(conf, Path(self.checkpoint), ema=self.ema)
-        loader = eval_loader(conf, topology(), build(conf["data"]["eval"], "data.eval"))
         settings: dict[str, Any] = {
             "device": local_device(),
             "precision": trainer["precision"],
             "channels_last": trainer["channels_last"],
         }
+        values: dict[str, float] = {}
         # rounds as in training, so that the values are those of its own evaluation
         with numerics(
             deterministic=trainer["deterministic"], float32_matmul=trainer["float32_matmul"]
         ):
-            if self.predict is not None:
-                write_predictions(model, loader, self.predict, **settings)
-            return evaluate(model, loader, **settings)
+            for of_set, loader in loaders.items():
+                if self.predict is not None:  # the command has left one set
+                    write_predictions(model, loader, self.predict, **settings)
+                of_this = evaluate(model, loader, metrics=metrics, **settings)
+                prefix = f"{of_set}/" if of_set else ""
+                values |= {f"{prefix}{name}": value for name, value in of_this.items()}
+        return values

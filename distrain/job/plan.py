@@ -11,6 +11,7 @@ from distrain.config.instantiate import build_nested
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import Topology
 from distrain.job.build import build_parts
+from distrain.job.eval_sets import eval_nodes
 from distrain.job.model import build_model
 from distrain.job.strategy import build_strategy
 from distrain.optim.groups import format_groups
@@ -49,6 +50,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         f"run         {run_dir}",
         f"model       {conf['model']['_target_']}, {num_parameters:,} parameters",
         f"data        {_samples(conf, parts.loader)}",
+        *_evaluation(conf),
         f"optimizer   {type(trainer.optimizer).__name__}, {len(trainer.optimizer.param_groups)} "
         "groups",
         "",
@@ -75,6 +77,16 @@ def _samples(conf: dict[str, Any], loader: Any) -> str:
         return per_step
     size = loader.num_samples
     return f"{size:,} samples, {per_step} = {steps * batch_size / size:.1f} epochs"
+
+
+def _evaluation(conf: dict[str, Any]) -> list[str]:
+    nodes = eval_nodes(conf)
+    if not nodes:
+        return []
+    sets = [f"{name}: {node['_target_']}".removeprefix(": ") for name, node in nodes.items()]
+    metrics = [name for name, node in conf["eval"]["metrics"].items() if node is not None]
+    of_sets = f"; over each set: {', '.join(metrics)}" if metrics else ""
+    return [f"evaluation  {', '.join(sets)}{of_sets}"]
 
 
 def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:

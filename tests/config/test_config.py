@@ -74,7 +74,7 @@ def test_text_that_is_a_number_is_one(monkeypatch):
     monkeypatch.setenv("STEPS", "30")
     conf = resolve(with_keys(optim__lr="${oc.env:LR}", trainer__max_iter="${oc.env:STEPS}"))
     assert (conf["optim"]["lr"], conf["trainer"]["max_iter"]) == (0.001, 30)
-    hook = build({"_target_": "distrain.hooks.EvalHook", "period": "20"})
+    hook = build({"_target_": "distrain.hooks.EMA", "period": "20"})
     assert hook._period == 20
 
 
@@ -176,7 +176,9 @@ def test_a_default_is_the_same_in_the_schema_in_conf_and_in_the_trainer():
     for node, cls in (
         ("data", keys.DataKeys),
         ("checkpoint", keys.CheckpointKeys),
+        ("eval", keys.EvalKeys),
         ("init", keys.InitKeys),
+        ("eval", keys.EvalKeys),
         ("trainer", keys.TrainerKeys),
     ):
         plain = shown[node]
