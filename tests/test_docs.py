@@ -108,7 +108,7 @@ def test_pages_name_keys_and_classes_that_exist(generate):
         for word in re.findall(r"`([a-z_.]+)(?:=[^`]*)?`", page.read_text()):
             top, dot, _ = word.partition(".")
             if dot and top in tops and top not in ("run", "vars"):
-                is_open = word.startswith(("trainer.ddp", "model."))
+                is_open = word.startswith(("trainer.ddp", "model.", "data.eval."))
                 own = word.startswith(("trainer.error", "trainer.module", "trainer.iter"))
                 assert word in known or is_open or own, f"{page.name}: {word}"
 

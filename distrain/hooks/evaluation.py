@@ -62,9 +62,9 @@ class EvalHook(HookBase):
             for name, loader in sets.items()
             if loader is not None
         }
+        check_metrics(metrics or {})
         if metrics and not self._loaders:
             raise ConfigError("metrics: expected an eval_loader of a data set for them")
-        check_metrics(metrics or {})
         self._metrics = metrics
         self._function = function
         self._prefix = prefix

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distrain.checks import refuse_url
+from distrain.checks import refuse_url, wrong
 from distrain.config.instantiate import build
 from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
@@ -166,6 +166,8 @@ def _built(writers: Mapping[str, Any] | Sequence[Any]) -> list[Writer]:
     Raises:
         ConfigError: a node cannot be built, or is no Writer; names its key.
     """
+    if not isinstance(writers, Mapping | Sequence) or isinstance(writers, str):
+        raise wrong("writers", writers, "a mapping of writers by name")
     named = writers if isinstance(writers, Mapping) else dict(enumerate(writers))
     built = []
     for name, node in named.items():
