@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchmetrics  # noqa: F401 - imports transformers, whose name a stand-in takes later
 from torch import nn
 
 import distrain
