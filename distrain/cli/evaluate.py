@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> ExitCode:
         print(f"{options.run}, iteration {found.iteration}")
         for name, value in json.loads(result.read_text())["metrics"].items():
             print(f"  {name:<20} {value:.6g}")
-    print(f"distrain.evaluate: results are in {folder}", file=sys.stderr)
+    are = "are" if result.exists() else "will be"
+    print(f"distrain.evaluate: results {are} in {folder}", file=sys.stderr)
     return code
 
 
