@@ -182,3 +182,37 @@ def test_one_tensor_is_named_prediction(tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["prediction"] for line in lines] == [0, 1, 2]
+
+
+class Boxes(Doubles):
+    """Returns a list of boxes per sample, as many as its value."""
+
+    def predict(self, x):
+        return {"boxes": [torch.full((int(value), 2), value.item()) for value in x], "sum": x}
+
+
+class Pair(Doubles):
+    def predict(self, x):
+        return 2 * x, x.long()
+
+
+def written(rank, path, model):
+    loader = EvalLoader(Numbers(5), batch_size=2, rank=rank, world_size=topology().world_size)
+    write_predictions(model, loader, str(path), device=CPU)
+
+
+@pytest.mark.ranks
+def test_lists_of_unequal_size_are_lines(tmp_path):
+    run_ranks(written, 3, tmp_path / "p.jsonl", Boxes())
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert lines == [{"index": i, "boxes": [[float(i)] * 2] * i, "sum": float(i)} for i in range(5)]
+    with pytest.raises(ConfigError, match="'boxes' is a list, or differs in shape between samples"):
+        written(0, tmp_path / "p.safetensors", Boxes())
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_pair_is_named_preds_and_target(tmp_path):
+    written(0, tmp_path / "p.safetensors", Pair())
+    found = load_file(tmp_path / "p.safetensors")
+    assert found["preds"].tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert found["target"].tolist() == [0, 1, 2, 3, 4]
