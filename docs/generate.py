@@ -32,6 +32,7 @@ PARTS = {
     "Launching": ("launch",),
     "Runs": ("runs", "runfolder"),
     "Models of other trainers": ("adapters",),
+    "Transforms of the model": ("transforms",),
     "Experiments": ("experiments",),
 }
 REST = "Further modules"

@@ -137,6 +137,7 @@ def conf_of(
     stop=None,
     hooks=None,
     init=None,
+    transforms=None,
     data=None,
     **trainer,
 ):
@@ -156,7 +157,7 @@ def conf_of(
         "eval": {"metrics": {}},
         "init": init or {},
         "model": {"_target_": f"{HERE}.Net", **(model or {})},
-        "transforms": {},
+        "transforms": transforms or {},
         "data": {
             "batch_size": batch_size,
             "workers": workers,

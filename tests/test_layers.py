@@ -19,7 +19,7 @@ LEVELS = {
     7: "__main__",
     6: "cli runs evaluate",
     5: "job launch hooks",
-    4: "trainer weights schedule runfolder experiments adapters",
+    4: "trainer weights schedule runfolder experiments adapters transforms",
     3: "distributed optim config writers",
     2: "events data checkpoint",
     1: "checks durations heartbeat progress files process",

@@ -15,7 +15,9 @@ from distrain.errors import ConfigError
 Block = tuple[str, nn.Module]
 
 
-def find_blocks(module: nn.Module, blocks: Sequence[str] | None) -> list[Block]:
+def find_blocks(
+    module: nn.Module, blocks: Sequence[str] | None, *, key: str = "trainer.fsdp.blocks"
+) -> list[Block]:
     """Return the modules that are gathered and freed one by one, with their names.
 
     A module that shares a parameter with one outside of it is no block: the rest of the model,
@@ -25,6 +27,7 @@ def find_blocks(module: nn.Module, blocks: Sequence[str] | None) -> list[Block]:
         module: the model.
         blocks: names of classes, or patterns of module names such as "encoder.layer.*"; None takes
             the outermost modules whose class occurs twice or more in a ModuleList or Sequential.
+        key: name of `blocks` in an error.
 
     Raises:
         ConfigError: no module has a name or matches a pattern.
@@ -37,7 +40,7 @@ def find_blocks(module: nn.Module, blocks: Sequence[str] | None) -> list[Block]:
         for word in blocks:
             if not any(_matches(word, *part) for part in found):
                 expected = "a class or name of the model's modules; null takes the repeated ones"
-                raise wrong("trainer.fsdp.blocks", word, expected)
+                raise wrong(key, word, expected)
     owners = _num_owners(module)
     return [(name, part) for name, part in found if _num_owners(part).items() <= owners.items()]
 

@@ -209,3 +209,8 @@ def get_event_storage() -> EventStorage:
     if not _entered:
         raise RuntimeError("no EventStorage: call this inside `with EventStorage(0) as storage:`")
     return _entered[-1]
+
+
+def entered_storage() -> EventStorage | None:
+    """Return the EventStorage entered last; None outside of any."""
+    return _entered[-1] if _entered else None

@@ -62,7 +62,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as inside:
         inside.enter_context(kept_generators())
         inside.enter_context(EventStorage())
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        parts = module.modules()  # the whole, or blocks
+        if any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
             # with hooks and without gradients it would compile again, which takes a minute
             inside.enter_context(torch.compiler.set_stance("force_eager"))
         try:
