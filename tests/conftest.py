@@ -54,7 +54,8 @@ def short_windows(monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
     """Fail a test that leaves an environment variable, a process group or a process."""
-    variables, lasting = ["PYTEST_", "TORCHINDUCTOR_"], ["resource_tracker"]  # of pytest and Python
+    # of pytest, torch and scikit-learn; of Python
+    variables, lasting = ["PYTEST_", "TORCHINDUCTOR_", "KMP_"], ["resource_tracker"]
     if request.node.get_closest_marker("gpu"):  # torch.compile keeps its compilers
         variables, lasting = [*variables, "TRITON_"], [*lasting, "compile_worker"]
     environment = dict(os.environ)

@@ -130,6 +130,14 @@ class Blobs(torch.utils.data.Dataset):
         return torch.randn(4, generator=generator), index % 3
 
 
+def lines(epoch=0):
+    yield from (Blobs()[i] for i in range(64))
+
+
+def collate(samples):
+    return torch.utils.data.default_collate(samples)
+
+
 Photos = Train = Eval = Tokens = Blobs
 
 
@@ -311,6 +319,7 @@ def stand_ins(folder, monkeypatch):
 
     module = types.ModuleType("transformers")
     module.AutoModelForCausalLM = module.GPT2LMHeadModel = GPT2LMHeadModel
+    module.PreTrainedTokenizerBase = type("Tokenizer", (), {})  # datasets asks for it
     monkeypatch.setitem(sys.modules, "transformers", module)
     monkeypatch.setattr(my_project, "LitModel", LitModel, raising=False)
     return my_project
@@ -322,6 +331,9 @@ def test_yaml(text, compose, stand_ins, folder, capfd):
         (folder / "tokens").mkdir(exist_ok=True)
         np.save(folder / "tokens" / "shard.npy", np.zeros(10_000, np.uint16))
         text = text.replace("/data/tokens", str(folder / "tokens"))
+    if "/data/stream" in text:
+        (folder / "stream.jsonl").write_text('{"x": 1}\n')
+        text = text.replace("/data/stream/*", str(folder / "stream"))
     experiment(text, folder)
     code = compose("--config-dir", "conf", "+experiment=block")
     assert code == 0, capfd.readouterr().err
@@ -335,6 +347,7 @@ def names(my_project):
     value = torch.tensor(0.5)
     return {
         "distrain": distrain,
+        "my_project": my_project,
         "torch": torch,
         "nn": nn,
         "HookBase": distrain.HookBase,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from distrain._lazy import attach
 
 if TYPE_CHECKING:
+    from distrain.data.iterable import IterableLoader
     from distrain.data.loader import EvalLoader, Loader, TrainLoader
     from distrain.data.samplers import (
         ByLength,
@@ -20,6 +21,7 @@ _MODULE_OF = {
     "ByLength": "samplers",
     "ClassBalanced": "samplers",
     "EvalLoader": "loader",
+    "IterableLoader": "iterable",
     "Loader": "loader",
     "Mixture": "samplers",
     "MixtureOrder": "samplers",
@@ -34,6 +36,7 @@ __all__ = [
     "ByLength",
     "ClassBalanced",
     "EvalLoader",
+    "IterableLoader",
     "Loader",
     "Mixture",
     "MixtureOrder",

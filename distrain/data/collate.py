@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,7 +49,20 @@ def length_of(dataset: Any, key: str) -> int:
     return size
 
 
-class Fetch(Dataset[Any]):
+class BatchReader(Dataset[Any], ABC):
+    """Loads the batch of an item of a sampler, in a rank or a loader process.
+
+    Attributes:
+        draws: whether loading sets the random generators of the process.
+    """
+
+    draws: bool
+
+    @abstractmethod
+    def __getitem__(self, item: Any) -> Any: ...
+
+
+class Fetch(BatchReader):
     """A data set whose items are the micro-batches of another.
 
     Args:
@@ -64,18 +79,13 @@ class Fetch(Dataset[Any]):
             # the same batch as sample by sample, in one indexing per tensor
             self._get_batch = lambda indices: [tensor[indices] for tensor in dataset.tensors]
             seed = None
-        self._seed = seed
-
-    @property
-    def draws(self) -> bool:
-        """Whether loading an item sets the random generators of the process."""
-        return self._seed is not None
+        self._seed, self.draws = seed, seed is not None
 
     def __getitem__(self, item: MicroBatch) -> Any:
         if self._get_batch is not None:
             if self._seed is not None:
                 first = sample_seeds(item.epochs[:1], item.samples[:1], seed=self._seed)
-                _set_generators(int(first[0]))
+                set_generators(int(first[0]))
             return self._get_batch(torch.from_numpy(item.samples))
         indices = item.samples.tolist()
         if self._seed is not None:
@@ -88,7 +98,7 @@ class Fetch(Dataset[Any]):
 
     def _sample(self, index: int, seed: int | None) -> Any:
         if seed is not None:
-            _set_generators(seed)
+            set_generators(seed)
         try:
             return self._dataset[index]
         except Exception as error:
@@ -96,33 +106,40 @@ class Fetch(Dataset[Any]):
             raise
 
 
-def _set_generators(seed: int) -> None:
+def set_generators(seed: int) -> None:
     """Seed python, numpy and torch's CPU generator with a seed of 64 bits."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed >> 1)
 
 
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Restore the states of python's, numpy's and torch's CPU generators at the end of `with`."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 def load_here(
-    fetch: Fetch, sampler: Iterable[MicroBatch], *, pin_memory: bool = False
+    fetch: BatchReader, sampler: Iterable[Any], *, pin_memory: bool = False
 ) -> Iterator[Any]:
     """Load in this process, whose random generators stay as they are.
 
     Args:
         fetch: of the data set.
-        sampler: the micro-batches, in order.
+        sampler: the items, such as micro-batches, in order.
         pin_memory: return page-locked memory, if there is an accelerator.
     """
     pin_memory = pin_memory and torch.accelerator.is_available()
     for item in sampler:
         if fetch.draws:
-            states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-            try:
+            with kept_generators():
                 batch = fetch[item]
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
-                torch.set_rng_state(states[2])
         else:
             batch = fetch[item]
         yield pinned(batch) if pin_memory else batch

@@ -129,7 +129,7 @@ class EpochLoader(Loader):
 
         The state is None where it is known without: no batch is read ahead.
         """
-        _set_epoch(self._data, self._epoch)
+        set_epoch(self._data, self._epoch)
         iterator = self._start() if self._batch else None
         if iterator is None:
             self._generator = torch.get_rng_state()
@@ -160,7 +160,7 @@ class EpochLoader(Loader):
                     return iterator
                 # only without a saved state: the position was counted from the very first batch
                 self._epoch, self._batch = self._epoch + 1, self._batch - dropped
-                _set_epoch(self._data, self._epoch)
+                set_epoch(self._data, self._epoch)
         finally:
             torch.set_rng_state(state)
 
@@ -176,7 +176,8 @@ def _length(data: Iterable[Any]) -> int | None:
         return None
 
 
-def _set_epoch(data: Any, epoch: int) -> None:
+def set_epoch(data: Any, epoch: int) -> None:
+    """Pass the number of an epoch to `set_epoch` of the data, its data set and its samplers."""
     batch_sampler = getattr(data, "batch_sampler", None)
     parts = (
         data,

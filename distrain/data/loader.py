@@ -140,7 +140,7 @@ class TrainLoader(Loader):
             self._fetch,
             sampler,
             workers=self._workers,
-            seed=_worker_seed(self._seed, self._rank, start_iter),
+            seed=worker_seed(self._seed, self._rank, start_iter),
             pin_memory=self._pin_memory,
         )
         self._open.add(batches)
@@ -192,7 +192,7 @@ class EvalLoader:
         self._share = _share(self.num_samples, rank, world_size)
         self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
         self._workers = workers
-        self._seed = _worker_seed(seed, rank, 0)
+        self._seed = worker_seed(seed, rank, 0)
 
     def limited(self, limit: int) -> EvalLoader:
         """Return a loader of the set's first samples, `limit` at most over all ranks."""
@@ -232,6 +232,6 @@ def _share(size: int, rank: int, world_size: int) -> range:
     return range(size * rank // world_size, size * (rank + 1) // world_size)
 
 
-def _worker_seed(seed: int, rank: int, start_iter: int) -> int:
+def worker_seed(seed: int, rank: int, start_iter: int) -> int:
     """Return a seed for the loader processes of a rank, another one for each rank."""
     return int(np.random.SeedSequence([seed, rank, start_iter]).generate_state(1)[0])

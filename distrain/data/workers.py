@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from distrain.data.collate import Fetch, MicroBatch
+from distrain.data.collate import BatchReader
 from distrain.data.loader_errors import SHM_HINT, WorkerError, worker_error
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 
@@ -22,12 +22,12 @@ _GRACE_S = 1.0  # for a worker to finish its sample
 
 
 class _InWorker(Dataset[Any]):
-    """`Fetch` in a loader process: an exception is returned instead of a batch."""
+    """A `BatchReader` in a loader process: an exception is returned instead of a batch."""
 
-    def __init__(self, fetch: Fetch) -> None:
+    def __init__(self, fetch: BatchReader) -> None:
         self._fetch = fetch
 
-    def __getitem__(self, item: MicroBatch) -> Any:
+    def __getitem__(self, item: Any) -> Any:
         try:
             return self._fetch[item]
         except Exception as error:
@@ -50,8 +50,8 @@ class WorkerBatches(Iterator[Any]):
 
     def __init__(
         self,
-        fetch: Fetch,
-        sampler: Iterable[MicroBatch],
+        fetch: BatchReader,
+        sampler: Iterable[Any],
         *,
         workers: int,
         seed: int,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.checks import whole
+from distrain.data.loader import Loader
 from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
@@ -51,10 +52,12 @@ class PreciseBN(PeriodicHook):
 
     def before_train(self) -> None:
         super().before_train()
-        if not isinstance(self.trainer.data, Seekable):
-            kind = type(self.trainer.data).__name__
+        data = self.trainer.data
+        if not isinstance(data, Seekable) or (isinstance(data, Loader) and not data.is_seekable):
+            kind = type(data).__name__
             raise ConfigError(
-                f"PreciseBN: expected data with batches(start_iter), got a {kind}; take TrainLoader"
+                f"PreciseBN: expected data that can be loaded from any iteration, got {kind}; "
+                "take TrainLoader"
             )
 
     def run(self) -> None:

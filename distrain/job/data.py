@@ -10,8 +10,10 @@ import torch
 from distrain.checks import wrong
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
+from distrain.data.iterable import IterableLoader
 from distrain.data.loader import TrainLoader
 from distrain.data.samplers import SampleOrder
+from distrain.data.source import is_iterable_style
 from distrain.distributed.ranks import Topology, local_device
 from distrain.errors import ConfigError
 from distrain.job.eval_sets import build_sets, eval_key
@@ -31,8 +33,9 @@ def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
     train_set = None if data["train"] is None else build(data["train"], "data.train")
     eval_sets = build_sets(conf)
     sets = {eval_key(name): dataset for name, dataset in eval_sets.items()}
-    if train_set is not None and data["loader"] is None:
-        # that of a loader may be a stream, or another part of the data per rank
+    is_read_by_index = data["loader"] is None and not is_iterable_style(train_set)
+    if train_set is not None and is_read_by_index:
+        # other data may be another part per rank
         sets = {"data.train": train_set, **sets}
     if ranks.world_size > 1:
         # where CUDA is in use, fork only if loader processes are forked anyway
@@ -74,7 +77,7 @@ def train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: int
     if data["loader"] is None:
         if dataset is None:
             raise ConfigError("data.train: expected a value, the _target_ of a data set")
-        return TrainLoader(**arguments)
+        return (IterableLoader if is_iterable_style(dataset) else TrainLoader)(**arguments)
     loader = build(data["loader"], "data.loader", **arguments)
     if not isinstance(loader, (Seekable, Iterable)):
         expected = "a loader with a method batches(start_iter); derive it from distrain.data.Loader"
@@ -86,6 +89,9 @@ def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
     node = conf["data"]["sampler"]
     if dataset is None:
         raise ConfigError("data.train: expected a value, as data.sampler takes its samples")
+    if is_iterable_style(dataset):
+        kind = type(dataset).__name__
+        raise ConfigError(f"data.sampler: expected null, as {kind} is read in its own order")
     context = {"dataset": dataset, "batch_size": conf["data"]["batch_size"], "seed": conf["seed"]}
     sampler = build(node, "data.sampler", **context)
     if not isinstance(sampler, SampleOrder):

@@ -221,5 +221,5 @@ def test_data_that_cannot_be_read_beside_the_training():
     model = fresh()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = [torch.ones(2, 3, 4, 4)]
-    with pytest.raises(ConfigError, match=r"expected data with batches\(start_iter\), got a list"):
+    with pytest.raises(ConfigError, match="loaded from any iteration, got list"):
         Trainer(model, optimizer, data, hooks=[PreciseBN()]).train(0, 2)

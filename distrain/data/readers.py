@@ -1,0 +1,192 @@
+"""Readers of iterable data in a rank or a loader process: micro-batches with their positions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data._utils import worker
+
+from distrain.data.collate import BatchReader, Collate
+from distrain.data.source import Source
+from distrain.errors import ConfigError
+
+_END: Any = object()
+
+
+class SharedReader(BatchReader):
+    """Reads all samples, as all other readers do, and keeps those of its own micro-batches.
+
+    Forward f of rank r of W takes the n samples from (f * W + r) * n on, of the endless sequence of
+    epochs after the source's position: on any number of ranks and processes the same sequence.
+
+    Args:
+        source: of all samples.
+        size: n, samples per micro-batch.
+        rank: r.
+        world_size: W.
+        collate: makes a batch of a list of samples; None is torch's default.
+        draws: whether reading sets the random generators of the process.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        rank: int,
+        world_size: int,
+        collate: Collate | None,
+        draws: bool,
+    ) -> None:
+        self._source, self._size = source, size
+        self._rank, self._world_size = rank, world_size
+        self._collate = collate or default_collate
+        self._next = 0  # position of the next sample
+        self.draws = draws
+
+    def __getitem__(self, forward: int) -> tuple[Any, Any]:
+        """Return the batch of a forward, and the position after it if it is that of all ranks."""
+        first = (forward * self._world_size + self._rank) * self._size
+        # not the information of the process: a data set that sees it would read a part only
+        with _worker_info(None):
+            while self._next < first:
+                self._read()
+            samples = [self._read() for _ in range(self._size)]
+            is_last = self._rank == self._world_size - 1
+            position = self._source.state_dict() if is_last else None
+        return self._collate(samples), position
+
+    def _read(self) -> Any:
+        for _ in range(2):
+            sample = next(self._source, _END)
+            if sample is not _END:
+                self._next += 1
+                return sample
+            self._source.begin_epoch(self._source.epoch + 1)
+        raise ConfigError("data.train: an epoch has no sample; expected at least one")
+
+
+class Turn(NamedTuple):
+    """A request for a batch: an epoch, and how many it follows in the epoch."""
+
+    epoch: int
+    number: int
+
+
+class Turns(Iterator[Turn]):
+    """Endless requests; `begin_epoch` goes to another epoch.
+
+    Attributes:
+        next: the next one.
+    """
+
+    def __init__(self, first: Turn) -> None:
+        self.next = first
+
+    def __next__(self) -> Turn:
+        turn = self.next
+        self.next = Turn(turn.epoch, turn.number + 1)
+        return turn
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to the first turn of an epoch."""
+        self.next = Turn(epoch, 0)
+
+
+class Part(NamedTuple):
+    """Answer to a turn: a batch, or no batch and the number of samples too few for one.
+
+    Attributes:
+        epoch: of the turn.
+        reader: number of the reader among those of the rank.
+        size: number of samples.
+        batch: None at the end of the reader's part.
+        position: of the reader's source, after the batch.
+    """
+
+    epoch: int
+    reader: int
+    size: int
+    batch: Any = None
+    position: Any = None
+
+
+class PartReader(BatchReader):
+    """Reads the part of a data set that belongs to this rank and loader process.
+
+    The turns of an epoch go round the readers of a rank. The number of a reader follows from its
+    first turn, and not from its process, so that a resumed run goes on in the same order.
+
+    Args:
+        source: a data set that reads the part of its rank and process.
+        size: samples per micro-batch.
+        readers: their number per rank.
+        positions: of readers, by their number, at which their first epoch starts; None: its end.
+        collate: makes a batch of a list of samples; None is torch's default.
+        draws: whether reading sets the random generators of the process.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        readers: int,
+        positions: dict[int, Any],
+        collate: Collate | None,
+        draws: bool,
+    ) -> None:
+        self._source, self._size, self._readers = source, size, readers
+        self._positions = positions
+        self._collate = collate or default_collate
+        self._epoch: int | None = None
+        self._has_ended = False
+        self.draws = draws
+
+    def __getitem__(self, turn: Turn) -> Part:
+        """Return the next batch of the turn's epoch."""
+        reader = turn.number % self._readers
+        with _worker_info(reader if self._readers > 1 or get_worker_info() else None):
+            if turn.epoch != self._epoch:
+                self._begin(turn.epoch, reader)
+            if self._has_ended:
+                return Part(turn.epoch, reader, 0)
+            samples = [*islice(self._source, self._size)]
+            if len(samples) < self._size:
+                self._has_ended = True
+                return Part(turn.epoch, reader, len(samples))
+            position = self._source.state_dict()
+        return Part(turn.epoch, reader, self._size, self._collate(samples), position)
+
+    def _begin(self, epoch: int, reader: int) -> None:
+        self._epoch, self._has_ended = epoch, False
+        self._source.begin_epoch(epoch)
+        if reader in self._positions:
+            position = self._positions[reader]
+            self._has_ended = position is None
+            if position is not None:
+                self._source.load_state_dict(position)
+        self._positions = {}
+
+
+@contextlib.contextmanager
+def _worker_info(number: int | None) -> Iterator[None]:
+    """Let `get_worker_info` return another number of this process, or None, inside `with`."""
+    info = get_worker_info()
+    if info is None:
+        yield
+        return
+    other = None
+    if number is not None:
+        other = type(info)(
+            id=number, num_workers=info.num_workers, seed=info.seed, dataset=info.dataset
+        )
+    worker._worker_info = other
+    try:
+        yield
+    finally:
+        worker._worker_info = info

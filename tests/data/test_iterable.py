@@ -1,0 +1,254 @@
+"""Iterable data: each sample once, on any number of ranks and workers, and bit-exact resumption.
+
+With Hugging Face datasets and webdataset as they are, on files of theirs.
+"""
+
+import io
+import itertools
+import json
+import tarfile
+
+import datasets
+import pytest
+import torch
+import webdataset
+from ranks import run_ranks
+from resume_cases import Images, differing, interrupted_and_straight
+from torch.utils.data import IterableDataset
+
+from distrain.data import IterableLoader
+from distrain.errors import ConfigError
+
+HERE = __name__
+SIZE = 29
+
+
+class Stream(IterableDataset):
+    """Images in another order in each epoch; draws, and has no state."""
+
+    def __init__(self):
+        self.images, self.epoch = Images(SIZE), 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def order(self):
+        return torch.randperm(SIZE, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+
+    def __iter__(self):
+        return (self.images[i] for i in self.order())
+
+
+class StatefulStream(Stream):
+    """As `Stream`, with a state; reading again would fail."""
+
+    start = next = 0
+
+    def __iter__(self):
+        order, self.next, self.start = self.order(), self.start, 0
+        for i in order[self.next :]:
+            self.next += 1
+            yield self.images[i]
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.start = state["next"]
+
+
+def rows():
+    """The images as rows of plain values."""
+    for x, y, index, drawn in (Images(SIZE, noise=0)[i] for i in range(SIZE)):
+        yield {"x": x.flatten().tolist(), "y": int(y), "index": index, "drawn": drawn}
+
+
+def collate(samples):
+    if "json" in samples[0]:
+        samples = [json.loads(sample["json"]) for sample in samples]
+    columns = {name: torch.tensor([row[name] for row in samples]) for name in samples[0]}
+    return columns | {"x": columns["x"].reshape(-1, 1, 6, 6)}
+
+
+SHARDS = [9, 8, 5, 7]  # so that ranks, and loader processes, have unequal parts
+
+
+def json_files(folder):
+    left = rows()
+    for number, size in enumerate(SHARDS):
+        lines = [json.dumps(row) + "\n" for row in itertools.islice(left, size)]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return sorted(map(str, folder.glob("*.jsonl")))
+
+
+def tar_files(folder):
+    left = rows()
+    for number, size in enumerate(SHARDS):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for row in itertools.islice(left, size):
+                text = json.dumps(row).encode()
+                info = tarfile.TarInfo(f"{row['index']}.json")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+def hugging_face(files, buffer=None):
+    found = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    return found if buffer is None else found.shuffle(seed=1, buffer_size=buffer)
+
+
+def shards(files, shuffle=4):
+    return webdataset.WebDataset(
+        files,
+        nodesplitter=webdataset.split_by_node,
+        shardshuffle=shuffle,
+        detshuffle=True,
+        seed=0,
+        empty_check=False,
+    )
+
+
+def case(name, folder):
+    if name in ("Stream", "StatefulStream"):
+        return {"train": {"_target_": f"{HERE}.{name}"}}
+    if name == "webdataset":
+        train = {"_target_": f"{HERE}.shards", "files": tar_files(folder)}
+    else:
+        train = {"_target_": f"{HERE}.hugging_face", "files": json_files(folder)}
+        train["buffer"] = 6 if name == "buffer" else None
+    return {"train": train, "collate": f"{HERE}.collate"}
+
+
+CASES = [
+    ("Stream", 3, 2),
+    ("StatefulStream", 2, 2),
+    ("hugging_face", 2, 2),
+    ("buffer", 1, 0),
+    ("webdataset", 2, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "workers"), CASES)
+def test_interrupted_is_straight_bit_for_bit(tmp_path, name, ranks, workers):
+    settings = {"workers": workers, "data": case(name, tmp_path), "noise": "stream" in name.lower()}
+    both = run_ranks(interrupted_and_straight, ranks, tmp_path, **settings)[0]
+    assert differing(*both) == []
+    assert len(both[1]["stream"]["ranks"]) == ranks
+
+
+def indices(rank, ranks, dataset, start, num, **keywords):
+    loader = IterableLoader(dataset, batch_size=12, rank=rank, world_size=ranks, **keywords)
+    batches = [*itertools.islice(loader.batches(start), num * loader.accumulation)]
+    loader.close()
+    return [batch["index"] if isinstance(batch, dict) else batch[2] for batch in batches]
+
+
+@pytest.mark.parametrize("dataset", [Stream(), StatefulStream()])
+def test_any_number_of_ranks_and_workers_sees_the_same_batches(dataset):
+    """Iteration i takes samples [12 i, 12 i + 12) of the epochs one after another."""
+    expected = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        expected += dataset.order()
+    for ranks, workers, accumulation in ((1, 0, 1), (2, 2, 1), (3, 0, 2), (3, 1, 1)):
+        of_ranks = [
+            indices(rank, ranks, dataset, 0, 6, workers=workers, accumulation=accumulation)
+            for rank in range(ranks)
+        ]
+        found = torch.cat([batch for step in zip(*of_ranks, strict=True) for batch in step])
+        assert found.tolist() == expected[:72]
+
+
+def test_a_checkpoint_continues_on_another_number_of_ranks_without_reading_again(caplog):
+    whole = torch.cat(indices(0, 1, StatefulStream(), 0, 6))
+    loaders = [
+        IterableLoader(StatefulStream(), batch_size=12, rank=r, world_size=2) for r in (0, 1)
+    ]
+    for loader in loaders:
+        [*itertools.islice(loader.batches(0), 4)]
+    states = [loader.state_dict() for loader in loaders]
+    parts = []
+    for rank in range(3):
+        loader = IterableLoader(StatefulStream(), batch_size=12, rank=rank, world_size=3, workers=1)
+        loader.load_state_dict(states, iteration=4, rank=rank)
+        parts.append([batch[2] for batch in itertools.islice(loader.batches(4), 2)])
+        loader.close()
+    found = torch.cat([batch for step in zip(*parts, strict=True) for batch in step])
+    assert torch.equal(found, whole[48:])
+    assert "read again" not in caplog.text
+    loader = IterableLoader(Stream(), batch_size=12)
+    loader.load_state_dict(states, iteration=4, rank=0)
+    states[-1]["position"]["own"] = None
+    loader.load_state_dict(states, iteration=4, rank=0)
+    assert "19 samples are read again and dropped" in caplog.text
+    assert "Stream has no state_dict() and load_state_dict()" in caplog.text
+
+
+def shards_in_order(files):
+    return shards(files, shuffle=False)
+
+
+def parts_of_epochs(rank, make, files, workers):
+    """Return the samples of 40 forwards of this rank."""
+    ranks = torch.distributed.get_world_size()
+    found = indices(rank, ranks, make(files), 0, 40, collate=collate, workers=workers)
+    return torch.cat(found).tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "files"), [(hugging_face, json_files), (shards_in_order, tar_files)]
+)
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 2), (3, 1)])
+def test_no_sample_twice_in_an_epoch_and_ranks_end_it_together(
+    tmp_path, make, files, ranks, workers
+):
+    of_ranks = run_ranks(parts_of_epochs, ranks, make, files(tmp_path), workers)
+    size = 12 // ranks
+    # samples of all ranks up to the first repetition on any rank: one epoch of all ranks
+    ends = []
+    for found in of_ranks:
+        seen = set()
+        ends.append(next(i for i, x in enumerate(found) if x in seen or seen.add(x)) // size)
+    assert len(set(ends)) == 1, "the epoch ends after the same forward on all ranks"
+    epoch = [index for found in of_ranks for index in found[: ends[0] * size]]
+    assert len(set(epoch)) == len(epoch) > 0
+
+
+def test_samples_left_out_are_logged(tmp_path, caplog):
+    def text(rank, files):
+        with caplog.at_level("INFO", logger="distrain"):
+            parts_of_epochs(rank, hugging_face, files, 0)
+        return caplog.text
+
+    logged = run_ranks(text, 2, json_files(tmp_path))[0]
+    # 29 samples; shards 9 + 5 and 8 + 7 make 2 batches of 6 per rank: 2 + 3 are left
+    assert "epoch 0 has ended" in logged
+    assert "samples that were read and left out: 5" in logged
+
+
+def numbers(epoch, last=3):
+    for i in range(last):
+        yield {"index": 10 * epoch + i}
+
+
+def test_a_generator_function_is_called_in_each_epoch():
+    assert torch.cat(indices(0, 1, numbers, 0, 1))[:7].tolist() == [0, 1, 2, 10, 11, 12, 20]
+    with pytest.raises(ConfigError, match="data.train=generator: .*give the function instead"):
+        IterableLoader(numbers(0), batch_size=1)
+
+
+def test_mistakes(tmp_path):
+    loader = IterableLoader(hugging_face(json_files(tmp_path)), batch_size=4, collate=collate)
+    next(loader.batches(0))
+    with pytest.raises(
+        ConfigError, match="ranks=1: expected 2, as the checkpoint has the position"
+    ):
+        loader.load_state_dict([loader.state_dict()] * 2, iteration=1, rank=0)
+    other = IterableLoader(hugging_face(json_files(tmp_path)), batch_size=4, workers=2)
+    with pytest.raises(ConfigError, match="data.workers=2: expected 0"):
+        other.load_state_dict([loader.state_dict()], iteration=1, rank=0)
+    with pytest.raises(ConfigError, match="found none"):
+        next(IterableLoader(hugging_face(json_files(tmp_path)), batch_size=40).batches(0))
+    with pytest.raises(ConfigError, match="an epoch has no sample"):
+        next(IterableLoader(lambda: iter(()), batch_size=1).batches(0))
