@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distrain.trainer.hook import HookBase
     from distrain.trainer.loop import TrainerBase
     from distrain.trainer.loss import Loss
+    from distrain.trainer.step import Step
     from distrain.trainer.trainer import Trainer
 
 _MODULE_OF = {
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "HistoryBuffer": "events.history",
     "HookBase": "trainer.hook",
     "Loss": "trainer.loss",
+    "Step": "trainer.step",
     "Trainer": "trainer.trainer",
     "TrainerBase": "trainer.loop",
     "WarmupCosineLR": "schedule.schedules",
@@ -38,6 +40,7 @@ __all__ = [
     "HistoryBuffer",
     "HookBase",
     "Loss",
+    "Step",
     "Trainer",
     "TrainerBase",
     "WarmupCosineLR",

@@ -131,6 +131,7 @@ def conf_of(
     optim=SGD,
     schedule=SCHEDULES[0],
     model=None,
+    step=None,
     noise=0.1,
     num=29,
     period=SAVED,
@@ -156,7 +157,8 @@ def conf_of(
         "checkpoint": {},
         "eval": {"metrics": {}},
         "init": init or {},
-        "model": {"_target_": f"{HERE}.Net", **(model or {})},
+        "model": model if step else {"_target_": f"{HERE}.Net", **(model or {})},
+        "step": step,
         "transforms": transforms or {},
         "data": {
             "batch_size": batch_size,

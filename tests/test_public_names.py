@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
-    "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Loss Trainer "
+    "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Loss Step Trainer "
     "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
     "ReplicaGuard StragglerWatch SWA Thaw Throughput TorchMemoryStats TorchProfiler",
     "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR WarmupCosineRestartsLR "
     "WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
-    "distrain.distributed": "process_group",
+    "distrain.distributed": "gather_with_gradients process_group",
     "distrain.adapters": "HuggingFaceModel LightningModel",
 }
 DOCUMENTS = [

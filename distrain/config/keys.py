@@ -170,10 +170,11 @@ class Keys:
     run: RunKeys
     data: DataKeys
     trainer: TrainerKeys
-    model: Target
+    model: Target | dict[str, Target]
     launch: Target
-    optim: OptimKeys | None = None
-    schedule: Target | None = None
+    optim: OptimKeys | dict[str, OptimKeys] | None = None
+    schedule: Target | dict[str, Target] | None = None
+    step: Target | None = None
     transforms: dict[str, Target | None] = field(default_factory=dict)
     eval: EvalKeys = field(default_factory=EvalKeys)
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)

@@ -90,18 +90,38 @@ def _check_mapping(value: Any, key: str) -> None:
 
 
 def _union(value: Any, hints: tuple[Any, ...], key: str) -> Any:
-    """Check a value against `X | None`, or against the member of a union with its type."""
+    """Check a value against `X | None`, or against the member of a union with its type.
+
+    `X | dict[str, X]` is one node, or several by name, see `_is_by_name`.
+    """
     if value is None and type(None) in hints:
         return None
+    nodes = [hint for hint in hints if hint is Target or dataclasses.is_dataclass(hint)]
+    by_name = [hint for hint in hints if nodes and typing.get_origin(hint) is dict]
+    if by_name and _is_by_name(value, nodes):
+        return _value(value, by_name[0], key)
     if isinstance(value, dict) and Target in hints:
-        by_name = [hint for hint in hints if typing.get_origin(hint) is dict]
-        are_nodes = all(each is None or isinstance(each, dict) for each in value.values())
-        if by_name and are_nodes and "_target_" not in value:  # several nodes
-            return _value(value, by_name[0], key)
         return _target(value, key)
-    rest = [hint for hint in hints if hint is not type(None)]
+    rest = [hint for hint in hints if hint is not type(None) and hint not in by_name]
     by_type = [hint for hint in rest if typing.get_origin(hint) is type(value)]
     return _value(value, (by_type or rest)[0], key)
+
+
+def _is_by_name(value: Any, nodes: list[Any]) -> bool:
+    """Whether a value is nodes by name: mappings or null, and none under a key of a single node.
+
+    Args:
+        value: of the key.
+        nodes: type hints of a single node.
+    """
+    if not isinstance(value, dict):
+        return False
+    if not all(node is None or isinstance(node, dict) for node in value.values()):
+        return False
+    keys = {"_target_"}
+    for hint in filter(dataclasses.is_dataclass, nodes):
+        keys |= {field.name for field in dataclasses.fields(hint)}
+    return bool(value) and keys.isdisjoint(value)
 
 
 def _target(value: Any, key: str) -> dict[str, Any]:

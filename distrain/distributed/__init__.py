@@ -7,6 +7,7 @@ from distrain._lazy import attach
 if TYPE_CHECKING:
     from distrain.distributed.ddp import DDP
     from distrain.distributed.fsdp import FSDP
+    from distrain.distributed.gather import gather_with_gradients
     from distrain.distributed.ranks import Topology, process_group, topology
     from distrain.distributed.strategy import Strategy
 
@@ -15,6 +16,7 @@ _MODULE_OF = {
     "FSDP": "fsdp",
     "Strategy": "strategy",
     "Topology": "ranks",
+    "gather_with_gradients": "gather",
     "process_group": "ranks",
     "topology": "ranks",
 }
@@ -25,6 +27,7 @@ __all__ = [
     "FSDP",
     "Strategy",
     "Topology",
+    "gather_with_gradients",
     "process_group",
     "topology",
 ]

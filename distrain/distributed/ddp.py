@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from distrain.checks import wrong
 from distrain.distributed.comm_hooks import CommHook, check_comm_hook, compress_gradients
 from distrain.distributed.ranks import topology
+from distrain.distributed.replicas import average_gradients, broadcast
 from distrain.distributed.rng import random_states, restore_random_states
 from distrain.distributed.strategy import Strategy
 from distrain.distributed.without_profiler import UnprofiledDDP
@@ -24,6 +26,9 @@ from distrain.errors import ConfigError
 from distrain.log import logger
 
 _UNUSED = re.compile(r"indices which did not receive grad for rank (\d+): ([\d ]+)")
+_OPTIONS_OF_PARTS = (
+    *("broadcast_buffers", "find_unused_parameters", "gradient_as_bucket_view", "static_graph"),
+)
 _MAX_LISTED = 5  # names in an error
 # torch >= 2.13; before it, buffers are broadcast in every forward
 _HAS_FORWARD_SYNC_BUFFERS = (
@@ -76,6 +81,33 @@ class DDP(Strategy):
         ddp = Replica(module, device_ids=device_ids, **options | self._options)
         compress_gradients(ddp, self._comm_hook, self._comm_options)
         return ddp
+
+    @override
+    def wrap_parts(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device
+    ) -> nn.Module:
+        # DistributedDataParallel expects one backward of all parameters per forward
+        if self._comm_hook != "none":
+            raise wrong("trainer.comm_hook", self._comm_hook, "none with a step of your own")
+        for key, value in self._options.items():
+            if key not in _OPTIONS_OF_PARTS or (key == "static_graph" and value):
+                expected = f"no {key} with a step of your own; leave it out"
+                raise wrong(f"trainer.ddp.{key}", value, expected)
+        module = module.to(device)
+        broadcast([*module.parameters(), *module.buffers()])
+        self._shares_buffers = self._options.get("broadcast_buffers", True) and has_own_buffers(
+            module
+        )
+        return module
+
+    @override
+    def before_parts(self, module: nn.Module) -> None:
+        if self._shares_buffers:  # as DDP does before a forward
+            broadcast(module.buffers())
+
+    @override
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        average_gradients(parameters)
 
     @override
     def warm_up(self, model: nn.Module, first_loss: Callable[[], Tensor]) -> None:

@@ -61,6 +61,16 @@ class FSDP(Strategy):
             group.update(_implementation(optimizer, group, device))
         return module
 
+    @override
+    def wrap_parts(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device
+    ) -> nn.Module:
+        if len(optimizers) > 1 or isinstance(module, nn.ModuleDict):
+            raise ConfigError(
+                "trainer.strategy=fsdp: expected one model with one optimizer; use ddp"
+            )
+        return self.wrap(module, optimizers[0], device)
+
     def _shard(self, module: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
         # imported here: it takes 0.3 s
         from torch.distributed.device_mesh import init_device_mesh

@@ -65,6 +65,21 @@ class Strategy:
         """
         return module.to(device)
 
+    def wrap_parts(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device
+    ) -> nn.Module:
+        """As `wrap`, for a `Step`, which calls any parts of the module in any order.
+
+        Gradients may stay those of this rank until `reduce_gradients`.
+        """
+        return self.wrap(module, optimizers[0], device)
+
+    def before_parts(self, module: nn.Module) -> None:
+        """Prepare for one iteration of a `Step`. May be a collective."""
+
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace gradients of parts by their mean over ranks, if that is not done yet."""
+
     def warm_up(self, model: nn.Module, first_loss: Callable[[], Tensor]) -> None:
         """Prepare for the first step, leaving the model, its gradients and the data unchanged.
 

@@ -93,9 +93,10 @@ class ReplicaGuard(HookBase):
         if not has_own_buffers(module):
             tensors |= {f"model.{name}": buffer for name, buffer in module.named_buffers()}
         for name, parameter in parameters.items():
-            for key, value in self.trainer.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and not is_sharded(value):
-                    tensors[f"optimizer.{name}.{key}"] = value
+            for optimizer in self.trainer.optimizers.values():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and not is_sharded(value):
+                        tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ from distrain.data.epoch_length import iters_per_epoch
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy
+from distrain.errors import ConfigError
 from distrain.job.data import build_datasets, loading, train_loader
 from distrain.job.epochs import in_iterations
 from distrain.job.eval_sets import build_metrics, eval_loader
 from distrain.job.optimization import build_optimization
 from distrain.job.strategy import STRATEGY_KEYS
 from distrain.trainer.hook import HookBase
+from distrain.trainer.step import Step
 from distrain.trainer.trainer import Trainer
 
 Conf = dict[str, Any]
@@ -82,6 +85,7 @@ def build_parts(
         largest=largest_forward,
     )
     train_set, eval_sets = build_datasets(conf, ranks)
+    _check_evaluation(model, eval_sets)
     loader = train_loader(conf, data_ranks, train_set, accumulation=settings["accumulation"])
     # a length in epochs needs the data
     lengths = in_iterations(
@@ -102,8 +106,24 @@ def build_parts(
         run_dir=run_dir,
         conf=conf,
     )
-    trainer = Trainer(model, optimizer, loader, hooks=hooks, strategy=strategy, **settings)
+    settings |= {"hooks": hooks, "strategy": strategy, "step": _build_step(conf.get("step"))}
+    trainer = Trainer(model, optimizer, loader, **settings)
     return Parts(lengths, trainer, loader, schedule)
+
+
+def _check_evaluation(model: nn.Module, eval_sets: Mapping[str, Any]) -> None:
+    if eval_sets and isinstance(model, nn.ModuleDict):
+        raise ConfigError(
+            f"data.eval: expected null, as {', '.join(model)} have no common metrics; make them "
+            "parts of one module with a method metrics"
+        )
+
+
+def _build_step(node: Conf | None) -> Step | None:
+    step = None if node is None else build(node, "step")
+    if node is not None and not isinstance(step, Step):
+        raise wrong("step._target_", node["_target_"], "a class of distrain.Step")
+    return step
 
 
 def _build_hooks(**context: Any) -> dict[str, HookBase]:

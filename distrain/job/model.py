@@ -30,7 +30,7 @@ def build_model(
         ConfigError: the model or a transform is not a module.
     """
     seed_everything(conf["seed"], rank=0)
-    model = _module(build(conf["model"], "model"), "model", conf["model"])
+    model = _built(conf["model"])
     # before the transforms, which may rename parameters or add new ones
     if is_new and conf["init"].get("weights"):
         start_from(model, **conf["init"])
@@ -41,6 +41,16 @@ def build_model(
     if conf["trainer"]["sync_batchnorm"] and ranks.world_size > 1:
         model = convert_sync_batchnorm(model)
     return model if strategy.is_sharded else model.to(local_device())
+
+
+def _built(node: dict[str, Any]) -> nn.Module:
+    """Build the model; a `ModuleDict` of several by name."""
+    if "_target_" in node:
+        return _module(build(node, "model"), "model", node)
+    parts = {name: (f"model.{name}", each) for name, each in node.items()}
+    return nn.ModuleDict(
+        {name: _module(build(each, key), key, each) for name, (key, each) in parts.items()}
+    )
 
 
 def _module(built: Any, key: str, node: dict[str, Any]) -> nn.Module:

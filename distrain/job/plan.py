@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from distrain.checkpoint.store import CheckpointStore
 from distrain.config.instantiate import build_nested
@@ -13,6 +17,7 @@ from distrain.distributed.ranks import Topology
 from distrain.job.build import build_parts
 from distrain.job.eval_sets import eval_nodes
 from distrain.job.model import build_model
+from distrain.job.optimization import schedule_node
 from distrain.job.strategy import build_strategy
 from distrain.optim.groups import format_groups
 from distrain.optim.optimizer import explain_optimizer, representative_group
@@ -48,17 +53,13 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     num_parameters = sum(p.numel() for p in trainer.module.parameters())
     lines = [
         f"run         {run_dir}",
-        f"model       {conf['model']['_target_']}, {num_parameters:,} parameters",
+        f"model       {_model(conf['model'])}, {num_parameters:,} parameters",
         f"data        {_samples(conf, parts.loader)}",
         *_evaluation(conf),
-        f"optimizer   {type(trainer.optimizer).__name__}, {len(trainer.optimizer.param_groups)} "
-        "groups",
-        "",
-        _groups(conf["optim"], trainer),
-        "",
-        "learning rate",
-        *_schedule_lines(conf, trainer),
-        "",
+        *([f"step        {conf['step']['_target_']}"] if conf.get("step") else []),
+        *itertools.chain.from_iterable(
+            _optimizer_lines(conf, trainer, name) for name in trainer.optimizers
+        ),
         "hooks, in order",
         *(
             f"  {hook.order:3d}  {name:12s}  {_moments(hook)}"
@@ -89,23 +90,49 @@ def _evaluation(conf: dict[str, Any]) -> list[str]:
     return [f"evaluation  {', '.join(sets)}{of_sets}"]
 
 
-def _groups(optim: dict[str, Any] | None, trainer: Trainer) -> str:
+def _model(node: dict[str, Any]) -> str:
+    if "_target_" in node:
+        return str(node["_target_"])
+    return ", ".join(f"{name}: {each['_target_']}" for name, each in node.items())
+
+
+def _optimizer_lines(conf: dict[str, Any], trainer: Trainer, name: str) -> list[str]:
+    """Describe one optimizer: its groups and its learning rate over the iterations."""
+    optimizer, node = trainer.optimizers[name], conf["optim"]
+    module, of = trainer.module, f" of {name}" if name else ""
+    if name and node is not None:
+        module, node = dict(module.named_children())[name], node[name]
+    kind, num = type(optimizer).__name__, len(optimizer.param_groups)
+    rates = _schedule_lines(conf, optimizer, name)
+    return [
+        f"optimizer   {kind}{of}, {num} groups",
+        "",
+        _groups(node, module),
+        "",
+        f"learning rate{of}",
+        *rates,
+        "",
+    ]
+
+
+def _groups(optim: dict[str, Any] | None, module: nn.Module) -> str:
     if optim is None:
         return "the model's own groups, by its configure_optimizers"
-    return format_groups(explain_optimizer(trainer.module, **optim))
+    return format_groups(explain_optimizer(module, **optim))
 
 
-def _schedule_lines(conf: dict[str, Any], trainer: Trainer) -> list[str]:
-    optimizer, steps = trainer.optimizer, conf["trainer"]["max_iter"]
+def _schedule_lines(conf: dict[str, Any], optimizer: Optimizer, name: str) -> list[str]:
+    steps = conf["trainer"]["max_iter"]
     group = representative_group(optimizer)
     at = sorted({0, steps // 100, steps // 10, steps // 4, steps // 2, steps - 1})
     if conf["optim"] is None and conf["schedule"] is None:
         return ["  the model's own, by its configure_optimizers"]
-    if conf["schedule"] is None:
+    node, key = schedule_node(conf["schedule"] or {}, name)
+    if not node:
         values = [float(optimizer.param_groups[group]["lr"])] * len(at)
     else:
         values = schedule_values(
-            lambda optimizer: build_nested(conf["schedule"], "schedule", optimizer=optimizer),
+            lambda optimizer: build_nested(node, key, optimizer=optimizer),
             optimizer,
             at,
             group=group,

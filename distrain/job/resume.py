@@ -123,7 +123,9 @@ def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> s
         return f"{path} has the position in the data of another iteration"
     if not isinstance(state["rng"].get("ranks"), list) or not state["rng"]["ranks"]:
         return f"{path} lacks the random generators of the ranks"
-    if not {"state", "param_groups"} <= set(state["optimizer"]):
+    saved = state["optimizer"]  # of one optimizer, or of several by name
+    states = [saved] if "param_groups" in saved else [*saved.values()]
+    if not states or not all({"state", "param_groups"} <= set(each) for each in states):
         return f"{path} lacks the state of the optimizer"
     try:  # as it will be loaded: a model may have its own load_state_dict
         model.load_state_dict(state["model"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,13 +18,15 @@ def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_still_frozen(
-    frozen: dict[str, nn.Parameter], optimizer: Optimizer, reduced: Collection[str] | None
+    frozen: dict[str, nn.Parameter],
+    optimizers: Iterable[Optimizer],
+    reduced: Collection[str] | None,
 ) -> None:
     """Check that no parameter was unfrozen that would not be trained, or differ between ranks.
 
     Args:
         frozen: the parameters that were frozen at the start, by name.
-        optimizer: holds the trained parameters in its groups.
+        optimizers: hold the trained parameters in their groups.
         reduced: names of the parameters whose gradients are reduced over ranks; None for all.
 
     Raises:
@@ -33,7 +35,7 @@ def check_still_frozen(
     thawed = {name: p for name, p in frozen.items() if p.requires_grad}
     if not thawed:
         return
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     lost = [name for name, p in thawed.items() if id(p) not in trained]
     apart = [name for name in thawed if reduced is not None and name not in reduced]
     if not lost and not apart:

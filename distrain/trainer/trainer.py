@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.checks import one_of, whole
+from distrain.checks import one_of, whole, wrong
 from distrain.data.batch import to_channels_last, to_device
 from distrain.data.epoch_length import iters_per_epoch
 from distrain.data.epochs import EpochLoader
@@ -21,20 +21,17 @@ from distrain.data.loader import Loader
 from distrain.distributed.ranks import local_device
 from distrain.distributed.strategy import Strategy, check_clipping
 from distrain.distributed.strategy_by_name import StrategyName, make_strategy
-from distrain.distributed.without_profiler import clear_gradients, update
 from distrain.events.storage import EventStorage
 from distrain.heartbeat import Phase
-from distrain.optim.optimizer import start_momentum
-from distrain.scalar_names import GRAD_NORM, SKIPPED_UPDATE
+from distrain.trainer import optimizers
 from distrain.trainer.frozen_parameters import check_still_frozen, frozen_parameters
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
-from distrain.trainer.loss import WeightedLosses, check_first, unweighted
 from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.trainer.module_state import train_mode
-from distrain.trainer.nonfinite_gradients import SkippedUpdates
 from distrain.trainer.numerics import Precision, autocast_dtype
-from distrain.trainer.weighted_gradients import EmptyUpdates, WeightedGradients
+from distrain.trainer.step import Step
+from distrain.trainer.updater import Updater
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
 
@@ -48,13 +45,13 @@ class Seekable(Protocol):
 
 
 class Trainer(TrainerBase):
-    """Data-parallel training of one model with one optimizer.
+    """Data-parallel training of a model.
 
     Args:
         model: called as `model(batch)` if its forward takes one argument, else as
             `model(*batch)` or `model(**batch)`; returns the loss, a tensor with one element or a
             `Loss`, or several by name, whose sum is minimised.
-        optimizer: over parameters of the model.
+        optimizer: over parameters of the model; several by name for a `step`.
         data: an iterable of this rank's batches, started again when it ends (see `EpochLoader`);
             or a `TrainLoader`, whose stream starts at any iteration.
         hooks: see `TrainerBase`.
@@ -72,22 +69,30 @@ class Trainer(TrainerBase):
         max_skipped: "skip" ends training after more than this many in a row.
         strategy: "ddp" copies the model to each rank, "fsdp" shards it over the ranks; or a
             `Strategy`, such as `DDP(comm_hook="bf16")`.
+        step: instead of forward, backward and update; see `Step`.
 
     Attributes:
         model: called in a step, as the strategy has wrapped it. module: the model itself. Its parts
             in eval mode stay there; if it is as a whole, `train` puts all of it into train mode.
         data_s: seconds that the last step waited for its data.
         grad_norm: () global norm before clipping, on the device; None without clip_norm.
+        optimizers: by name; of one alone it is "". optimizer: that one, if there are not several.
+        update_name: name of the optimizer whose gradients `after_backward` sees.
 
     Raises:
         ConfigError: a keyword has a value that is not allowed; in training: a parameter that was
             frozen requires gradients now, but would not be trained.
     """
 
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    grad_norm: Tensor | None
+    _updater: Updater
+
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
         data: Iterable[Any] | Seekable,
         *,
         hooks: Mapping[str, HookBase] | Iterable[HookBase] = (),
@@ -103,6 +108,7 @@ class Trainer(TrainerBase):
         nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: int = 10,
         strategy: Strategy | StrategyName = "ddp",
+        step: Step | None = None,
     ) -> None:
         stops = nonfinite == "stop"
         super().__init__(hooks, window=window, stop_on_nonfinite=stops, max_time=max_time)
@@ -120,30 +126,52 @@ class Trainer(TrainerBase):
         )
         self.is_sharded = self.strategy.is_sharded
         self.device = device or local_device()
-        self.optimizer, self.module = optimizer, model
-        if channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compile:
-            model.compile()
-        self.model = self.strategy.wrap(model, optimizer, self.device)
-        self.data, self.accumulation, self.precision = data, accumulation, precision
-        self._loader = _loader_of(data, accumulation)
-        self.data_s, self.channels_last = 0.0, channels_last
-        self.grad_norm: Tensor | None = None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.module, self.data, self.accumulation = model, data, accumulation
+        self.precision, self.channels_last = precision, channels_last
+        self.data_s, self.grad_norm, self.update_name = 0.0, None, optimizers.ONLY
+        self.step, self.optimizers = step, optimizers.by_name(optimizer)
+        self._place_model(compile=compile)
+        self.updaters = {
+            name: Updater(
+                self,
+                each,
+                name=name,
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                precision=precision,
+                nonfinite=nonfinite,
+                max_skipped=max_skipped,
+            )
+            for name, each in self.optimizers.items()
+        }
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer, self._updater = optimizer, self.updaters[optimizers.ONLY]
+            self.scaler = self._updater.scaler
         self._autocast = autocast_dtype(precision)
-        self._clip_norm, self._clip_value = clip_norm, clip_value
+
+    def _place_model(self, *, compile: bool) -> None:
+        """Let the strategy place the model on the device, and prepare to call it with batches."""
+        model, optimizers_ = self.module, [*self.optimizers.values()]
+        self._loader = _loader_of(self.data, self.accumulation)
         self._takes_whole = takes_whole_batch(model)
         self._batch_type: type = type(None)
         self._moves = self.device.type != "cpu"
-        self._scales = self.scaler.is_enabled()
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._frozen = frozen_parameters(model)
-        self._skipped = None
-        if nonfinite == "skip":
-            self._skipped = SkippedUpdates(
-                self.strategy, model, self._parameters, scaler=self.scaler, max_in_a_row=max_skipped
-            )
+        optimizers.check(model, self.optimizers, has_step=self.step is not None)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            for part in model.values() if isinstance(model, nn.ModuleDict) else [model]:
+                part.compile()
+        if self.step is None:
+            self.model = self.strategy.wrap(model, optimizers_[0], self.device)
+            return
+        self.step.trainer = self
+        if self.accumulation > 1 and not self.step.accumulates:
+            kind = type(self.step).__name__
+            expected = f"1: {kind} takes one batch; set its accumulates=True, and take a list"
+            raise wrong("trainer.accumulation", self.accumulation, expected)
+        self.model = self.strategy.wrap_parts(model, optimizers_, self.device)
 
     @cached_property
     @override
@@ -153,13 +181,11 @@ class Trainer(TrainerBase):
 
     def prepare(self) -> None:
         """Start the stream at `start_iter`, and let the strategy warm up."""
-        self._has_run = False  # a forward of training
-        self._weighted: WeightedGradients | None = None  # where the model returns a `Loss`
-        self._empty_updates = EmptyUpdates()
         train_mode(self.module)
-        start_momentum(self.optimizer)
+        for updater in self.updaters.values():
+            updater.prepare()
         self._batches = self._loader.batches(self.start_iter)
-        if self.start_iter < self.max_iter:
+        if self.step is None and self.start_iter < self.max_iter:
             self.strategy.warm_up(self.model, self._first_loss)
 
     def run_step(self) -> None:
@@ -167,53 +193,32 @@ class Trainer(TrainerBase):
         self.data_s = 0.0
         if self._frozen and (self.iter % self.window == 0 or self.iter + 1 == self.max_iter):
             reduced = self.strategy.reduced_parameters(self.model)
-            check_still_frozen(self._frozen, self.optimizer, reduced)
-        if self._skipped is not None:
-            self._skipped.keep_buffers()
-        losses, weights = (
+            check_still_frozen(self._frozen, self.optimizers.values(), reduced)
+        if self.step is not None:
+            self._run_own_step(self.step)
+            return
+        if self._updater.skipped is not None:
+            self._updater.skipped.keep_buffers()
+        losses, counts = (
             self._accumulate() if self.accumulation > 1 else (self._forward_backward(), None)
         )
-        is_empty = False
-        if self._weighted is not None:
-            losses, weights, is_empty = self._weighted.finish()
-        self.storage.put_losses(losses, weights)
-        if self._scales:
-            self.scaler.unscale_(self.optimizer)
-        self._call("after_backward")
-        self.pulse.beat(Phase.OPTIMIZER)
-        if self._may_update(losses, is_empty):
-            if self._clip_norm is not None or self._clip_value is not None:
-                self._clip_gradients()
-            if self._scales:
-                self.scaler.step(self.optimizer)
-            else:
-                update(self.optimizer)
-        if self._scales:
-            self.scaler.update()
-        clear_gradients(self.optimizer)
+        self._updater.apply(losses, counts)
 
-    def _clip_gradients(self) -> None:
-        self.grad_norm = self.strategy.clip(
-            self._parameters, norm=self._clip_norm, value=self._clip_value
-        )
-        if self.grad_norm is None:
-            return
-        if self._scales:  # an overflow is no failure: the scaler skips the update
-            self.storage.put_scalar(GRAD_NORM, self.grad_norm)
+    def _run_own_step(self, step: Step) -> None:
+        """One iteration of the user's step."""
+        batches = [self._placed(self._next_batch()) for _ in range(self.accumulation)]
+        self.strategy.before_parts(self.module)
+        self.pulse.beat(Phase.FORWARD)
+        batch = batches if step.accumulates else batches[0]
+        if self._autocast is None:
+            step(batch)
         else:
-            self.storage.put_losses({GRAD_NORM: self.grad_norm})
+            with torch.autocast(self.device.type, self._autocast):
+                step(batch)
 
-    def _may_update(self, losses: Mapping[str, Tensor], is_empty: bool) -> bool:
-        """Whether the update may be applied; equal on all ranks, as the gradients are."""
-        if self._weighted is not None:
-            self._empty_updates.count(is_empty, iteration=self.iter)
-        if self._skipped is None and self._weighted is None:
-            return True
-        may = not is_empty and (
-            self._skipped is None or self._skipped.may_update(losses, iteration=self.iter)
-        )
-        self.storage.put_scalar(SKIPPED_UPDATE, float(not may), smoothing_hint=False)
-        return may
+    def call_after_backward(self) -> None:
+        """Call the hooks between backward and update."""
+        self._call("after_backward")
 
     def _accumulate(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         with self.strategy.no_sync(self.model):
@@ -222,47 +227,26 @@ class Trainer(TrainerBase):
                 parts.append(self._forward_backward(is_last=False))
                 self.pulse.beat(Phase.DATA)
         parts.append(self._forward_backward())
-        return mean_losses(parts) if self._weighted is None else ({}, {})
+        return mean_losses(parts) if self._updater.weighted is None else ({}, {})
 
     def _forward_backward(self, *, is_last: bool = True) -> dict[str, Tensor]:
-        begin = time.perf_counter()
-        batch = next(self._batches)
-        self.data_s += time.perf_counter() - begin
+        batch = self._next_batch()
         self.pulse.beat(Phase.FORWARD)
         losses = self.forward(batch)
-        if losses.__class__ is not dict or self._weighted is not None:
-            self._weighted_backward(losses, is_last=is_last)
+        if self._updater.is_weighted(losses):
+            self._updater.weighted_backward(losses, is_last=is_last)
             return losses
-        self._has_run = True
         loss = losses["loss"]
         if self.accumulation > 1:
             loss = loss / self.accumulation
-        self._backward(loss)
+        self._updater.backward(loss)
         return losses
 
-    def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        if self._skipped is not None:
-            loss = self._skipped.propagate_nonfinite(loss)
-        if self._scales:
-            loss = self.scaler.scale(loss)
-        self.pulse.beat(Phase.BACKWARD)
-        loss.backward(retain_graph=retain_graph)
-
-    def _weighted_backward(self, losses: dict[str, Tensor], *, is_last: bool) -> None:
-        """Backward of losses with weights; which a model returns from its first forward on."""
-        if self._weighted is None:
-            check_first(losses, has_run=self._has_run)
-            self._weighted = WeightedGradients(
-                self.strategy, self._parameters, num_forwards=self.accumulation
-            )
-        weighted = losses if isinstance(losses, WeightedLosses) else unweighted(losses)
-        if is_last:
-            loss = self._weighted.close(weighted)
-            assert loss is not None
-            self._backward(loss)
-        else:
-            with self.strategy.reduced_backward(self.model):
-                self._weighted.add(weighted, self._backward)
+    def _next_batch(self) -> Any:
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.data_s += time.perf_counter() - begin
+        return batch
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """Return the losses of a batch by name; "loss" is their sum.
@@ -273,10 +257,7 @@ class Trainer(TrainerBase):
         Raises:
             ConfigError: the model did not return losses.
         """
-        if self._moves:
-            batch = to_device(batch, self.device)
-        if self.channels_last:
-            batch = to_channels_last(batch)
+        batch = self._placed(batch)
         if batch.__class__ is not self._batch_type:
             self._batch_type = batch.__class__
             self._call_model = caller(self.model, self._batch_type, whole=self._takes_whole)
@@ -284,6 +265,12 @@ class Trainer(TrainerBase):
             return total_loss(self._call_model(batch))
         with torch.autocast(self.device.type, self._autocast):
             return total_loss(self._call_model(batch))
+
+    def _placed(self, batch: Any) -> Any:
+        """Return the batch on the device, in the memory format of the model."""
+        if self._moves:
+            batch = to_device(batch, self.device)
+        return to_channels_last(batch) if self.channels_last else batch
 
     def _first_loss(self) -> Tensor:
         """Return the loss of the first batch, which the first step gets again."""
@@ -302,8 +289,8 @@ class Trainer(TrainerBase):
         Where the model is sharded this is a collective, and complete on rank 0 only.
         """
         return {
-            **self.strategy.state_dict(self.module, self.optimizer),
-            "scaler": self.scaler.state_dict(),
+            **optimizers.state_dict(self.strategy, self.module, self.optimizers),
+            **self._step_state(),
             "stream": {
                 "iteration": self.iter_done,
                 "samples_per_forward": getattr(self.data, "samples_per_forward", None),
@@ -312,6 +299,13 @@ class Trainer(TrainerBase):
             },
             **super().state_dict(),
         }
+
+    def _step_state(self) -> dict[str, Any]:
+        scalers = {name: updater.scaler.state_dict() for name, updater in self.updaters.items()}
+        state = {"scaler": scalers.get(optimizers.ONLY, scalers)}
+        if self.step is not None and (own := self.step.state_dict()):
+            state["step"] = own
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, before `train`.
@@ -322,9 +316,12 @@ class Trainer(TrainerBase):
         Raises:
             RuntimeError: names or shapes of the model's tensors differ; all are listed.
         """
-        self.strategy.load_state_dict(self.module, self.optimizer, state)
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        optimizers.load_state_dict(self.strategy, self.module, self.optimizers, state)
+        for name, updater in self.updaters.items():
+            if updater.scaler.is_enabled():
+                updater.scaler.load_state_dict(state["scaler"][name] if name else state["scaler"])
+        if self.step is not None and state.get("step"):
+            self.step.load_state_dict(state["step"])
         stream = state["stream"]
         if "ranks" in stream and isinstance(self._loader, Loader):
             self._loader.load_state_dict(

@@ -43,9 +43,10 @@ class WeightedGradients:
         self._parameters = parameters
         self._num_forwards = num_forwards
         self._names: list[str] = []  # of all ranks, known after the first step
-        self._start()
+        self.clear()
 
-    def _start(self) -> None:
+    def clear(self) -> None:
+        """Forget the losses of this step."""
         self._parts: list[WeightedLosses] = []
         self._divisors: dict[str, Tensor] = {}
         self._kept: dict[str, list[Tensor | None]] = {}
@@ -181,7 +182,7 @@ class WeightedGradients:
             shares = torch.stack([self._scaled(part).detach() for part in self._parts]).sum()
             losses = {"loss": shares, **plain, **losses}
             counts |= {**rare, "loss": float(not is_empty)}
-        self._start()
+        self.clear()
         return losses, {name: counts[name] for name in losses if name in counts}, is_empty
 
 

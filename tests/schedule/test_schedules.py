@@ -296,7 +296,7 @@ def test_the_hook_takes_a_schedule_alone_or_behind_its_optimizer():
         LRScheduler(optimizer=optimizer, scheduler=schedule),
         LRScheduler(scheduler=schedule),
     ):
-        assert hook.schedule is schedule
+        assert [*hook.schedules.values()] == [schedule]
 
 
 def test_the_hook_refuses_what_it_cannot_step():

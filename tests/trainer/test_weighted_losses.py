@@ -185,12 +185,9 @@ class ReadBacks(TorchDispatchMode):
 
 
 def test_nothing_is_read_back_on_the_way_to_the_update():
-    trainer = distrain.Trainer(
-        Scaled(), torch.optim.SGD([nn.Parameter(torch.ones(()))]), [], window=1000
-    )
-    x = (torch.tensor(4.0), torch.tensor(2.0))
-    trainer.data = [x] * 4
-    trainer.accumulation = 2
+    model, x = Scaled(), (torch.tensor(4.0), torch.tensor(2.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = distrain.Trainer(model, optimizer, [x] * 4, accumulation=2, window=1000)
     with ReadBacks() as found:
         trainer.train(0, 10)
     assert found.num <= 1  # at the end of the window
