@@ -14,7 +14,8 @@ class HuggingFaceModel(nn.Module):
     """Trains a model whose `forward(**batch)` returns an output with a `loss`.
 
     A sample of the data set is a dict with the arguments of the model's forward, labels included.
-    Evaluation reports `eval/loss`: the mean over batches, weighted by their size.
+    Evaluation reports `eval/loss`: the mean over batches, weighted by their size. `eval.metrics`
+    get the logits as `preds` and the labels as `target`.
 
     Args:
         model: called as `model(**batch)`; `trainer.module.model.save_pretrained(folder)` writes it
@@ -45,3 +46,17 @@ class HuggingFaceModel(nn.Module):
             )
         assert isinstance(loss, Tensor)
         return loss
+
+    def predict(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return `preds`, the model's logits, and `target`, the labels of the batch if it has any.
+
+        Raises:
+            ConfigError: the model returned no logits.
+        """
+        output = self.model(**batch)
+        is_mapping = isinstance(output, Mapping)
+        logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
+        if logits is None:
+            kind = type(self.model).__name__
+            raise ConfigError(f"model: {kind} returned no logits; wrap it with a predict of yours")
+        return {"preds": logits} | ({"target": batch["labels"]} if "labels" in batch else {})

@@ -101,6 +101,13 @@ class LightningModel(nn.Module):
             for name, value in values.items()
         }
 
+    def predict(self, batch: Any) -> Any:
+        """Return the predictions of a `predict_step`; ConfigError if the module has none."""
+        if not overrides(self.module, "predict_step"):
+            kind = type(self.module).__name__
+            raise ConfigError(f"module: {kind} has no predict_step for predictions; write one")
+        return self._call("predict_step", batch, self._eval_batches)
+
     def _call(self, name: str, batch: Any, index: int) -> Any:
         """Call a step of the module, whose argument `batch_idx` is optional, as in Lightning."""
         if overrides(self.module, "on_after_batch_transfer"):

@@ -21,6 +21,7 @@ CALLED = {
     "on_after_batch_transfer": "before the training step and the validation step",
     "training_step": "as the forward",
     "validation_step": "in the evaluation",
+    "predict_step": "for `eval.metrics` and for `--predict`",
 }
 REPLACED = {
     "train_dataloader": "by `data.train`",
@@ -30,7 +31,7 @@ _MOMENTS = ("start", "end", "batch_start", "batch_end", "epoch_start", "epoch_en
 # Lightning's fit does not call them either
 OTHER_COMMANDS = (
     *("test_step", "test_dataloader", "on_test_model_train"),
-    *("predict_step", "predict_dataloader"),
+    "predict_dataloader",
     *(
         f"on_{command}_{moment}"
         for command in ("test", "predict")

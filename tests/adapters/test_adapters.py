@@ -451,6 +451,30 @@ def test_a_hugging_face_model_takes_the_same_steps_as_by_hand():
     assert evaluate(model, loader, device=CPU) == {"loss": (36 + 64) / 2}
 
 
+class Predicts(Line):
+    def predict_step(self, batch, batch_idx):
+        x, y = batch
+        return {"preds": self.w * x, "target": y}
+
+
+def largest_error(preds, target):
+    return (preds - target).abs().max()
+
+
+def test_predictions_of_both_kinds_are_for_metrics_over_a_whole_set():
+    x, y = points(3, 4)
+    parts = [points(3), points(4)]
+    given = {"largest_error": largest_error}
+    for model, batches in (
+        (LightningModel(Predicts()), Batches(parts)),
+        (HuggingFaceModel(LineForHF()), Batches({"inputs": x, "labels": y} for x, y in parts)),
+    ):
+        values = evaluate(model, batches, device=CPU, metrics=given)
+        assert values["largest_error"] == y.abs().max()
+    with pytest.raises(ConfigError, match="module: Line has no predict_step for predictions"):
+        evaluate(LightningModel(Line()), Batches(parts), device=CPU, metrics=given)
+
+
 def test_a_batch_without_labels_or_names_is_said():
     model = HuggingFaceModel(LineForHF())
     with pytest.raises(ConfigError, match="LineForHF returned no loss for the keys inputs; add"):
