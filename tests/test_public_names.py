@@ -15,7 +15,7 @@ PUBLIC = {
     "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
-    "ReplicaGuard StragglerWatch SWA Thaw Throughput TorchMemoryStats TorchProfiler",
+    "ReplicaGuard ScheduleFree StragglerWatch SWA Thaw Throughput TorchMemoryStats TorchProfiler",
     "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR WarmupCosineRestartsLR "
     "WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
     "distrain.distributed": "gather_with_gradients process_group",

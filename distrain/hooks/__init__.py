@@ -13,6 +13,7 @@ from distrain.hooks.precise_bn import PreciseBN
 from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
+from distrain.hooks.schedule_free import ScheduleFree
 from distrain.hooks.straggler import StragglerWatch
 from distrain.hooks.swa import SWA
 from distrain.hooks.thaw import Thaw
@@ -36,6 +37,7 @@ __all__ = [
     "PeriodicWriter",
     "PreciseBN",
     "ReplicaGuard",
+    "ScheduleFree",
     "StragglerWatch",
     "Thaw",
     "Throughput",

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from distrain.checks import number, one_of, whole, wrong
-from distrain.trainer.hook import HookBase
-from distrain.trainer.trainer import Trainer
+from distrain.hooks.weight_average import WeightAverage
 
 
-class EMA(HookBase):
+class EMA(WeightAverage):
     """Keeps `average = decay * average + (1 - decay) * weights`, updated after each iteration.
 
     Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging". The first
@@ -35,9 +34,6 @@ class EMA(HookBase):
         evaluate: "beside" puts the average's metrics as `eval_NAME/...`, NAME being the hook's (as
             `eval_ema/accuracy`); "instead" evaluates the average only, as `eval/...`.
     """
-
-    order = 54  # after what users add, before evaluation
-    trainer: Trainer
 
     def __init__(
         self,
@@ -60,7 +56,6 @@ class EMA(HookBase):
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is an average yet."""
         return self._updates > 0
 
     @torch.no_grad()
@@ -87,7 +82,6 @@ class EMA(HookBase):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights inside `with`, and its own again after it."""
         with torch.no_grad():
             own = [w.clone() for w in self._weights]
             torch._foreach_copy_(self._weights, self._average)

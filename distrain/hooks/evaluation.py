@@ -9,8 +9,8 @@ from typing import Any
 from distrain.checks import did_you_mean, whole, wrong
 from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
-from distrain.hooks.ema import EMA
 from distrain.hooks.periodic import Period, PeriodicHook, in_iterations
+from distrain.hooks.weight_average import WeightAverage
 from distrain.trainer.evaluate import evaluate
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators, no_trace
@@ -140,10 +140,10 @@ class EvalHook(HookBase):
             with ema.applied():
                 self._put(self._prefix_of(name, ema), of_set)
 
-    def _averages(self) -> dict[str, EMA]:
-        return {name: h for name, h in self.trainer.hooks.items() if isinstance(h, EMA)}
+    def _averages(self) -> dict[str, WeightAverage]:
+        return {name: h for name, h in self.trainer.hooks.items() if isinstance(h, WeightAverage)}
 
-    def _prefix_of(self, name: str, ema: EMA) -> str:
+    def _prefix_of(self, name: str, ema: WeightAverage) -> str:
         return f"{self._prefix}_{name}" if ema.evaluate == "beside" else self._prefix
 
     def _put(self, prefix: str, of_set: str) -> None:

@@ -18,7 +18,7 @@ from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hooks.periodic import Period, PeriodicHook
-from distrain.hooks.swa import SWA
+from distrain.hooks.weight_average import OwnStatistics
 from distrain.progress import counted
 from distrain.trainer.module_state import no_trace
 from distrain.trainer.trainer import Seekable, Trainer
@@ -35,7 +35,7 @@ class PreciseBN(PeriodicHook):
 
     Nothing else changes: weights, other buffers, random generators and the position in the data
     stay; scalars that the model puts are dropped. Layers in eval mode (frozen ones) are skipped.
-    The average of an `SWA` hook gets statistics of its own, in as many forwards again.
+    The averages of `SWA` and `ScheduleFree` get statistics of their own, in as many forwards again.
 
     Args:
         num_iters: number of iterations whose batches are used.
@@ -71,7 +71,7 @@ class PreciseBN(PeriodicHook):
             return
         self._set_statistics(layers)
         for hook in trainer.hooks.values():
-            if isinstance(hook, SWA) and hook.is_ready:
+            if isinstance(hook, OwnStatistics) and hook.is_ready:
                 with hook.applied():
                     self._set_statistics(layers)
                     hook.keep_statistics()
