@@ -12,7 +12,7 @@ from torch import nn
 from distrain.checks import wrong
 from distrain.distributed.collectives import broadcast_from_main, gather_to_main
 from distrain.distributed.ranks import topology
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, add_note
 from distrain.log import logger
 from distrain.trainer.metric_states import is_object, merge_states, parts_of, unsynced
 from distrain.trainer.predictions import (
@@ -184,6 +184,7 @@ class SetMetrics:
                     result = function(*positional, **keywords)
             except Exception as error:
                 if not is_part:
+                    add_note(error, f"while computing {KEY}.{name}")
                     raise
                 logger.warning("%s.%s: failed on a part of the samples: %s", KEY, name, error)
             else:
