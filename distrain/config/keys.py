@@ -182,5 +182,6 @@ class Keys:
     init: InitKeys = field(default_factory=InitKeys)
     seed: Annotated[int, AtLeast(0)] = 0
     resume: Literal["auto", "never", "must"] = "auto"
+    allow_changes: list[Any] = field(default_factory=list)
     plan: bool = False
     vars: dict[str, Any] = field(default_factory=dict)

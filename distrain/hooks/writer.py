@@ -13,6 +13,7 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.hooks.periodic import is_finished
 from distrain.redact import masked
+from distrain.runfolder.changes import changes_of_run
 from distrain.scalar_names import ETA_S, LR, NONDETERMINISTIC_PREFIXES, STEP_S
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators
@@ -71,7 +72,11 @@ class PeriodicWriter(HookBase):
         self._new_histograms = self.trainer.storage.pending_histograms.reader()
         with kept_generators():
             run = RunInfo(
-                self._run_dir, self._written, masked(self._conf or {}), self._iters_per_epoch()
+                self._run_dir,
+                self._written,
+                masked(self._conf or {}),
+                self._iters_per_epoch(),
+                changes_of_run(self._run_dir),
             )
             self._writer = BackgroundWriter(self._writers, run)
         self._write_complete()

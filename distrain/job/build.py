@@ -16,6 +16,7 @@ from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
+from distrain.job.changed_settings import settings_of
 from distrain.job.data import build_datasets, loading, train_loader
 from distrain.job.epochs import in_iterations
 from distrain.job.eval_sets import build_metrics, eval_loader
@@ -87,15 +88,11 @@ def build_parts(
     train_set, eval_sets = build_datasets(conf, ranks)
     _check_evaluation(model, eval_sets)
     loader = train_loader(conf, data_ranks, train_set, accumulation=settings["accumulation"])
-    # a length in epochs needs the data
-    lengths = in_iterations(
-        conf,
-        lambda: iters_per_epoch(
-            loader,
-            forwards=data_ranks.world_size * settings["accumulation"],
-            accumulation=settings["accumulation"],
-        ),
-    )
+    per_step = {
+        "forwards": data_ranks.world_size * settings["accumulation"],
+        "accumulation": settings["accumulation"],
+    }
+    lengths = in_iterations(conf, lambda: iters_per_epoch(loader, **per_step))
     optimizer, schedule = build_optimization(lengths, model)
     metrics = build_metrics(conf)
     hooks = _build_hooks(
@@ -108,6 +105,7 @@ def build_parts(
     )
     settings |= {"hooks": hooks, "strategy": strategy, "step": _build_step(conf.get("step"))}
     trainer = Trainer(model, optimizer, loader, **settings)
+    trainer.settings = settings_of(lengths)
     return Parts(lengths, trainer, loader, schedule)
 
 

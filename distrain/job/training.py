@@ -18,6 +18,7 @@ from distrain.distributed.rng import restore_random_states, seed_everything
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase
 from distrain.job.build import build_parts
+from distrain.job.changed_settings import largest_forward, load_state
 from distrain.job.model import build_model
 from distrain.job.outcome import conclude, outcome_of, why_done
 from distrain.job.resume import has_checkpoints, resume_point
@@ -70,7 +71,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             ranks=ranks,
             run_dir=run_dir,
             checkpoints=checkpoints,
-            largest_forward=state["stream"]["samples_per_forward"] if state else None,
+            largest_forward=largest_forward(state, conf),
         )
         trainer, max_iter = parts.trainer, parts.conf["trainer"]["max_iter"]
         if why := why_done(start_iter, state, parts.conf["trainer"]):
@@ -78,7 +79,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             return ExitCode.FINISHED
         stop.forward_to(trainer)
         if state:
-            trainer.load_state_dict(state)
+            load_state(trainer, state, parts.schedule)
             _log_resume(start_iter, state, ranks)
         _note_epoch(trainer, settings, run_dir)
         _seed(conf["seed"], state, ranks)

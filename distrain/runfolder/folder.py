@@ -27,7 +27,7 @@ import yaml
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.checkpoint.format import MODEL_PART, iteration_of
 from distrain.checkpoint.retention import read_run_id
-from distrain.checks import refuse_url, shown
+from distrain.checks import refuse_url
 from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files import atomic
@@ -35,20 +35,12 @@ from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, STARTS_FILE
 from distrain.runfolder import lock
-from distrain.runfolder.differences import covers, differences, is_data_path
+from distrain.runfolder.attempts import kept
+from distrain.runfolder.changes import check_changes, check_permissions
+from distrain.runfolder.differences import differences
 from distrain.runfolder.epoch_file import num_iterations
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record
-
-FREE_KEYS = (
-    *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
-    "trainer.max_time",
-    *("trainer.strategy", "trainer.fsdp"),  # sharding of the state; sums may round differently
-)
-"""Keys that may change between two starts of a run: they do not change the computation."""
-
-HORIZON_KEYS = ("trainer.max_iter", "trainer.max_epochs", "schedule.max_iters")
-"""Keys that may change, too: a run may be extended."""
 
 _MODE = 0o600  # diffs and arguments may hold what other users must not read
 
@@ -113,6 +105,8 @@ class RunFolder:
         """
         frozen = read_frozen(self.path / CONFIG_FILE)
         changed: dict[str, list[Any]] = {}
+        kept_iter = 0
+        check_permissions(conf, frozen)
         try:
             if frozen is None:
                 self._check_new(conf)
@@ -120,9 +114,8 @@ class RunFolder:
             else:
                 self._check_used(conf, is_restart=is_restart)
                 changed = self._check_same(conf, frozen)
-                max_iter = num_iterations(self.path, conf["trainer"]["max_iter"])
-                # None, in epochs whose length is unknown: the ranks find out
-                self.done_iter = None if max_iter is None else _done_iter(self.path, max_iter)
+                kept_iter = kept(self.path)
+                self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"], changed)
         except OSError as error:
             raise RunFailed(unreadable(self.path, error)) from error
         if self.done_iter is not None:
@@ -133,6 +126,7 @@ class RunFolder:
             self._write(CONFIG_FILE, head + yaml.safe_dump(masked(conf), sort_keys=False))
         git = git_state(os.getcwd())
         record = start_record(masked_overrides(argv), git) | {"changed": changed}
+        record["iteration"] = kept_iter
         record["overrides"] = masked_overrides(argv if overrides is None else overrides)
         self._secrets = secrets_of(argv, conf)
         if git is not None and git.diff:
@@ -208,23 +202,7 @@ class RunFolder:
             ConfigError: one of them may not change.
         """
         changed = differences(_with_defaults(masked(frozen)), masked(conf))
-        moved = {key for key, values in changed.items() if is_data_path(key, *values)}
-        allowed = (*FREE_KEYS, *HORIZON_KEYS, *moved)
-        refused = {k: v for k, v in changed.items() if not covers(allowed, k)}
-        if refused:
-            lines = [
-                f"{key}: {shown(old, most=40)} -> {shown(new, most=40)}"
-                for key, (old, new) in refused.items()
-            ]
-            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
-            raise ConfigError(
-                f"run.dir={self.path}: this run has another configuration "
-                f"({', '.join(lines[:5])}{more}); give another run.name, or the old values to "
-                "continue it"
-            )
-        for key, (old, new) in changed.items():
-            if key in HORIZON_KEYS or key in moved:
-                self.notices.append(f"{key}: {old} -> {new} from here on")
+        self.notices += check_changes(self.path, changed, conf.get("allow_changes", ()))
         return {key: list(values) for key, values in changed.items()}
 
     def _write(self, name: str, text: str) -> None:
@@ -289,12 +267,19 @@ def _with_defaults(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
     return frozen
 
 
-def _done_iter(path: Path, max_iter: int) -> int | None:
+def _done_iter(path: Path, length: int | str, changed: Mapping[str, Any]) -> int | None:
     """Return the iterations of the newest valid checkpoint if no iteration is left.
+
+    None also where they are not known: in epochs, of data that may have another length now. The
+    ranks find out.
 
     Raises:
         ConfigError: it has more than `max_iter`.
     """
+    max_iter = num_iterations(path, length)
+    is_other = isinstance(length, str) and any(key.startswith("data.") for key in changed)
+    if max_iter is None or is_other:
+        return None
     checkpoints = path / CHECKPOINTS
     # most starts end here: names are enough to know that iterations are left
     found = retried(lambda: find_all(checkpoints))

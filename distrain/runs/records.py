@@ -37,6 +37,7 @@ from distrain.runfolder.attempts import (
     read_job_id,
     read_running,
 )
+from distrain.runfolder.changes import change_lines
 from distrain.runfolder.epoch_file import num_iterations
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 
@@ -61,6 +62,7 @@ class Start:
     # the repository's `commit`, whether it was `changed`, the file of the `diff`
     git: dict[str, Any]
     versions: dict[str, str]  # of packages
+    changes: list[str] = field(default_factory=list)  # a line per key changed at this start
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ def _start(fields: Any) -> Start:
         why=masked_text(of_type(end.get("why") or "", str, "end.why")),
         git=git,
         versions={name: of_type(each, str, f"versions.{name}") for name, each in versions.items()},
+        changes=change_lines(fields),
     )
 
 

@@ -70,7 +70,8 @@ def _start(start: Start) -> str:
     changed = " + changes" if start.git.get("changed") else ""
     when = f"{datetime.fromtimestamp(start.time):%Y-%m-%d %H:%M:%S}"
     command = " ".join(masked_overrides(start.argv))
-    return f"{when} on {start.host}, {commit}{changed}, {end}: {command}"
+    line = f"{when} on {start.host}, {commit}{changed}, {end}: {command}"
+    return "\n  ".join([line, *map(masked_text, start.changes)])
 
 
 def _checkpoints(files: Files) -> str:

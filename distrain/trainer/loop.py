@@ -44,6 +44,7 @@ class TrainerBase:
         ends_only: whether an earlier start has done all iterations, and only `after_train` is left.
         where: topology of this process among the ranks.
         pulse: heartbeat of this rank, which the watchdog reads.
+        settings: plain values that are saved with each state, empty for none.
     """
 
     storage: EventStorage
@@ -67,6 +68,7 @@ class TrainerBase:
         self._stop_on_nonfinite = stop_on_nonfinite
         self._max_time_s = None if max_time is None else seconds("trainer.max_time", max_time)
         self._stop_requested = False
+        self.settings: Mapping[str, Any] = {}
         self._histories: Mapping[str, Any] = {}
         self._early_stop = False  # of the loaded state
         self.ends_only = self.is_in_epochs = False
@@ -296,6 +298,8 @@ class TrainerBase:
             # max_iter at the time of an early stop; 0: none
             "early_stop": self.max_iter if self.storage.early_stop else 0,
         }
+        if self.settings:
+            state["settings"] = self.settings
         for name, hook in self.hooks.items():
             state.setdefault(hook.part, {})[name] = hook.state_dict()
         return state

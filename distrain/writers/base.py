@@ -26,12 +26,14 @@ class RunInfo:
             have written it and later ones, which are trained again: drop them.
         conf: the configuration, its secrets masked; empty where a script has none.
         iters_per_epoch: iterations per epoch of a run whose length is given in epochs.
+        changes: a line per key that a start of the run has changed, oldest first.
     """
 
     run_dir: Path
     start_iteration: int = 0
     conf: Mapping[str, Any] = field(default_factory=dict)
     iters_per_epoch: float | None = None
+    changes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

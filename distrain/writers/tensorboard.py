@@ -95,6 +95,9 @@ class TensorBoardWriter(Writer):
         self._add(Event(wall_time=time.time(), step=start, session_log=log))
         if run.conf:
             self._add_conf(run.conf, step=start)
+        if run.changes:
+            markdown = "\n".join(f"- `{line}`" for line in run.changes)
+            self._add_text("changes", markdown, plugin="text", step=start)
         if self._layout is not None:
             self._add_layout(self._layout, step=start)
         with contextlib.suppress(OSError):  # the first row tries again, and its error is logged

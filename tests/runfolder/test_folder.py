@@ -17,6 +17,7 @@ from checkpoint_cases import checkpoints
 from distrain.config.schema import check
 from distrain.errors import ConfigError
 from distrain.runfolder import lock as folderlock
+from distrain.runfolder.changes import changes_of_run
 from distrain.runfolder.differences import differences
 from distrain.runfolder.folder import RunFolder, await_run
 from distrain.runfolder.provenance import git_state
@@ -431,3 +432,36 @@ def test_fewer_iterations_than_are_done_are_refused_and_change_nothing(tmp_path)
         freeze(path, trainer__max_iter=50)
     assert contents(path) == before
     assert freeze(path, trainer__max_iter=150).done_iter == 150
+
+
+def test_a_permitted_change_is_recorded_with_its_iteration(tmp_path):
+    path = freeze(tmp_path / "a").path
+    checkpoints(path / "checkpoints", 20)
+    folder = freeze(path, optim__lr=0.05, allow_changes=["optim"])
+    assert folder.notices == ["optim.lr: 0.1 -> 0.05 from here on"]
+    assert starts(path)[1]["iteration"] == 20
+    assert starts(path)[1]["changed"]["optim.lr"] == [0.1, 0.05]
+    freeze(path, optim__lr=0.05)
+    assert changes_of_run(path) == ["optim.lr: 0.1 -> 0.05 after iteration 20"]
+
+
+@pytest.mark.parametrize("values", [(10, 20), (None, "1 epoch")])
+def test_periods_and_paths_of_hooks_need_no_permission(tmp_path, values):
+    hooks = [
+        {"eval": {"period": period}, "own": {"folder": folder}}
+        for period, folder in zip(values, ("/a/b", "/c/d"), strict=True)
+    ]
+    path = freeze(tmp_path / "a", hooks=hooks[0]).path
+    freeze(path, hooks=hooks[1])
+    with pytest.raises(ConfigError, match=r"allow_changes=\[hooks.own.size\]$"):
+        freeze(path, hooks={**hooks[1], "own": {"folder": "/c/d", "size": 3}})
+
+
+def test_what_no_permission_covers(tmp_path):
+    path = freeze(tmp_path / "a", optim={"lr": 0.1, "target": "a.B"}).path
+    before = contents(path)
+    with pytest.raises(ConfigError, match="optim.target: a.B -> a.C.* to continue it$"):
+        freeze(path, optim={"lr": 0.1, "target": "a.C"}, allow_changes=["optim"])
+    with pytest.raises(ConfigError, match=r"^allow_changes=\[optm\]: no such key; did you mean"):
+        freeze(path, optim={"lr": 0.1, "target": "a.B"}, allow_changes=["optm"])
+    assert contents(path) == before

@@ -1,0 +1,142 @@
+"""Other settings on resume: they take effect, are recorded, and need a permission."""
+
+import sys
+
+import pytest
+import torch
+from checkpoint_cases import identical
+from ranks import run_ranks
+from resume_cases import CRASH, ITERS, SAVED, SGD, conf_of, state_of, train
+
+from distrain import HookBase
+from distrain.cli.command import Command
+from distrain.errors import ConfigError, ExitCode
+from distrain.runs.__main__ import run as runs
+
+COSINE = {"_target_": "distrain.schedule.WarmupCosineLR", "max_iters": ITERS, "warmup_iters": 6}
+EXPONENTIAL = {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9}
+ONE_CYCLE = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": ITERS}
+NEW = {**SGD, "lr": 0.02, "momentum": 0.8}
+
+
+class ByHand(HookBase):
+    """What a plain loop does after iteration SAVED, to train on with other settings."""
+
+    order = 21
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def after_step(self):
+        if self.trainer.iter_done != SAVED:
+            return
+        for group in self.trainer.optimizer.param_groups:
+            group.update(lr=0.02, initial_lr=0.02, momentum=0.8)
+            if type(self.schedule).__name__ == "ExponentialLR":
+                for _ in range(SAVED):
+                    group["lr"] *= 0.9
+        if hasattr(self.schedule, "lr_at"):
+            self.schedule.base_lrs = [0.02]
+            self.schedule.apply()
+
+
+def changed_twice_and_by_hand(rank, folder, schedule):
+    broken, whole = folder / "broken", folder / "whole"
+    settings = {"schedule": schedule, "workers": 2}
+    assert train(conf_of(stop={"after": CRASH}, **settings), broken)[0] is None
+    # a start with the new settings that saves nothing, and the same again
+    _, seen = train(conf_of(stop={"after": CRASH}, optim=NEW, **settings), broken)
+    assert sorted(seen) == [*range(SAVED, CRASH)]
+    assert train(conf_of(optim=NEW, **settings), broken)[0] == ExitCode.FINISHED
+    hooks = {"by_hand": {"_target_": f"{__name__}.ByHand"}}
+    assert train(conf_of(hooks=hooks, **settings), whole)[0] == ExitCode.FINISHED
+    unchanged = folder / "unchanged"
+    train(conf_of(**settings), unchanged)
+    return [state_of(path) for path in (broken, whole, unchanged)] if rank == 0 else None
+
+
+@pytest.mark.parametrize("schedule", [COSINE, EXPONENTIAL])
+def test_new_rates_count_as_if_the_schedule_had_always_had_them(tmp_path, schedule):
+    changed, by_hand, unchanged = run_ranks(changed_twice_and_by_hand, 2, tmp_path, schedule)[0]
+    for part in ("model", "optimizer"):
+        assert identical(changed[part], by_hand[part]), part
+        assert not identical(changed[part], unchanged[part])
+
+
+def schedule_changed(rank, folder):
+    assert train(conf_of(stop={"after": CRASH}, schedule=COSINE), folder)[0] is None
+    assert train(conf_of(schedule=ONE_CYCLE), folder)[0] == ExitCode.FINISHED
+    return state_of(folder)["optimizer"]["param_groups"][0]
+
+
+def test_another_schedule_goes_on_at_its_own_position(tmp_path):
+    (group,) = run_ranks(schedule_changed, 1, tmp_path)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=ITERS)
+    for _ in range(ITERS):
+        schedule.step()
+    expected = optimizer.param_groups[0]
+    for key in ("lr", "momentum", "max_lr", "min_lr", "initial_lr"):
+        assert group[key] == expected[key], key
+
+
+def grouped_otherwise(rank, folder):
+    assert train(conf_of(stop={"after": CRASH}), folder)[0] is None
+    train(conf_of(optim={**SGD, "weight_decay_norm": 0.0}), folder)
+
+
+def test_settings_that_group_the_parameters_otherwise_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^optim.weight_decay_norm: expected param"):
+        run_ranks(grouped_otherwise, 1, tmp_path)
+
+
+def forwards(rank, folder):
+    settings = {"noise": 0.0, "accumulation": 1}
+    assert train(conf_of(stop={"after": CRASH}, **settings), folder)[0] is None
+    _, seen = train(conf_of(**{**settings, "accumulation": 3}), folder)
+    state = state_of(folder)
+    return len(seen[SAVED]), state["stream"]["samples_per_forward"]
+
+
+def test_another_accumulation_takes_effect(tmp_path):
+    assert run_ranks(forwards, 1, tmp_path) == [(12, 4)]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def command(*overrides):
+        fixed = [
+            "+experiment=digits",
+            "launch.in_process=true",
+            "trainer.window=5",
+            "hooks.gpu=null",
+        ]
+        monkeypatch.setattr(sys, "argv", ["distrain", *fixed, *overrides])
+        code = Command(sys.argv[1:]).run()
+        return (code, *capfd.readouterr())
+
+    return command
+
+
+def test_the_command_records_what_has_changed(command, tmp_path, capfd):
+    assert command("trainer.max_iter=10")[0] == 0
+    longer = ["trainer.max_iter=20", "optim.lr=0.05", "hooks.checkpoint.period=7"]
+    code, _, err = command(*longer)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "optim.lr: 0.1 -> 0.05); give" in err
+    assert "or allow_changes=[optim.lr]" in err
+    code, _, err = command(*longer, "allow_changes=[optim.rl]")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "allow_changes=[optim.rl]: no such key; did you mean optim.lr" in err
+    code, _, err = command(*longer, "allow_changes=[optim.lr]")
+    assert code == 0, err
+    assert "optim.lr: 0.1 -> 0.05 from here on" in err
+    assert "changed since the checkpoint: optim.lr" in err
+    assert runs(["show", "digits"]) == 0
+    assert "\n    optim.lr: 0.1 -> 0.05 after iteration 10\n" in capfd.readouterr().out
+    events = sorted((tmp_path / "runs" / "digits").rglob("events.*"))
+    assert b"optim.lr: 0.1 -> 0.05 after iteration 10" in events[-1].read_bytes()
+    assert b"after iteration" not in events[0].read_bytes()
+    assert command(*longer)[0] == 0  # it has these values now
