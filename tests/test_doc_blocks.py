@@ -149,6 +149,14 @@ class LitClassifier(Model):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class LitManual(LitClassifier):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self(*batch))
+        self.optimizers().step()
+
+
 class Norms(distrain.HookBase):
     def __init__(self, every=1):
         self.every = every

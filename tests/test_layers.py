@@ -18,8 +18,8 @@ SOURCES = [
 LEVELS = {
     7: "__main__",
     6: "cli runs evaluate",
-    5: "job launch hooks",
-    4: "trainer weights schedule runfolder experiments adapters transforms",
+    5: "job launch hooks adapters",
+    4: "trainer weights schedule runfolder experiments transforms",
     3: "distributed optim config writers",
     2: "events data checkpoint",
     1: "checks durations heartbeat progress files process",

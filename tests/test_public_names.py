@@ -19,7 +19,7 @@ PUBLIC = {
     "distrain.schedule": "OneCycleLR WarmupConstantLR WarmupCosineLR WarmupCosineRestartsLR "
     "WarmupExponentialLR WarmupLinearLR WarmupMultiStepLR WarmupPolynomialLR WarmupStableDecayLR",
     "distrain.distributed": "gather_with_gradients process_group",
-    "distrain.adapters": "HuggingFaceModel LightningModel",
+    "distrain.adapters": "HuggingFaceModel LightningManualStep LightningModel",
 }
 DOCUMENTS = [
     ROOT / "README.md",

@@ -2,5 +2,6 @@
 
 from distrain.adapters.huggingface import HuggingFaceModel
 from distrain.adapters.lightning import LightningModel
+from distrain.adapters.lightning_manual import LightningManualStep
 
-__all__ = ["HuggingFaceModel", "LightningModel"]
+__all__ = ["HuggingFaceModel", "LightningManualStep", "LightningModel"]

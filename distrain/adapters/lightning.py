@@ -12,11 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
+from distrain.adapters.lightning_schedules import EveryNth, SteppedByModule, several_parts
 from distrain.checks import whole
 from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
 from distrain.events.pending import OPERATIONS, Operation
 from distrain.events.storage import get_event_storage
+
+_MANUAL = (
+    "module: {} has automatic_optimization=False: expected "
+    "step._target_=distrain.adapters.LightningManualStep; add it"
+)
 
 
 class LightningModel(nn.Module):
@@ -30,29 +36,28 @@ class LightningModel(nn.Module):
     `self.global_step`, `self.current_epoch` and ranks are correct, also in `self.trainer`, which
     has no other attributes. Overridden hooks are called, or refused by name: `lightning_hooks`.
 
+    A module with manual optimization needs the step `LightningManualStep`.
+
     Args:
         module: the module; also the attribute `module`.
         epoch_iters: iterations per epoch, for `self.current_epoch` and for a schedule with
             `interval: epoch`.
 
     Raises:
-        ConfigError: the module has no `training_step`, uses manual optimization, or overrides a
-            hook that would not be called.
+        ConfigError: the module has no `training_step`, or overrides a hook that would not be
+            called.
     """
 
     def __init__(self, module: nn.Module, *, epoch_iters: int | None = None) -> None:
         super().__init__()
         if not callable(getattr(module, "training_step", None)):
             raise ConfigError(f"module: {type(module).__name__} has no training_step(batch, i)")
-        if getattr(module, "automatic_optimization", True) is False:
-            raise ConfigError(
-                f"module: {type(module).__name__} has automatic_optimization=False; write its "
-                "steps as a distrain.TrainerBase with a run_step of its own"
-            )
         check_hooks(module)
         if epoch_iters is not None:
             whole("epoch_iters", epoch_iters, least=1)
         self.module = module
+        self.is_manual = getattr(module, "automatic_optimization", True) is False
+        self.schedules: list[Any] = []  # of manual optimization
         self._epoch_iters = epoch_iters
         self._evaluated: dict[str, Any] | None = None  # scalars logged by a validation step
         self._eval_batches = 0
@@ -67,9 +72,17 @@ class LightningModel(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """Return the loss () of a training step; ConfigError if it returned none."""
+        if self.is_manual:
+            raise ConfigError(_MANUAL.format(type(self.module).__name__))
         self._trained = get_event_storage().iter
         self._show_progress(self._trained)
         return self._training_loss(batch)
+
+    def manual_step(self, batch: Any) -> None:
+        """Call `training_step`, which makes its updates itself."""
+        self._trained = get_event_storage().iter
+        self._show_progress(self._trained)
+        self._call("training_step", batch, self._trained)
 
     def _training_loss(self, batch: Any) -> Tensor:
         loss = _loss(self._call("training_step", batch, get_event_storage().iter))
@@ -130,14 +143,23 @@ class LightningModel(nn.Module):
         self._eval_batches = 0
         return super().train(mode)
 
-    def configure_optimizers(self) -> tuple[Optimizer, LRScheduler | EveryNth | None]:
+    def configure_optimizers(self) -> tuple[Any, Any]:
         """Return the module's own optimizer and its schedule, which steps once per iteration.
+
+        With manual optimization both are by name, and the module steps the schedules.
 
         Raises:
             ConfigError: not exactly one optimizer, more than one schedule, or a schedule that
                 depends on a metric.
         """
         configure = cast("Callable[[], Any]", self.module.configure_optimizers)
+        if self.is_manual:
+            optimizers, self.schedules = several_parts(configure())
+            named = {f"optimizer_{n}": optimizer for n, optimizer in enumerate(optimizers)}
+            return named, {
+                name: SteppedByModule(optimizer, self.schedules)
+                for name, optimizer in named.items()
+            }
         optimizer, schedules = _parts(configure())
         if len(schedules) > 1:
             raise ConfigError(f"configure_optimizers gives {len(schedules)} schedules; give one")
@@ -210,38 +232,9 @@ def _parts(configured: Any) -> tuple[Optimizer, list[Any]]:
     if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
         raise ConfigError(
             f"configure_optimizers gives {', '.join(type(o).__name__ for o in optimizers)}; "
-            "expected one optimizer"
+            "expected one optimizer; several need automatic_optimization=False"
         )
     return optimizers[0], schedules if isinstance(schedules, list) else [schedules]
-
-
-class EveryNth:
-    """A schedule that takes one step every `num` iterations, for schedules of epochs."""
-
-    def __init__(self, schedule: LRScheduler, num: int) -> None:
-        self.optimizer = schedule.optimizer
-        self._schedule = schedule
-        self._num = num
-        self._done = 0
-
-    def step(self) -> None:
-        """Step the schedule in every `num`-th call."""
-        self._done += 1
-        if self._done % self._num == 0:
-            self._schedule.step()
-
-    def get_last_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group."""
-        return self._schedule.get_last_lr()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the schedule, and the number of calls."""
-        return {"schedule": self._schedule.state_dict(), "done": self._done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
-        self._done = state["done"]
-        self._schedule.load_state_dict(state["schedule"])
 
 
 def _operation(name: str, reduce_fx: Any) -> Operation:

@@ -38,7 +38,7 @@ OTHER_COMMANDS = (
         for moment in (*_MOMENTS, "model_eval")
     ),
 )
-_STEP = "write the step as a distrain.TrainerBase with a run_step of its own"
+_STEP = "write the step as a distrain.Step"
 _EVALUATION = "the evaluation is that of hooks.eval; write a hook"
 _STATE = "keep the state in buffers, or in a hook's state_dict"
 REFUSED = {

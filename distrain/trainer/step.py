@@ -58,6 +58,9 @@ class Step(ABC):
             batch: on the device; a list of them if `accumulates`.
         """
 
+    def prepare(self) -> None:  # noqa: B027
+        """Prepare for training, or check the trainer; called before the first step."""
+
     @property
     def iter(self) -> int:
         """The current iteration."""

@@ -184,6 +184,8 @@ class Trainer(TrainerBase):
         train_mode(self.module)
         for updater in self.updaters.values():
             updater.prepare()
+        if self.step is not None:
+            self.step.prepare()
         self._batches = self._loader.batches(self.start_iter)
         if self.step is None and self.start_iter < self.max_iter:
             self.strategy.warm_up(self.model, self._first_loss)

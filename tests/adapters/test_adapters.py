@@ -156,7 +156,10 @@ def test_a_schedule_of_epochs_resumes_where_it_was():
     ("make", "text"),
     [
         (lambda: LightningModel(nn.Linear(1, 1)), "Linear has no training_step"),
-        (lambda: LightningModel(Line(automatic=False)), "automatic_optimization=False"),
+        (
+            lambda: LightningModel(Line(automatic=False))(None),
+            "automatic_optimization=False: expected step._target_=distrain.adapters",
+        ),
         (lambda: LightningModel(Line(), epoch_iters=0), "epoch_iters=0: expected an integer >= 1"),
         (
             lambda: LightningModel(Line(scheduler={})).configure_optimizers(),

@@ -1,0 +1,89 @@
+"""Schedules and optimizers of a LightningModule, in any form that Lightning accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from distrain.errors import ConfigError
+
+
+class EveryNth:
+    """A schedule that takes one step every `num` iterations, for schedules of epochs."""
+
+    def __init__(self, schedule: LRScheduler, num: int) -> None:
+        self.optimizer = schedule.optimizer
+        self._schedule = schedule
+        self._num = num
+        self._done = 0
+
+    def step(self) -> None:
+        """Step the schedule in every `num`-th call."""
+        self._done += 1
+        if self._done % self._num == 0:
+            self._schedule.step()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each group."""
+        return self._schedule.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the schedule, and the number of calls."""
+        return {"schedule": self._schedule.state_dict(), "done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`."""
+        self._done = state["done"]
+        self._schedule.load_state_dict(state["schedule"])
+
+
+class SteppedByModule:
+    """Schedules of one optimizer that a module with manual optimization steps itself.
+
+    Args:
+        optimizer: theirs.
+        schedules: of all optimizers.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedules: list[Any]) -> None:
+        self.optimizer = optimizer
+        self._schedules = [each for each in schedules if each.optimizer is optimizer]
+
+    def step(self) -> None:
+        """Do nothing: `self.lr_schedulers()` of the module are stepped by it."""
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the schedules."""
+        return {"schedules": [each.state_dict() for each in self._schedules]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`."""
+        for schedule, saved in zip(self._schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+
+
+def several_parts(configured: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Return optimizers and schedules from any form that Lightning accepts."""
+    optimizers: list[Any] = []
+    schedules: list[Any] = []
+    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
+        optimizers, schedules = [*configured[0]], [*configured[1]]
+    else:
+        for each in configured if isinstance(configured, list | tuple) else [configured]:
+            optimizers.append(each["optimizer"] if isinstance(each, Mapping) else each)
+            if isinstance(each, Mapping) and "lr_scheduler" in each:
+                schedules.append(each["lr_scheduler"])
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        kinds = ", ".join(type(each).__name__ for each in optimizers)
+        raise ConfigError(f"configure_optimizers gives {kinds}: expected optimizers")
+    return optimizers, [
+        each["scheduler"] if isinstance(each, Mapping) else each for each in schedules
+    ]
