@@ -118,6 +118,7 @@ Net = Model
 
 class Blobs(torch.utils.data.Dataset):
     labels = [i % 3 for i in range(512)]
+    lengths = [1 + i % 50 for i in range(512)]
 
     def __init__(self, **keywords):
         self.keywords = keywords
@@ -138,7 +139,7 @@ def collate(samples):
     return torch.utils.data.default_collate(samples)
 
 
-Photos = Train = Eval = Tokens = Blobs
+Photos = Sentences = Train = Eval = Tokens = Blobs
 
 
 class LitClassifier(Model):
@@ -327,6 +328,8 @@ def stand_ins(folder, monkeypatch):
 
     module = types.ModuleType("transformers")
     module.AutoModelForCausalLM = module.GPT2LMHeadModel = GPT2LMHeadModel
+    module.AutoTokenizer = types.SimpleNamespace(from_pretrained=str)
+    module.DataCollatorWithPadding = lambda tokenizer: torch.utils.data.default_collate
     module.PreTrainedTokenizerBase = type("Tokenizer", (), {})  # datasets asks for it
     monkeypatch.setitem(sys.modules, "transformers", module)
     monkeypatch.setattr(my_project, "LitModel", LitModel, raising=False)

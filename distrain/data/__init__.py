@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Weighted,
     )
     from distrain.data.stream import SampleStream
+    from distrain.data.token_budget import TokenBudget
 
 _MODULE_OF = {
     "ByLength": "samplers",
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "MixtureOrder": "samplers",
     "SampleOrder": "samplers",
     "SampleStream": "stream",
+    "TokenBudget": "token_budget",
     "TrainLoader": "loader",
     "Weighted": "samplers",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "MixtureOrder",
     "SampleOrder",
     "SampleStream",
+    "TokenBudget",
     "TrainLoader",
     "Weighted",
 ]

@@ -16,6 +16,7 @@ from distrain.checks import whole
 from distrain.data.collate import Collate, Fetch, length_of, load_here
 from distrain.data.samplers import SampleOrder
 from distrain.data.stream import SampleStream, TrainSampler, eval_batches, micro_batches
+from distrain.data.token_budget import TokenBudget
 from distrain.data.workers import WorkerBatches
 
 
@@ -110,9 +111,10 @@ class TrainLoader(Loader):
         collate: Collate | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self.num_samples = length_of(dataset, "data.train")
+        size = length_of(dataset, "data.train")
+        self.num_samples = sampler.num_batches if isinstance(sampler, TokenBudget) else size
         self.stream = SampleStream(
-            self.num_samples, batch_size=batch_size, seed=seed, shuffle=shuffle, sampler=sampler
+            size, batch_size=batch_size, seed=seed, shuffle=shuffle, sampler=sampler
         )
         self.accumulation = micro_batches(batch_size, ranks=world_size, accumulation=accumulation)
         self.samples_per_forward = batch_size // world_size // self.accumulation

@@ -29,6 +29,13 @@ class SampleOrder(ABC):
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:
         """Return the (num,) epochs and (num,) indices of the samples from position `first` on."""
 
+    def samples(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints]:
+        """Return the epochs and samples of one forward, by what `at` returned for it: as they are.
+
+        Where `at` counts groups of samples instead, their samples.
+        """
+        return epochs, indices
+
 
 class Shuffled(SampleOrder):
     """Seeded permutations of a data set, one per epoch: the default.
@@ -66,7 +73,7 @@ class Weighted(SampleOrder):
     """
 
     def __init__(self, dataset: Dataset[Any], *, weights: ArrayLike | str, seed: int) -> None:
-        values = _per_sample(dataset, "weights", weights).astype(np.float64)
+        values = per_sample(dataset, "weights", weights).astype(np.float64)
         if not np.isfinite(values).all() or (values < 0).any() or not values.any():
             raise ConfigError("data.sampler.weights: expected finite numbers >= 0, not all 0")
         self.size = len(values)
@@ -94,7 +101,7 @@ class ClassBalanced(Weighted):
     """
 
     def __init__(self, dataset: Dataset[Any], *, labels: ArrayLike | str, seed: int) -> None:
-        classes = _per_sample(dataset, "labels", labels)
+        classes = per_sample(dataset, "labels", labels)
         _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
         super().__init__(dataset, weights=1.0 / counts[inverse], seed=seed)
 
@@ -122,7 +129,7 @@ class ByLength(SampleOrder):
         seed: int,
         window: int = 50,
     ) -> None:
-        self._lengths = _per_sample(dataset, "lengths", lengths)
+        self._lengths = per_sample(dataset, "lengths", lengths)
         self._shuffled = Shuffled(len(self._lengths), seed=seed)
         self._batch_size = whole("data.batch_size", batch_size, least=1)
         self._window = whole("data.sampler.window", window, least=1)
@@ -224,7 +231,7 @@ class MixtureOrder(SampleOrder):
         return epochs, samples
 
 
-def _per_sample(dataset: Dataset[Any], key: str, values: ArrayLike | str) -> NDArray[Any]:
+def per_sample(dataset: Dataset[Any], key: str, values: ArrayLike | str) -> NDArray[Any]:
     """Return the (n,) values of a data set's samples, or those of its attribute of that name."""
     if isinstance(values, str):
         if not hasattr(dataset, values):

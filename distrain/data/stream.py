@@ -60,6 +60,10 @@ class SampleStream:
         """Return the (num,) epochs and (num,) samples from a position of the sequence on."""
         return self._order.at(first, num)
 
+    def samples(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints]:
+        """Return the epochs and samples of one forward, see `SampleOrder.samples`."""
+        return self._order.samples(epochs, indices)
+
 
 def micro_batches(
     batch_size: int, *, ranks: int, accumulation: int = 1, largest: int | None = None
@@ -113,7 +117,7 @@ class TrainSampler(Sampler[MicroBatch]):
                 part.reshape(self._shape)[:, self._rank] for part in self._stream.at(first, num)
             )
             for epochs, samples in zip(*block, strict=True):
-                yield MicroBatch(epochs, samples)
+                yield MicroBatch(*self._stream.samples(epochs, samples))
             first += num
 
 
