@@ -165,6 +165,7 @@ def conf_of(
             "workers": workers,
             "seed_samples": noise > 0,
             "collate": None,
+            "build_first": False,
             "loader": None,
             "sampler": None,
             "train": {"_target_": f"{HERE}.Images", "noise": noise, "num": num},

@@ -75,7 +75,8 @@ class DataKeys:
     eval_batch_size: Annotated[int, AtLeast(1)] | None = None
     workers: Annotated[int, AtLeast(0)] = 0
     seed_samples: bool = False
-    collate: str | None = None
+    collate: str | Target | None = None
+    build_first: bool = False
     loader: Target | None = None
     sampler: Target | None = None
 

@@ -10,12 +10,14 @@ import torch
 from distrain.checks import wrong
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
+from distrain.data.collate import Collate
 from distrain.data.iterable import IterableLoader
 from distrain.data.loader import TrainLoader
 from distrain.data.samplers import SampleOrder
 from distrain.data.source import is_iterable_style
 from distrain.distributed.ranks import Topology, local_device
 from distrain.errors import ConfigError
+from distrain.job.build_first import build_first
 from distrain.job.eval_sets import build_sets, eval_key
 from distrain.job.same_data import check_same_data, open_files
 from distrain.trainer.trainer import Seekable
@@ -30,8 +32,13 @@ def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
     """
     data = conf["data"]
     open_before = open_files()
-    train_set = None if data["train"] is None else build(data["train"], "data.train")
-    eval_sets = build_sets(conf)
+
+    def build_all() -> tuple[Any, dict[str, Any]]:
+        train_set = None if data["train"] is None else build(data["train"], "data.train")
+        return train_set, build_sets(conf)
+
+    found = build_first(build_all, ranks) if data["build_first"] else build_all()
+    train_set, eval_sets = found
     sets = {eval_key(name): dataset for name, dataset in eval_sets.items()}
     is_read_by_index = data["loader"] is None and not is_iterable_style(train_set)
     if train_set is not None and is_read_by_index:
@@ -47,15 +54,27 @@ def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
 def loading(conf: Conf, ranks: Topology) -> dict[str, Any]:
     """Return the arguments that the loaders of training and evaluation take."""
     data = conf["data"]
-    collate = data["collate"]
     return {
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "workers": data["workers"],
         "seed": conf["seed"],
         "seed_samples": data["seed_samples"],
-        "collate": None if collate is None else locate(collate, "data.collate"),
+        "collate": _collate(data["collate"]),
     }
+
+
+def _collate(node: Any) -> Collate | None:
+    """Return the function that makes a batch of samples; None is torch's."""
+    if node is None:
+        return None
+    is_path = isinstance(node, str)
+    found = locate(node, "data.collate") if is_path else build(node, "data.collate")
+    if not callable(found) or (is_path and isinstance(found, type)):
+        key, value = ("", node) if is_path else ("._target_", node["_target_"])
+        expected = "a function of a list of samples; a class by _target_, a function by its path"
+        raise wrong(f"data.collate{key}", value, expected)
+    return found  # type: ignore[no-any-return]
 
 
 def train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: int) -> Any:

@@ -57,6 +57,7 @@ def test_what_is_left_out_has_its_default():
         "workers": 0,
         "seed_samples": False,
         "collate": None,
+        "build_first": False,
         "loader": None,
         "sampler": None,
     }
