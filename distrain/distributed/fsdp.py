@@ -49,6 +49,11 @@ class FSDP(Strategy):
         if not self.is_sharded:
             return module.to(device)
         check_shardable(module)
+        if type(optimizer).__module__.startswith("torchao."):
+            raise ConfigError(
+                f"trainer.strategy=fsdp: expected an optimizer with whole states, not "
+                f"{type(optimizer).__name__} of torchao; set trainer.strategy=ddp"
+            )
         old = {parameter: name for name, parameter in module.named_parameters()}
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrain.checks import number
+from distrain.distributed.quantized_state import from_plain, to_plain
 from distrain.distributed.ranks import Topology
 from distrain.errors import ConfigError
 
@@ -134,7 +135,7 @@ class Strategy:
 
     def state_dict(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return "model" and "optimizer"; complete on rank 0. A collective if `is_sharded`."""
-        return {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+        return {"model": module.state_dict(), "optimizer": to_plain(optimizer.state_dict())}
 
     def load_state_dict(
         self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
@@ -156,7 +157,7 @@ class Strategy:
             {key: group[key] for key in ("fused", "foreach") if key in group}
             for group in optimizer.param_groups
         ]
-        optimizer.load_state_dict(dict(state["optimizer"]))
+        optimizer.load_state_dict(from_plain(state["optimizer"]))
         for group, keywords in zip(optimizer.param_groups, kept, strict=True):
             group.update(keywords)
 
