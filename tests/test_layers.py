@@ -17,7 +17,7 @@ SOURCES = [
 # count. A package without a level here is a mistake.
 LEVELS = {
     7: "__main__",
-    6: "cli runs evaluate",
+    6: "cli runs evaluate tune",
     5: "job launch hooks adapters",
     4: "trainer weights schedule runfolder experiments transforms",
     3: "distributed optim config writers",

@@ -53,7 +53,7 @@ def test_a_documented_target_can_be_imported(target):
     assert callable(getattr(importlib.import_module(module), name))
 
 
-@pytest.mark.parametrize("module", ["", ".checkpoint", ".weights", ".runs", ".evaluate"])
+@pytest.mark.parametrize("module", ["", ".checkpoint", ".weights", ".runs", ".evaluate", ".tune"])
 def test_each_command_exists(module):
     command = [sys.executable, "-m", f"distrain{module}", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

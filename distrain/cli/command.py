@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distrain.cli import completion
-from distrain.cli.sweep import sweep_name, worst
+from distrain.cli.sweep import check_objective, objective_of, sweep_name, worst
 from distrain.config.compose import explain, resolve
 from distrain.config.import_path import import_from_here
 from distrain.config.instantiate import build
@@ -69,6 +69,7 @@ class Command:
         self._is_last = is_last
         self._stop = StopRequest(is_quiet=True)  # around and between the runs
         self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
+        self._job: TrainJob | None = None  # of the run that was started last
         self._submissions: list[tuple[Launcher, TrainJob]] = []
         self._open = contextlib.ExitStack()  # run folders of the submissions
 
@@ -92,8 +93,18 @@ class Command:
             raise self.crash
         return worst(self.codes)
 
-    def _one(self, cfg: DictConfig) -> None:
-        """Start one run; catch its exceptions, so that a sweep goes on."""
+    def _one(self, cfg: DictConfig) -> float | None:
+        """Start one run; catch its exceptions, so that a sweep goes on.
+
+        Returns:
+            The objective of the run, where a sweeper asks for one (see `sweep.objective_of`).
+        """
+        self._job = None
+        self._start_caught(cfg)
+        return objective_of(self._job, self.codes[-1] if self.codes else ExitCode.FAILED)
+
+    def _start_caught(self, cfg: DictConfig) -> None:
+        """Start one run; record its exit code, and its exception."""
         if ExitCode.STOPPED in self.codes or self._stop.since is not None:
             self.codes.append(ExitCode.STOPPED)  # a stop ends the whole sweep
             return
@@ -128,7 +139,8 @@ class Command:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
         if weights := conf["init"]["weights"]:
             conf["init"]["weights"] = os.path.abspath(weights)
-        job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
+        self._job = job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
+        check_objective(conf, HydraConfig.get(), waits=launcher.waits)
         if conf["plan"]:
             print(job.plan())
             if text := launcher.plan(job):

@@ -1,14 +1,15 @@
-"""Sweeps: folder names of their runs, and the exit code."""
+"""Sweeps: folder names of their runs, their objectives, and the exit code."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrain.errors import ExitCode
+from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.redact import masked_overrides
+from distrain.runfolder.objective import objective
 
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
 _SEVERITY = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.BAD_CONFIG, ExitCode.FAILED)
@@ -19,9 +20,7 @@ def sweep_name(hydra_conf: Any, argv: Sequence[str]) -> str:
 
     Example: `-m +experiment=digits optim.lr=0.1,0.2` gives `optim.lr=0.1` and `optim.lr=0.2`.
     """
-    from hydra.types import RunMode
-
-    if hydra_conf.mode != RunMode.MULTIRUN:
+    if not _is_sweep(hydra_conf):
         return ""
     fixed = {key for each in argv if (key := _fixed_key(each))}
     overrides = [each.lstrip("+~") for each in hydra_conf.overrides.task]
@@ -41,6 +40,89 @@ def folder_name(text: str, *, shown: str | None = None) -> str:
     if name == text:
         return name
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def swept_values(argv: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the arguments with one value, and the overrides of each key with several.
+
+    Example: `+experiment=x lr=0.1,0.2` gives `["+experiment=x"]` and `[["lr=0.1", "lr=0.2"]]`.
+
+    Raises:
+        ConfigError: an argument cannot be read, or is an interval, which has no list of values.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    fixed: list[str] = []
+    swept: list[list[str]] = []
+    for argument in argv:
+        if argument.startswith("-") or "=" not in argument or _fixed_key(argument):
+            fixed.append(argument)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+            key = override.get_key_element()
+            swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        except HydraException as error:
+            raise ConfigError(f"{argument}: expected a list of values: {error}") from error
+    return fixed, swept
+
+
+def check_objective(conf: Mapping[str, Any], hydra_conf: Any, *, waits: bool) -> None:
+    """Check that a sweep can optimize `sweep.metric`.
+
+    Args:
+        conf: of a run.
+        hydra_conf: Hydra's own configuration.
+        waits: whether the launcher waits for the end of a run.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    direction = hydra_conf.sweeper.get("direction")
+    metric, mode = conf["sweep"]["metric"], conf["sweep"]["mode"]
+    if not _is_sweep(hydra_conf):
+        return
+    if direction is not None and metric is None:
+        expected = "the scalar that the sweeper optimizes, as eval/accuracy"
+        raise ConfigError(f"sweep.metric: {hydra_conf.sweeper._target_} expected {expected}")
+    if metric is None:
+        return
+    if not waits:
+        expected = "launch=local: this launcher does not wait for the run whose value is wanted"
+        raise ConfigError(f"sweep.metric={metric}: expected {expected}")
+    direction = str(direction).rpartition(".")[2]  # an Enum of the sweeper, or its text
+    if direction not in ("None", f"{mode}imize"):
+        expected = f"{mode}imize, as sweep.mode={mode}"
+        raise ConfigError(f"hydra.sweeper.direction={direction}: expected {expected}")
+
+
+def objective_of(job: Any, code: ExitCode) -> float | None:
+    """Return the best value of `sweep.metric` of a run in a sweep, None where it is not set.
+
+    Args:
+        job: the `TrainJob` of the run; None if it could not be composed.
+        code: its exit code.
+
+    Raises:
+        RunFailed: it did not finish, or has no finite value: a sweeper counts it as failed.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if job is None or job.conf["sweep"]["metric"] is None or not _is_sweep(HydraConfig.get()):
+        return None
+    metric, mode = job.conf["sweep"]["metric"], job.conf["sweep"]["mode"]
+    if code == ExitCode.FINISHED:
+        value = objective(job.run_dir, metric, mode=mode)
+        if value is not None:
+            return value
+    raise RunFailed(f"{job.run_dir}: no value of {metric}: the sweeper counts it as failed")
+
+
+def _is_sweep(hydra_conf: Any) -> bool:
+    from hydra.types import RunMode
+
+    return bool(hydra_conf.mode == RunMode.MULTIRUN)
 
 
 def worst(codes: Sequence[ExitCode]) -> ExitCode:

@@ -17,25 +17,8 @@ from typing import NamedTuple
 from distrain.cli.checkpoint_table import differing, find_checkpoint, print_comparison
 from distrain.errors import ExitCode
 from distrain.files.temp_folder import TemporaryFolder
-from distrain.trainer.hook import HookBase
 
 _HOOK = "+hooks.verify_resume"
-
-
-class StopAt(HookBase):
-    """Stops a run with exit code 75 after exactly `at` iterations; 0 never stops it."""
-
-    order = 85
-
-    def __init__(self, at: int) -> None:
-        self._at = at
-
-    def after_step(self) -> None:
-        """Request the stop, on all ranks in the same iteration."""
-        if self.trainer.iter_done == self._at:
-            from distrain.events.reduction import STOP_REQUESTED  # imports torch
-
-            self.trainer.reduction.stop = STOP_REQUESTED
 
 
 class _Plan(NamedTuple):
@@ -126,8 +109,8 @@ def _start(plan: _Plan, run: Path, *, stop_at: int, expected: ExitCode) -> bool:
     command = [
         *(sys.executable, "-m", "distrain", *plan.arguments, f"run.dir={run}", "resume=auto"),
         f"trainer.max_iter={plan.iterations}",
-        f"{_HOOK}._target_=distrain.cli.verify_resume.StopAt",
-        f"{_HOOK}.at={stop_at}",
+        f"{_HOOK}._target_=distrain.hooks.StopAt",
+        f"{_HOOK}.iterations=[{stop_at or ''}]",
     ]
     action = "resume" if stop_at else "train straight"
     if expected == ExitCode.STOPPED:

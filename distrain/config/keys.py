@@ -165,6 +165,14 @@ OPEN: tuple[type, ...] = (OptimKeys,)
 
 
 @dataclass
+class SweepKeys:
+    """`sweep.*`: the objective that a run of a sweep returns."""
+
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+
+
+@dataclass
 class Keys:
     """The whole configuration."""
 
@@ -181,6 +189,7 @@ class Keys:
     checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
     hooks: dict[str, Target | None] = field(default_factory=dict)
     init: InitKeys = field(default_factory=InitKeys)
+    sweep: SweepKeys = field(default_factory=SweepKeys)
     seed: Annotated[int, AtLeast(0)] = 0
     resume: Literal["auto", "never", "must"] = "auto"
     allow_changes: list[Any] = field(default_factory=list)

@@ -25,3 +25,9 @@ def _readable(argument: str) -> str:
     if found and not argument.isascii() and found[1].isascii():
         return f"{found[1]}='{found[2]}'"
     return argument
+
+
+def quoted(text: str) -> str:
+    """Return a text as a quoted string of Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -14,6 +14,7 @@ from distrain.hooks.profiler import TorchProfiler
 from distrain.hooks.replica_guard import ReplicaGuard
 from distrain.hooks.schedule import LRScheduler
 from distrain.hooks.schedule_free import ScheduleFree
+from distrain.hooks.stop_at import StopAt
 from distrain.hooks.straggler import StragglerWatch
 from distrain.hooks.swa import SWA
 from distrain.hooks.thaw import Thaw
@@ -38,6 +39,7 @@ __all__ = [
     "PreciseBN",
     "ReplicaGuard",
     "ScheduleFree",
+    "StopAt",
     "StragglerWatch",
     "Thaw",
     "Throughput",

@@ -14,7 +14,7 @@ from distrain.runfolder.differences import covers, flat
 from distrain.runfolder.files import read_starts
 
 FREE_KEYS = (
-    *("launch", "resume", "plan", "run", "vars", "checkpoint", "data.workers"),
+    *("launch", "resume", "plan", "run", "vars", "sweep", "checkpoint", "data.workers"),
     *("allow_changes", "trainer.max_time"),
     *("trainer.strategy", "trainer.fsdp"),  # sharding of the state; sums may round differently
 )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrain.config.overrides import quoted
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import ACTIVE, State
 from distrain.progress import waiting
@@ -134,7 +135,7 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
             f"python -m distrain.runs resume {run_dir} {hidden[0]}=..."
         )
     added = [_signs(dropped.get(_key(each), "")) * _is_bare(each) + each for each in overrides]
-    return [*_flags(start.argv), *kept, *added, f"run.dir={_quoted(str(run_dir))}"]
+    return [*_flags(start.argv), *kept, *added, f"run.dir={quoted(str(run_dir))}"]
 
 
 def _flags(argv: Sequence[str]) -> list[str]:
@@ -161,9 +162,3 @@ def _signs(override: str) -> str:
 
 def _is_bare(override: str) -> bool:
     return not override.startswith(("+", "~"))
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a quoted string of Hydra's grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

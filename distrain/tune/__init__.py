@@ -1,0 +1,1 @@
+"""`python -m distrain.tune`: a sweep that stops the worse runs early."""

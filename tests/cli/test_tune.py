@@ -1,0 +1,125 @@
+"""Sweeps that optimize: Hydra's Optuna sweeper gets objectives; successive halving by resuming."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from distrain.cli.sweep import check_objective, swept_values
+from distrain.errors import ConfigError
+from distrain.runfolder.objective import objective
+
+DIGITS = ["+experiment=digits", "launch.in_process=true", "hooks.eval.period=4"]
+
+
+def command(*arguments, module="distrain", **options):
+    words = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+
+def test_optuna_maximizes_the_metric_and_counts_a_failed_run(tmp_path):
+    done = command(
+        *("-m", *DIGITS, "trainer.max_iter=4", "hydra/sweeper=optuna", "run.name=search"),
+        *("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "sweep.metric=eval/accuracy"),
+        *("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=0.5"),
+        *("hydra.sweeper.sampler.seed=1", "optim.lr=choice(0.2,nan)", "hydra.verbose=false"),
+        cwd=tmp_path,
+    )
+    assert "optim.lr=nan: expected a number" in done.stderr  # one failed, and the search went on
+    folders = [path for path in (tmp_path / "runs/search").iterdir() if path.is_dir()]
+    assert [path.name for path in folders] == ["optim.lr=0.2"]
+    best = objective(folders[0], "eval/accuracy", mode="max")
+    assert 0 < best < 1
+
+
+@pytest.mark.parametrize(
+    ("sweep", "direction", "waits", "message"),
+    [
+        (
+            {},
+            "minimize",
+            True,
+            "direction=minimize: expected maximize, as sweep.mode=max",
+        ),
+        ({"metric": None}, "minimize", True, "sweep.metric: .*the scalar that the sweeper"),
+        ({"mode": "min"}, "minimize", False, "sweep.metric=eval/accuracy: expected launch=local"),
+    ],
+)
+def test_a_sweep_that_cannot_optimize_is_one_line(sweep, direction, waits, message):
+    hydra = OmegaConf.create({"mode": "MULTIRUN", "sweeper": {"_target_": "a.Sweeper"}})
+    hydra.mode, hydra.sweeper.direction = RunMode.MULTIRUN, direction
+    conf = {"sweep": {"metric": "eval/accuracy", "mode": "max"} | sweep}
+    with pytest.raises(ConfigError, match=message):
+        check_objective(conf, hydra, waits=waits)
+    hydra.mode = RunMode.RUN
+    check_objective(conf, hydra, waits=waits)
+
+
+TUNE = ["--metric", "eval/accuracy", "--rungs", "4,8", "--keep", "0.5", "--folder", "runs/s"]
+
+
+def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
+    arguments = [*TUNE, *DIGITS, "optim.lr=0.1,0.0001"]
+    words = [sys.executable, "-m", "distrain.tune", *arguments]
+    killed = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in killed.stdout:
+        if line.startswith("optim.lr=0.1:"):  # one run has come to the first rung
+            break
+    time.sleep(1)  # the next one is starting
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    done = command(*arguments, module="distrain.tune", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[1] for row in table] == ["8", "4"]
+    assert table[0][0] == "optim.lr=0.1"
+    best = objective(tmp_path / "runs/s/optim.lr=0.1", "eval/accuracy", mode="max", max_iter=8)
+    assert float(table[0][2]) == pytest.approx(best, rel=1e-4)
+    straight = [*DIGITS, "optim.lr=0.1", "trainer.max_iter=8", "run.dir=straight"]
+    assert command(*straight, cwd=tmp_path).returncode == 0
+    words = ["runs/s/optim.lr=0.1", "straight"]
+    compared = command(*words, module="distrain.checkpoint", cwd=tmp_path).stdout
+    same = {line.split()[0] for line in compared.splitlines() if line.endswith("=")}
+    assert {"model", "optimizer", "schedule", "histories", "stream", "rng"} <= same, compared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rungs", "8,4"], "--rungs 8,4: expected growing integers"),
+        (["--keep", "1"], "--keep 1.0: expected a number between 0 and 1"),
+        (
+            ["trainer.max_iter=9"],
+            "trainer.max_iter=9: expected --folder, --rungs",
+        ),
+        ([], "expected at least one key with several values"),
+        (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): expected a list of values"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    from distrain.cli.tune import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main([*TUNE, "+experiment=digits", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_swept_values():
+    assert swept_values(["-m", "+experiment=x", "a=1,2", "b=[1,2]", "+c=range(2)"]) == (
+        ["-m", "+experiment=x", "b=[1,2]"],
+        [["a=1", "a=2"], ["+c=0", "+c=1"]],
+    )
+
+
+def test_an_unknown_scalar_is_named(tmp_path):
+    Path(tmp_path / "metrics.jsonl").write_text('{"iteration": 3, "eval/accuracy": "NaN"}\n{"iter')
+    assert objective(tmp_path, "eval/accuracy", mode="max") is None
+    with pytest.raises(ConfigError, match=r"eval/acuracy: no such scalar; did you mean eval/acc"):
+        objective(tmp_path, "eval/acuracy", mode="max")
