@@ -23,9 +23,10 @@ class _Weights(WeightAverage):
     @property
     def _optimizers(self) -> list[Any]:
         """The schedule-free optimizers of the trainer."""
-        whole = self.trainer.optimizer
-        each = whole.optimizers if isinstance(whole, CombinedOptimizer) else [whole]
-        return [one for one in each if "train_mode" in one.param_groups[0]]
+        found: list[Any] = []
+        for each in self.trainer.optimizers.values():
+            found += each.optimizers if isinstance(each, CombinedOptimizer) else [each]
+        return [one for one in found if "train_mode" in one.param_groups[0]]
 
     @property
     @override
@@ -74,7 +75,7 @@ class ScheduleFree(OwnStatistics, _Weights):
     @override
     def before_train(self) -> None:
         if not self._optimizers:
-            kind = type(self.trainer.optimizer).__name__
+            kind = type(next(iter(self.trainer.optimizers.values()))).__name__
             raise ConfigError(
                 f"hooks.{self.trainer.name_of(self)}: expected an optimizer of the package "
                 f"schedulefree, not {kind}; set optim.target=schedulefree.AdamWScheduleFree"

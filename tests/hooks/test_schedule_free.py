@@ -68,7 +68,7 @@ def test_interrupted_is_straight_bit_for_bit(tmp_path):
     }
     sgd = {"match": "net.5.*", "target": "torch.optim.SGD"}
     optim = {"target": "schedulefree.SGDScheduleFree", "lr": 0.1, "groups": {"sgd": sgd}}
-    settings = {"hooks": hooks, "optim": optim, "workers": 2}
+    settings = {"hooks": hooks, "optim": optim}
     broken, whole = run_ranks(interrupted_and_straight, 2, tmp_path, **settings)[0]
     assert differing(broken, whole) == []
     average, own = whole["hooks"]["schedule_free"]["average"], whole["model"]
