@@ -95,7 +95,14 @@ class EpochLoader(Loader):
             if None in lengths:
                 length, self._ends = None, self._ends or EpochEnds()
             else:
-                length = min(each for each in lengths if each is not None)
+                known = [each for each in lengths if each is not None]
+                length = min(known)
+                if length < max(known) and dist.get_rank() == 0:
+                    logger.info(
+                        "epochs end after %d batches per rank, as on rank %d; the other ranks "
+                        "leave out %d batches per epoch",
+                        *(length, known.index(length), sum(known) - length * len(known)),
+                    )
         if start_iter != self._start_iter + self._num_since // self._accumulation:
             start = start_iter * self._accumulation
             self._epoch, self._batch = divmod(start, length) if length else (0, start)

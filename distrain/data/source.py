@@ -98,6 +98,19 @@ class Source(Iterator[Any]):
             set_generators(int(sample_seeds(*at, seed=self._seed)[0]))
 
 
+class FirstSample:
+    """The first sample of an iterable data set, as a map-style one, to compare it over ranks."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return next(Source(self._dataset, seed=None))
+
+
 def is_iterable_style(dataset: Any) -> bool:
     """Whether samples are read one after another, rather than by their index."""
     if isinstance(dataset, IterableDataset):

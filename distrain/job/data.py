@@ -14,7 +14,7 @@ from distrain.data.collate import Collate
 from distrain.data.iterable import IterableLoader
 from distrain.data.loader import TrainLoader
 from distrain.data.samplers import SampleOrder
-from distrain.data.source import is_iterable_style
+from distrain.data.source import FirstSample, is_iterable_style, is_split_by_library
 from distrain.distributed.ranks import Topology, local_device
 from distrain.errors import ConfigError
 from distrain.job.build_first import build_first
@@ -23,6 +23,11 @@ from distrain.job.same_data import check_same_data, open_files
 from distrain.trainer.trainer import Seekable
 
 Conf = dict[str, Any]
+
+_READS_A_PART = (
+    "; or, where each rank reads its own part, "
+    "data.loader={_target_: distrain.data.IterableLoader, splits_itself: true}"
+)
 
 
 def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
@@ -40,14 +45,18 @@ def build_datasets(conf: Conf, ranks: Topology) -> tuple[Any, dict[str, Any]]:
     found = build_first(build_all, ranks) if data["build_first"] else build_all()
     train_set, eval_sets = found
     sets = {eval_key(name): dataset for name, dataset in eval_sets.items()}
-    is_read_by_index = data["loader"] is None and not is_iterable_style(train_set)
-    if train_set is not None and is_read_by_index:
-        # other data may be another part per rank
-        sets = {"data.train": train_set, **sets}
+    fix = ""
+    # that of a loader may be another part per rank, as that of a library that splits it
+    if train_set is not None and data["loader"] is None and not is_split_by_library(train_set):
+        is_read_in_order = is_iterable_style(train_set)
+        compared = FirstSample(train_set) if is_read_in_order else train_set
+        sets, fix = {"data.train": compared, **sets}, _READS_A_PART * is_read_in_order
     if ranks.world_size > 1:
         # where CUDA is in use, fork only if loader processes are forked anyway
         may_fork = data["workers"] > 0 or not torch.cuda.is_initialized()
-        check_same_data(sets, seed=conf["seed"], open_before=open_before, may_fork=may_fork)
+        check_same_data(
+            sets, seed=conf["seed"], open_before=open_before, may_fork=may_fork, fix=fix
+        )
     return train_set, eval_sets
 
 

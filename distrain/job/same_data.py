@@ -49,7 +49,12 @@ Print = list[Any]  # digest, means (that of the absolute values first), text
 
 
 def check_same_data(
-    datasets: Mapping[str, Any], *, seed: int, open_before: Mapping[int, str], may_fork: bool
+    datasets: Mapping[str, Any],
+    *,
+    seed: int,
+    open_before: Mapping[int, str],
+    may_fork: bool,
+    fix: str = "",
 ) -> None:
     """Check that all ranks have the same data sets. A collective.
 
@@ -58,6 +63,7 @@ def check_same_data(
         seed: of the run, for random numbers of the samples.
         open_before: `open_files()` from before the data sets were built.
         may_fork: whether a child process may load samples; else only lengths are compared.
+        fix: another way out, for the error.
 
     Raises:
         ConfigError: they differ, on all ranks alike; or one is empty or not map-style.
@@ -71,9 +77,9 @@ def check_same_data(
             prints = _probe(datasets, seed)
     of_ranks = gather_to_all([lengths, prints])
     for key in datasets:
-        _compare_lengths(key, [of_rank[0][key] for of_rank in of_ranks])
+        _compare_lengths(key, [of_rank[0][key] for of_rank in of_ranks], _FIX + fix)
     for place in sorted({place for of_rank in of_ranks for place in of_rank[1]}):
-        _compare_samples(place, [of_rank[1].get(place) for of_rank in of_ranks])
+        _compare_samples(place, [of_rank[1].get(place) for of_rank in of_ranks], _FIX + fix)
 
 
 def open_files() -> dict[int, str]:
@@ -239,15 +245,15 @@ def _kind(array: Any) -> str:
     return f"{str(array.dtype).removeprefix('torch.')}{[*array.shape]}"
 
 
-def _compare_lengths(key: str, lengths: list[int]) -> None:
+def _compare_lengths(key: str, lengths: list[int], fix: str) -> None:
     for rank, length in enumerate(lengths):
         if length != lengths[0]:
             raise ConfigError(
-                f"{key}: rank 0 has {lengths[0]} samples, rank {rank} has {length}; {_FIX}"
+                f"{key}: rank 0 has {lengths[0]} samples, rank {rank} has {length}; {fix}"
             )
 
 
-def _compare_samples(place: str, prints: list[Print | None]) -> None:
+def _compare_samples(place: str, prints: list[Print | None], fix: str) -> None:
     known = [(rank, found) for rank, found in enumerate(prints) if found is not None]
     (first, one), *others = known
     for rank, other in others:
@@ -256,7 +262,7 @@ def _compare_samples(place: str, prints: list[Print | None]) -> None:
             if mine == theirs:  # both are cut
                 mine, theirs = (f"{p[2]} ... {p[0][:8]} {p[1][:1]}" for p in (one, other))
             raise ConfigError(
-                f"{place} is ({mine}) on rank {first}, ({theirs}) on rank {rank}; {_FIX}"
+                f"{place} is ({mine}) on rank {first}, ({theirs}) on rank {rank}; {fix}"
             )
 
 

@@ -92,6 +92,18 @@ def test_ranks_with_unequal_ends_end_an_epoch_together(has_length, caplog):
         assert resumed == [2 * step + 1, 2 * step + 2]
 
 
+def test_lengths_that_differ_are_reported(caplog):
+    def text(rank):
+        with caplog.at_level("INFO", logger="distrain"):
+            EpochLoader([0] * (3 + rank)).batches(0)
+        return caplog.text
+
+    assert (
+        "after 3 batches per rank, as on rank 0; the other ranks leave out 3 b"
+        in run_ranks(text, 3)[0]
+    )
+
+
 def test_on_another_number_of_ranks_a_state_of_the_data_is_refused():
     loader = EpochLoader(stateful(0))
     next(loader.batches(0))

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from resume_cases import conf_of
 
+from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.job import same_data
+from distrain.job.data import build_datasets
 from distrain.job.same_data import check_same_data, open_files
 
 pytestmark = pytest.mark.ranks
@@ -226,3 +229,23 @@ def seeds(rank):
 
 def test_what_samples_draw_is_seeded_as_in_training():
     assert "sample 0 is (0." in run_ranks(seeds, 2)[0]
+
+
+class OfItsRank(torch.utils.data.IterableDataset):
+    """A stream that reads another part on each rank."""
+
+    def __iter__(self):
+        return iter([torch.tensor([float(10 * torch.distributed.get_rank())])])
+
+
+def streams(rank):
+    conf = conf_of(data={"train": {"_target_": f"{__name__}.OfItsRank"}})
+    with pytest.raises(ConfigError) as error:
+        build_datasets(conf, topology())
+    return str(error.value)
+
+
+def test_a_stream_that_reads_a_part_per_rank_is_noticed():
+    for text in run_ranks(streams, 2):
+        assert text.startswith("data.train: sample 0 is (float32[1] 0) on rank 0, (float32[1] 10)")
+        assert "splits_itself: true" in text
