@@ -7,7 +7,9 @@
         training.safetensors    all other tensors
         state.json              the nested rest, one part per line; refers to tensors by name
         manifest.json           content, with the sha256 of each file and part;
-                                "best": metrics by name that were never better before
+                                "best": metrics by name that were never better before;
+                                "scores": by name, where the best n are kept: value, whether
+                                larger is better, and n
     iter_0000000100.trained/    the same, while the end of the run (final evaluation, ...) is left;
                                 deleted after the next save
 
@@ -133,8 +135,18 @@ def _check_fields(fields: dict[str, Any], name: str) -> None:
             raise CheckpointDamaged(f"{name}: the entry of {file} lacks its size or sha256")
     if not all(isinstance(value, float | int) for value in fields["best"].values()):
         raise CheckpointDamaged(f"{name}: a metric of 'best' is not a number")
+    scores = fields.get("scores", {})
+    if not isinstance(scores, dict) or not all(map(_is_score, scores.values())):
+        raise CheckpointDamaged(f"{name}: 'scores' is not value, larger_is_better and keep by name")
     if not all(_is_sha256(digest) for digest in fields["parts"].values()):
         raise CheckpointDamaged(f"{name}: a digest of 'parts' is not a sha256")
+
+
+def _is_score(score: object) -> bool:
+    if not isinstance(score, dict) or score.keys() != {"value", "larger_is_better", "keep"}:
+        return False
+    is_number = isinstance(score["value"], float | int)
+    return is_number and isinstance(score["larger_is_better"], bool) and type(score["keep"]) is int
 
 
 def _is_sha256(value: object) -> bool:

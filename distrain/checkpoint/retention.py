@@ -126,13 +126,36 @@ def _best_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, dict[str, 
     return dict(sorted(best.items()))
 
 
-def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
+def _top_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the checkpoints with the best values of each metric with scores, best first.
+
+    Of equal values the earlier is better. How many there are is said by the newest manifest.
+    """
+    found: dict[str, list[tuple[float, int, dict[str, Any]]]] = {}
+    for iteration, _, manifest in own:
+        for name, score in manifest.get("scores", {}).items():
+            rank = -score["value"] if score["larger_is_better"] else score["value"]
+            found.setdefault(name, []).append((rank, iteration, score))
+    return {
+        name: [
+            {"iteration": iteration, "metric": score["value"]}
+            for _, iteration, score in sorted(each, key=lambda one: one[:2])[: each[0][2]["keep"]]
+        ]
+        for name, each in found.items()
+    }
+
+
+def _write_best(
+    folder: str, best: dict[str, dict[str, Any]], top: dict[str, list[dict[str, Any]]]
+) -> None:
     """Update `best.json`: `{"metrics": {name: {"iteration", "metric"}}}`.
 
-    With a single metric, "iteration" and "metric" are at the top as well.
+    A metric of which several checkpoints are kept has them as "top", best first. With a single
+    metric, "iteration" and "metric" are at the top as well.
     """
     if not best:
         return
+    best = {n: {**one, "top": top[n]} if n in top else one for n, one in best.items()}
     fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
     text = json.dumps(fields) + "\n"
     with contextlib.suppress(OSError):
@@ -148,14 +171,16 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
     checkpoint will replace it, and must not count it as one of the last valid ones until then.
     """
     own = [each for each in _own(folder, run_id) if each[0] <= newest]
-    best = _best_of(own)
+    best, top = _best_of(own), _top_of(own)
+    kept_best = {one["iteration"] for one in best.values()}
+    kept_best |= {one["iteration"] for ones in top.values() for one in ones}
     try:
-        _write_best(folder, best)
+        _write_best(folder, best, top)
     except OSError as error:
         notes.append(f"{BEST_FILE} could not be written: {error}")
     kept = 0
     for iteration, path, _ in own:
-        is_best = any(iteration == one["iteration"] for one in best.values())
+        is_best = iteration in kept_best
         if kept < keep["last"] and _has_right_sizes(path):
             kept += 1
         elif not is_best and (not keep["every"] or iteration % keep["every"]):

@@ -51,6 +51,20 @@ class Best(NamedTuple):
     metric: float
 
 
+class Score(NamedTuple):
+    """Value of a metric, and how many checkpoints with the best values are kept."""
+
+    value: float
+    larger_is_better: bool
+    keep: int
+
+
+def _check_finite(metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value}: the best checkpoint needs a finite metric")
+
+
 class CheckpointStore:
     """Checkpoints of one run. Rank 0 saves, any rank may load. Not thread-safe.
 
@@ -136,6 +150,7 @@ class CheckpointStore:
         *,
         world_size: int,
         best: Mapping[str, float] | None = None,
+        scores: Mapping[str, Score] | None = None,
         is_end_left: bool = False,
     ) -> Stall:
         """Copy the state after `iteration` iterations, and write it in the background.
@@ -149,6 +164,7 @@ class CheckpointStore:
             world_size: number of ranks, for the manifest.
             best: metrics by name that were never better. They are published with the checkpoint,
                 which is kept until a better one is.
+            scores: metrics by name of which the best few checkpoints are kept.
             is_end_left: all iterations are done, the end of the run (final evaluation, ...) is not:
                 a run that resumes here still has to do it. Replaced by the next complete save.
 
@@ -161,10 +177,9 @@ class CheckpointStore:
 
         start = time.perf_counter()
         best = {name: float(value) for name, value in (best or {}).items()}
-        for name, value in best.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name}={value}: the best checkpoint needs a finite metric")
-        if iteration == self._newest and not best and not is_end_left:
+        scores = scores or {}
+        _check_finite({**{n: score.value for n, score in scores.items()}, **best})
+        if iteration == self._newest and not (best or scores or is_end_left):
             return Stall(0.0, 0.0)
         self.wait()
         waited = time.perf_counter()
@@ -176,6 +191,7 @@ class CheckpointStore:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "attempt": self._attempt,
             "best": best,
+            **({"scores": {n: score._asdict() for n, score in scores.items()}} if scores else {}),
         }
         job = self._job(iteration, name=name, scratch=scratch, manifest=manifest)
         self._newest = self._newest if is_end_left else iteration

@@ -61,14 +61,14 @@ def _reserve(staging_fd: int, size: int) -> None:
 def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
     """Write and publish a checkpoint, then delete those no longer kept.
 
-    A valid one of that name stays, unless the new one is the best by a metric and it is not.
+    A valid one of that name stays, unless the new one has a metric's mark or score that it lacks.
     """
     folder = job["folder"]
     _make_folder(folder, job["parent"])
     run_id = retention.run_id_of(folder)
     path = os.path.join(folder, job["name"])
-    marks = _best_marks(path)
-    if marks is None or not job["manifest"]["best"].items() <= marks.items():
+    marks = _marks(path)
+    if marks is None or not _marks_of(job["manifest"]).items() <= marks.items():
         scratch = os.path.join(folder, job["scratch"])
         os.mkdir(scratch, 0o755)
         try:
@@ -169,13 +169,17 @@ def _make_folder(folder: str, parent: int | None) -> None:
         sync_folder(around)
 
 
-def _best_marks(path: str) -> dict[str, float] | None:
-    """Return the metrics by which a checkpoint is the best; None if it is missing or damaged."""
+def _marks(path: str) -> dict[str, float] | None:
+    """Return the marks and scores of a checkpoint; None if it is missing or damaged."""
     try:
-        marks: dict[str, float] = fmt.verify(path)["best"]
+        return _marks_of(fmt.verify(path))
     except fmt.CheckpointDamaged:
         return None
-    return marks
+
+
+def _marks_of(manifest: dict[str, Any]) -> dict[str, float]:
+    scores = manifest.get("scores", {})
+    return {**manifest["best"], **{f"scores {n}": score["value"] for n, score in scores.items()}}
 
 
 def main(arguments: list[str]) -> None:

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 NO_STOP, STOP_EARLY, STOP_REQUESTED = 0, 1, 2
 
-_HEADER_LENGTH = 3  # stop request, negative first iteration of new names, nanoseconds per step
+# stop request, negative first iteration of new names, nanoseconds per step, save request
+_HEADER_LENGTH = 4
 _NO_NEW_NAMES = np.iinfo(np.int64).min
 _TARGET_WINDOW_S = 1.0  # of several periods, where steps are fast
 _MAX_WINDOW_VALUES = 2**16  # of several periods: 0.5 MB of values, 0.5 MB of weights
@@ -96,6 +97,8 @@ class ScalarReduction:
     Attributes:
         stop: as agreed by all ranks: NO_STOP, STOP_EARLY or STOP_REQUESTED.
         stop_request: of this rank: STOP_REQUESTED, soon by the clock; or NO_STOP.
+        save_request: of this rank: a checkpoint is due by the clock.
+        save_agreed: a rank has requested one; true after the same iteration on all ranks.
         combined_iter: the last iteration that is completely reduced.
         step_s: seconds per step, the mean over the last window on the slowest rank.
     """
@@ -114,6 +117,7 @@ class ScalarReduction:
     ) -> None:
         self.stop = NO_STOP
         self.stop_request = NO_STOP
+        self.save_request = self.save_agreed = False
         self.combined_iter = first_iter - 1
         self.step_s = float("inf")
         self._storage = storage
@@ -225,7 +229,8 @@ class ScalarReduction:
         step_s = (now - self._sent_time) / max(1, window.last - self._sent_iter)
         self._sent_time, self._sent_iter = now, window.last
         held = max((-row.iteration for row in self._held), default=_NO_NEW_NAMES)
-        header = np.array([self.stop_request, held, int(step_s * 1e9)], dtype=np.int64)
+        fields = [self.stop_request, held, int(step_s * 1e9), self.save_request]
+        header = np.array(fields, dtype=np.int64)
         extremes = self._columns.pack_extremes(unrolled, self._rank)
         sums = self._columns.pack_sums(unrolled)
         if self._world_size > 2:  # else the last bits depend on the window's length
@@ -245,7 +250,8 @@ class ScalarReduction:
         assert window.sums is not None
         assert window.extremes is not None
         self._window = None
-        stop, held, step_ns = window.extremes[:_HEADER_LENGTH].tolist()
+        stop, held, step_ns, save = window.extremes[:_HEADER_LENGTH].tolist()
+        self.save_agreed |= bool(save)
         iterations = np.arange(window.since, window.last + 1)
         sums, extremes = window.sums.numpy(), window.extremes.numpy()[_HEADER_LENGTH:]
         self._arrived.append(_Arrived(iterations, sums, extremes, window.local))

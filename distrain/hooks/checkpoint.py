@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from distrain.checkpoint.portable import from_portable, to_portable
-from distrain.checkpoint.store import CheckpointStore
-from distrain.checks import wrong
+from distrain.checkpoint.store import CheckpointStore, Score
+from distrain.checks import whole, wrong
 from distrain.distributed.collectives import gather_to_main
 from distrain.distributed.rng import random_states
+from distrain.durations import seconds
 from distrain.heartbeat import Phase
 from distrain.hooks.metric import MetricHook
 from distrain.hooks.periodic import Period, checked_period, in_iterations, is_due, is_finished
@@ -21,29 +24,56 @@ from distrain.trainer.loop import TrainerBase
 class PeriodicCheckpointer(HookBase):
     """Saves every `period` iterations, and at the end of a run that did not fail.
 
+    With `every`, also when so much time has passed since the last of these saves, by the clock of
+    rank 0: the ranks agree on the iteration at the end of a window.
+
     Args:
         period: in iterations, or text in epochs, as "1 epoch"; None saves at the end only.
+        every: a duration, as "15m" or in seconds; None saves by iterations only.
         checkpoints: destination.
     """
 
     order = 80
     only_closes = True
 
-    def __init__(self, period: Period | None = None, *, checkpoints: CheckpointStore) -> None:
+    def __init__(
+        self,
+        period: Period | None = None,
+        *,
+        every: str | float | None = None,
+        checkpoints: CheckpointStore,
+    ) -> None:
         self._period = None if period is None else checked_period(period)
+        self._every_s = None if every is None else seconds("every", every)
         self._checkpoints = checkpoints
 
     def before_train(self) -> None:
         if self._period is not None:
             self._period = in_iterations(self, self._period)
+        self._saved_s = time.monotonic()
         self._rehearse(self._checkpoints.check)
 
     def after_step(self) -> None:
         if self.trainer.iter_done == self.trainer.start_iter + 1:
             # from now on the optimizer has its state
             self._rehearse(self._checkpoints.reserve)
-        if is_due(self.trainer, self._period) and not _stops_here(self.trainer):
-            save(self.trainer, self._checkpoints)
+        is_late = self._every_s is not None and self._is_late(self._every_s)
+        if (is_late or is_due(self.trainer, self._period)) and not _stops_here(self.trainer):
+            self._save()
+
+    def _is_late(self, every_s: float) -> bool:
+        """Whether the ranks have agreed that the time has passed; request it on rank 0."""
+        reduction = self.trainer.reduction
+        if self.trainer.where.is_main and time.monotonic() - self._saved_s >= every_s:
+            reduction.save_request = True
+        return reduction.save_agreed
+
+    def _save(self) -> None:
+        reduction = self.trainer.reduction
+        reduction.save_request = False  # before the save reduces the next window
+        save(self.trainer, self._checkpoints)
+        reduction.save_agreed = False
+        self._saved_s = time.monotonic()
 
     def _rehearse(self, take: Callable[[Mapping[str, Any]], object]) -> None:
         """Pass the state to a check, so that a state that cannot be saved is an early error."""
@@ -79,6 +109,8 @@ class BestCheckpointer(MetricHook):
         metric: the scalar's name, such as "eval/accuracy"; equal on all ranks.
         mode: "max" if larger is better, "min" if smaller is.
         min_delta: smallest improvement that counts.
+        keep: number of checkpoints with the best values that are kept; `min_delta` does not count
+            for more than the best one.
         checkpoints: destination.
     """
 
@@ -90,9 +122,14 @@ class BestCheckpointer(MetricHook):
         *,
         mode: Literal["max", "min"] = "max",
         min_delta: float = 0.0,
+        keep: int = 1,
         checkpoints: CheckpointStore,
     ) -> None:
         super().__init__(metric, mode=mode, min_delta=min_delta)
+        self._larger_is_better = mode == "max"
+        self._keep = whole("keep", keep, least=1)
+        self._top: list[tuple[float, int]] = []  # values and iterations, best first; if keep > 1
+        self._unsaved_score: float | None = None
         self._checkpoints = checkpoints
         self._unsaved: float | None = None  # best value, until a checkpoint is marked with it
 
@@ -104,36 +141,68 @@ class BestCheckpointer(MetricHook):
         super().before_train()
 
     def after_step(self) -> None:
-        marks = self._marks()
-        if marks and not _stops_here(self.trainer):
-            self._save(marks)
+        self._look()
+        if self._is_unsaved() and not _stops_here(self.trainer):
+            self._save()
 
     def after_train(self) -> None:
         # the final evaluation is over
-        if self.trainer.error is None and (marks := self._marks()):
-            self._save(marks)
+        if self.trainer.error is None:
+            self._look()
+            if self._is_unsaved():
+                self._save()
         super().after_train()
 
     def _all(self) -> list[BestCheckpointer]:
         return [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]
 
-    def _marks(self) -> dict[str, float]:
-        """Best values of all these hooks that no checkpoint has yet, by metric."""
+    def _look(self) -> None:
+        """Look at the metrics of this iteration, for all these hooks."""
         for hook in self._all():
-            if hook.has_improved():
+            improved = hook.has_improved()
+            if improved:
                 hook._unsaved = hook.best
-        return {h.metric: h._unsaved for h in self._all() if h._unsaved is not None}
+            if improved is not None and hook._keep > 1:
+                hook._enter(hook.trainer.metric_now(hook.metric), hook.trainer.iter_done)
 
-    def _save(self, marks: Mapping[str, float]) -> None:
-        for hook in self._all():  # in the saved state nothing is left to save
-            hook._unsaved = None
-        save(self.trainer, self._checkpoints, best=marks)
+    def _enter(self, value: float | None, iteration: int) -> None:
+        """Enter a value among the best ones, if it is one of them."""
+        if value is None or not math.isfinite(value):
+            return
+        sign = -1.0 if self._larger_is_better else 1.0
+        top = [entry for entry in self._top if entry[1] != iteration]
+        top = sorted([*top, (value, iteration)], key=lambda entry: (sign * entry[0], entry[1]))
+        self._top = top[: self._keep]
+        if (value, iteration) in self._top:
+            self._unsaved_score = value
+
+    def _is_unsaved(self) -> bool:
+        """Whether no checkpoint has the best values of all these hooks yet."""
+        return any(h._unsaved is not None or h._unsaved_score is not None for h in self._all())
+
+    def _save(self) -> None:
+        hooks = self._all()
+        best = {h.metric: h._unsaved for h in hooks if h._unsaved is not None}
+        scores = {
+            h.metric: Score(h._unsaved_score, h._larger_is_better, h._keep)
+            for h in hooks
+            if h._unsaved_score is not None
+        }
+        for hook in hooks:  # in the saved state nothing is left to save
+            hook._unsaved = hook._unsaved_score = None
+        save(self.trainer, self._checkpoints, best=best, scores=scores)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "unsaved": self._unsaved}
+        state: dict[str, Any] = {"best": self.best, "unsaved": self._unsaved}
+        if self._keep > 1:
+            state |= {"top": self._top, "unsaved_score": self._unsaved_score}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self._unsaved = state["best"], state["unsaved"]
+        if self._keep > 1:
+            self._top = [(value, iteration) for value, iteration in state.get("top", ())]
+            self._unsaved_score = state.get("unsaved_score")
 
 
 def save(
@@ -141,6 +210,7 @@ def save(
     checkpoints: CheckpointStore,
     *,
     best: Mapping[str, float] | None = None,
+    scores: Mapping[str, Score] | None = None,
     is_end_left: bool = False,
 ) -> None:
     """Save all that a resumed run needs. A collective; training waits for the copy only.
@@ -149,6 +219,7 @@ def save(
         trainer: owner of the state.
         checkpoints: destination; only rank 0's is used.
         best: see `CheckpointStore.save`.
+        scores: see `CheckpointStore.save`.
         is_end_left: see `CheckpointStore.save`; `TrainerBase.train` then does the end only.
     """
     with trainer.pulse.phase(Phase.SAVING):
@@ -169,6 +240,7 @@ def save(
             state,
             world_size=trainer.where.world_size,
             best=best,
+            scores=scores,
             is_end_left=is_end_left,
         )
 
