@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class EvaluateJob:
         """Return the metrics over all ranks; write the predictions. A collective."""
         from distrain.data.loader import EvalLoader
         from distrain.distributed.ranks import local_device, topology
+        from distrain.job.build_first import build_first
         from distrain.job.data import loading
         from distrain.job.eval_sets import build_metrics, build_sets, eval_loader
         from distrain.job.load import model_of
@@ -57,9 +59,11 @@ class EvaluateJob:
         from distrain.trainer.evaluate import evaluate
         from distrain.trainer.numerics import numerics
 
-        conf, trainer = self.conf, self.conf["trainer"]
+        conf, trainer, ranks = self.conf, self.conf["trainer"], topology()
         metrics = build_metrics(conf)
-        found = eval_loader(conf, build_sets(conf), **loading(conf, topology()))
+        is_first = conf["data"]["build_first"]
+        sets = build_first(partial(build_sets, conf), ranks) if is_first else build_sets(conf)
+        found = eval_loader(conf, sets, **loading(conf, ranks))
         loaders = {"": found} if isinstance(found, EvalLoader) else found or {}
         model = model_of(conf, Path(self.checkpoint), ema=self.ema)
         settings: dict[str, Any] = {

@@ -9,6 +9,7 @@ from resume_cases import Images, conf_of, train
 from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.job.data import build_datasets
+from distrain.job.evaluation import EvaluateJob
 
 HERE = __name__
 
@@ -41,6 +42,22 @@ def trains(rank, folder):
 
 def test_the_first_rank_unpacks(tmp_path):
     assert run_ranks(trains, 3, tmp_path) == [ExitCode.FINISHED] * 3
+    assert [path.name for path in tmp_path.glob("unpacked*")] == ["unpacked_by_0"]
+
+
+def evaluates(rank, folder):
+    settings = conf_of(data={"train": None, "build_first": True, "eval_batch_size": 4}, iters=2)
+    settings["data"]["eval"] = {"_target_": f"{HERE}.Unpacked", "folder": folder}
+    settings["trainer"] |= {"precision": "fp32", "channels_last": False}
+    (checkpoint,) = folder.glob("run/checkpoints/iter_*2")
+    return EvaluateJob(settings, str(folder), str(checkpoint))._values()
+
+
+def test_an_evaluation_unpacks_on_the_first_rank_too(tmp_path):
+    node = {"_target_": f"{HERE}.Images"}
+    train(conf_of(data={"train": node}, iters=2), tmp_path / "run")
+    first, *others = run_ranks(evaluates, 2, tmp_path)
+    assert [first] == others
     assert [path.name for path in tmp_path.glob("unpacked*")] == ["unpacked_by_0"]
 
 
