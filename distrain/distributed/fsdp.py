@@ -34,6 +34,7 @@ class FSDP(Strategy):
         self._blocks = blocks
         self._reshards = reshard_after_forward
         self.is_sharded = topology().world_size > 1
+        self._syncs = True  # whether a backward reduces gradients
 
     @override
     def check(self, **settings: Any) -> None:
@@ -96,27 +97,28 @@ class FSDP(Strategy):
     @contextmanager
     @override
     def no_sync(self, model: Any) -> Iterator[None]:
-        if not self.is_sharded:
+        with self._synced(model, False):
             yield
-            return
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
 
     @contextmanager
     @override
     def reduced_backward(self, model: Any) -> Iterator[None]:
         # inside `no_sync` gradients that are not reduced lie in torch's private buffers
+        with self._synced(model, True):
+            yield
+
+    @contextmanager
+    def _synced(self, model: Any, syncs: bool) -> Iterator[None]:
         if not self.is_sharded:
             yield
             return
-        model.set_requires_gradient_sync(True)
+        before, self._syncs = self._syncs, syncs
+        model.set_requires_gradient_sync(syncs)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(False)
+            self._syncs = before
+            model.set_requires_gradient_sync(before)
 
     @override
     def local(self, tensor: Tensor) -> Tensor:

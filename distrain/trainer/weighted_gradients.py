@@ -106,7 +106,7 @@ class WeightedGradients:
             for name in self._names
         ]
         local = torch.stack([*weights, zero + sum(bool(part.plain) for part in self._parts)])
-        total = sum_over_ranks(local)
+        self._local, total = local, sum_over_ranks(local)
         self._host = _HostCopy(torch.stack([local, total]))
         scales = torch.where(total > 0, topology().world_size / nonzero(total), zero)
         self._scales = dict(zip(self._names, scales, strict=False))
@@ -170,11 +170,11 @@ class WeightedGradients:
         local, total = self._host.read()
         counts = dict(zip(self._names, local, strict=False))
         losses: dict[str, Tensor] = {}
-        for name, count in counts.items():
+        for name, weight in zip(self._names, self._local, strict=False):  # on the device
             parts = [part for part in self._parts if name in part.totals]
             if parts:
                 own = torch.stack([part.totals[name].detach() for part in parts]).sum()
-                losses[name] = mean_of(own, own.new_tensor(count))
+                losses[name] = mean_of(own, weight)
         plain, rare = mean_losses([part.plain for part in self._parts])
         is_empty = not any(total)
         if "loss" not in losses:

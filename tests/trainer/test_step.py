@@ -210,6 +210,11 @@ def stepped(rank, world_size, step, accumulation=1, steps=3, **settings):
     )
     trainer.train(0, steps)
     losses = [v for v, _ in trainer.storage.history("loss").values()]
+    if trainer.is_sharded:
+        whole = trainer.state_dict()["model"]  # on rank 0
+        if rank > 0:
+            return None, losses, None
+        return nn.utils.parameters_to_vector(whole.values()), losses, None
     return vector(model), losses, [*optimizer.state_dict()["state"]]
 
 
@@ -268,6 +273,29 @@ def test_a_step_that_does_as_the_default_has_its_bits():
         assert torch.equal(ours[0], default[0])
         assert ours[1] == default[1]
         assert ours[2] == default[2], "the optimizer has no state of the spare part"
+
+
+class Weighed(distrain.Step):
+    """The default step, with losses of two weights."""
+
+    accumulates = True
+
+    def __call__(self, batch):
+        with self.update() as update:
+            for part in batch:
+                loss = self.model(*part)
+                num = len(part[0])
+                update.backward({"a": distrain.Loss(loss * num, num), "b": distrain.Loss(loss, 1)})
+
+
+@pytest.mark.parametrize("step", [Default, Weighed, SAM])
+def test_a_sharded_model_takes_the_same_steps(step):
+    torch.distributed.fsdp.fully_shard  # noqa: B018 - imported once, not in each rank
+    settings = {"accumulation": 2, "clip_norm": 0.5}
+    copies = run_ranks(stepped, 2, 2, step, **settings)
+    shards = run_ranks(stepped, 2, 2, step, strategy="fsdp", **settings)
+    torch.testing.assert_close(shards[0][0], copies[0][0], rtol=1e-5, atol=1e-6)
+    assert shards[0][1] == pytest.approx(copies[0][1], rel=1e-5)
 
 
 class Halves(distrain.Step):
