@@ -108,7 +108,7 @@ def _start(plan: _Plan, run: Path, *, stop_at: int, expected: ExitCode) -> bool:
     """Run the command once; return False and print its output if its exit code is another."""
     command = [
         *(sys.executable, "-m", "distrain", *plan.arguments, f"run.dir={run}", "resume=auto"),
-        f"trainer.max_iter={plan.iterations}",
+        *(f"trainer.max_iter={plan.iterations}", "trainer.max_epochs=null"),
         f"{_HOOK}._target_=distrain.hooks.StopAt",
         f"{_HOOK}.iterations=[{stop_at or ''}]",
     ]

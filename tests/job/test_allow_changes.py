@@ -1,5 +1,6 @@
 """Other settings on resume: they take effect, are recorded, and need a permission."""
 
+import copy
 import sys
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from checkpoint_cases import identical
 from ranks import run_ranks
 from resume_cases import CRASH, ITERS, SAVED, SGD, conf_of, state_of, train
+from torch import nn
 
-from distrain import HookBase
+import distrain
+from distrain import HookBase, Trainer
 from distrain.cli.command import Command
 from distrain.errors import ConfigError, ExitCode
+from distrain.hooks import EvalHook, LRScheduler
+from distrain.job.changed_settings import load_state
 from distrain.runs.__main__ import run as runs
 
 COSINE = {"_target_": "distrain.schedule.WarmupCosineLR", "max_iters": ITERS, "warmup_iters": 6}
@@ -140,3 +145,42 @@ def test_the_command_records_what_has_changed(command, tmp_path, capfd):
     assert b"optim.lr: 0.1 -> 0.05 after iteration 10" in events[-1].read_bytes()
     assert b"after iteration" not in events[0].read_bytes()
     assert command(*longer)[0] == 0  # it has these values now
+
+
+class Both(distrain.Step):
+    def __call__(self, batch):
+        for name, part in self.model.items():
+            with self.update(name) as update:
+                update.backward(part(batch).square().mean())
+
+
+def two_parts(rate):
+    """Return a trainer of two optimizers, and their schedules; `rate` is that of the second."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+    rates = {"a": 0.1, "b": rate}
+    optim = {name: torch.optim.SGD(model[name].parameters(), lr=lr) for name, lr in rates.items()}
+    schedules = {
+        "a": torch.optim.lr_scheduler.ExponentialLR(optim["a"], gamma=0.5),
+        "b": torch.optim.lr_scheduler.ReduceLROnPlateau(optim["b"], factor=0.5, patience=0),
+    }
+    hooks = {
+        "schedule": LRScheduler(schedule=schedules, metric="eval/loss"),
+        "eval": EvalHook(2, function=lambda: {"loss": 1.0}),
+    }
+    trainer = Trainer(model, optim, [torch.ones(4, 2)] * 4, hooks=hooks, step=Both(), window=2)
+    nodes = {name: {"lr": lr} for name, lr in rates.items()}
+    trainer.settings = {"optim": nodes, "schedule": {"a": {"gamma": 0.5}, "b": {"factor": 0.5}}}
+    return trainer, schedules
+
+
+def test_one_of_several_optimizers_and_a_schedule_that_waits_for_a_metric():
+    trainer, schedules = two_parts(0.1)
+    trainer.train(0, 4)  # the second evaluation is not better
+    saved = copy.deepcopy(trainer.state_dict())
+    other, schedules = two_parts(0.4)
+    load_state(other, saved, schedules)
+    rates = {name: each.param_groups[0]["lr"] for name, each in other.optimizers.items()}
+    assert rates == {"a": 0.1 * 0.5**4, "b": 0.4 * 0.5}
+    assert schedules["b"].best == 1.0
+    assert schedules["a"].last_epoch == 4
