@@ -177,7 +177,7 @@ class SetMetrics:
         for name in (*self._objects, *self._functions):
             try:
                 if name in self._objects:
-                    result = _value_of(self._objects[name])
+                    result = _value_of(self._objects[name], is_part=is_part)
                 else:
                     function = self._functions[name]
                     positional, keywords = arguments_of(f"{KEY}.{name}", function, found)
@@ -192,9 +192,11 @@ class SetMetrics:
         return values
 
 
-def _value_of(metric: Any) -> Any:
+def _value_of(metric: Any, *, is_part: bool) -> Any:
     """Return a torchmetrics object's value of the states that it has."""
     with unsynced(metric), warnings.catch_warnings():
+        if is_part:  # a class may be missing in one batch
+            warnings.simplefilter("ignore")
         # rank 0 may have had no batch
         warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)
         return metric.compute()

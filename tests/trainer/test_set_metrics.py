@@ -221,6 +221,11 @@ def test_mistakes_are_one_line(given, model, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_is_missing_in_a_part_is_no_warning():
+    assert evaluated(0, {"auroc": BinaryAUROC()}, size=1, max_batches=1)["auroc"] == 0
+
+
 def failed(rank, given, max_batches):
     try:
         return evaluated(rank, given, max_batches=max_batches)
