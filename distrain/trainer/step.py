@@ -119,7 +119,7 @@ class Update:
             parameter.requires_grad_(False)
         if self._updater.skipped is not None:
             self._updater.skipped.keep_buffers()
-        clear_gradients(self._updater.optimizer)
+        self.clear()  # of an update that ended in an exception, too
         torch.clear_autocast_cache()  # of parameters that required a gradient, or did not
         return self
 
@@ -139,7 +139,7 @@ class Update:
         updater = self._updater
         with self._without_autocast():
             if updater.is_weighted(losses):
-                updater.weighted_backward(losses, is_last=False)
+                updater.weighted_backward(losses, is_last=False, retain_graph=retain_graph)
             else:
                 fraction = 1 / self._trainer.accumulation
                 updater.backward(losses["loss"] * fraction, retain_graph=retain_graph)
@@ -153,6 +153,8 @@ class Update:
         """Average the gradients over ranks now, to use them before the end. A collective."""
         if self._is_reduced:
             return
+        if not self._has_loss:
+            raise ConfigError("step: update.reduce: expected update.backward(loss) before it")
         self._is_reduced = True
         weighted = self._updater.weighted
         if weighted is not None:

@@ -99,12 +99,15 @@ class Updater:
         self._trainer.pulse.beat(Phase.BACKWARD)
         loss.backward(retain_graph=retain_graph)
 
-    def weighted_backward(self, losses: Mapping[str, Tensor], *, is_last: bool) -> None:
+    def weighted_backward(
+        self, losses: Mapping[str, Tensor], *, is_last: bool, retain_graph: bool = False
+    ) -> None:
         """Backward of the losses of a forward, see `WeightedGradients`. A collective if it is last.
 
         Args:
             losses: as `total_loss` returned them.
             is_last: whether it is the last forward of the step.
+            retain_graph: keep the graph for another backward, if it is not the last.
         """
         assert self.weighted is not None
         weighted = losses if isinstance(losses, WeightedLosses) else unweighted(losses)
@@ -114,7 +117,7 @@ class Updater:
             self.backward(loss)
         else:
             with self._trainer.strategy.reduced_backward(self._trainer.model):
-                self.weighted.add(weighted, self.backward)
+                self.weighted.add(weighted, self.backward, retain_graph=retain_graph)
 
     def apply(self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None) -> None:
         """Put the losses, call `after_backward`, clip, update, and clear the gradients.

@@ -52,12 +52,15 @@ class WeightedGradients:
         self._kept: dict[str, list[Tensor | None]] = {}
         self._in_grad: str | None = None  # whose gradients are in `grad`
 
-    def add(self, losses: WeightedLosses, backward: Backward) -> None:
+    def add(
+        self, losses: WeightedLosses, backward: Backward, *, retain_graph: bool = False
+    ) -> None:
         """Accumulate the gradients of a forward.
 
         Args:
             losses: of the forward.
             backward: called for each name.
+            retain_graph: keep the graph after the last of them, too.
         """
         self._parts.append(losses)
         terms: dict[str, Tensor] = {}
@@ -76,7 +79,7 @@ class WeightedGradients:
         ordered = sorted(terms, key=lambda name: name != self._in_grad)
         for name in ordered:
             self._select(name)
-            backward(terms[name], name != ordered[-1])
+            backward(terms[name], retain_graph or name != ordered[-1])
 
     def _select(self, name: str) -> None:
         """Let `grad` of the parameters hold the gradients of one name."""

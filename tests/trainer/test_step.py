@@ -429,6 +429,11 @@ def empty(step):
         pass
 
 
+def early(step):
+    with step.update("critic") as update:
+        update.reduce()
+
+
 def reduced(step):
     with step.update("critic") as update:
         update.backward(step.model["critic"].weight.sum())
@@ -453,6 +458,7 @@ def sgd(*parts):
         ({"step": None}, "optim: generator, critic: expected one; several need a step"),
         ({"step": Wrong(unnamed)}, r"step: update='critik': .*did you mean critic"),
         ({"step": Wrong(empty)}, r"step: update\('critic'\): expected update.backward"),
+        ({"step": Wrong(early)}, "step: update.reduce: expected update.backward"),
         ({"step": Wrong(reduced)}, "step: update.backward after update.reduce"),
         ({"accumulation": 2}, "trainer.accumulation=2: expected 1: Wrong takes one batch"),
         ({"strategy": DDP(comm_hook="bf16")}, "trainer.comm_hook=bf16: expected none with a step"),
@@ -466,6 +472,48 @@ def sgd(*parts):
 def test_mistakes(keywords, message):
     with pytest.raises(ConfigError, match=message):
         several(**keywords).train(0, 1)
+
+
+def twice(loss, *, retain):
+    """Return the weights after one update by two backwards of one graph."""
+
+    def body(step):
+        with step.update("critic") as update:
+            value = loss(step.model["critic"](torch.ones(3, 2)).square().sum())
+            update.backward(value, retain_graph=retain)
+            update.backward(value)
+
+    torch.manual_seed(0)
+    trainer = several(step=Wrong(body))
+    trainer.train(0, 1)
+    return vector(trainer.module["critic"])
+
+
+def test_a_graph_is_kept_for_weighted_losses_too():
+    plain = twice(lambda total: total / 3, retain=True)
+    weighted = twice(lambda total: distrain.Loss(total, 1.5), retain=True)
+    torch.testing.assert_close(weighted, plain)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        twice(lambda total: distrain.Loss(total, 1.5), retain=False)
+
+
+def test_an_update_that_failed_leaves_nothing_to_the_next():
+    def body(step, *, fails):
+        critic = step.model["critic"]
+        if fails:
+            with pytest.raises(ZeroDivisionError), step.update("critic") as update:
+                update.backward(distrain.Loss(100 * critic(torch.ones(3, 2)).sum(), 3))
+                raise ZeroDivisionError
+        with step.update("critic") as update:
+            update.backward(distrain.Loss(critic(torch.ones(3, 2)).square().sum(), 6))
+
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        trainer = several(step=Wrong(lambda step, fails=fails: body(step, fails=fails)))
+        trainer.train(0, 1)
+        ends.append(vector(trainer.module))
+    assert torch.equal(*ends)
 
 
 def test_each_trained_parameter_is_in_one_optimizer():
