@@ -67,7 +67,8 @@ class LocalLauncher(RankOptions, Launcher):
             return "one rank in this process"
         how = "one per GPU" if self.ranks is None and count_gpus() else "launch.ranks"
         restarts = f"at most {self.max_restarts} restarts"
-        return f"{self._num_ranks()} ranks on this machine ({how}), {restarts}"
+        num = self._num_ranks()
+        return f"{num} rank{'s' * (num > 1)} on this machine ({how}), {restarts}"
 
     def _num_ranks(self) -> int:
         return self.ranks or count_gpus() or _DEFAULT_RANKS

@@ -75,7 +75,7 @@ def conclude(
     shown = "  ".join(
         f"{name if name == 'eval/loss' else name.removeprefix('eval/')} {value:.4g}"
         for name, (value, _) in latest.items()
-        if name == "loss" or name.startswith("eval/")
+        if name == "loss" or name.endswith("/loss") or name.startswith("eval/")
     )
     end = "stopped, run again to continue:" if stopped else "finished:"
     logger.info("%s %d of %d iterations  %s", end, done, trainer.max_iter, shown)

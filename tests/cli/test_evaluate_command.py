@@ -68,7 +68,7 @@ def test_another_launcher_has_the_options_that_launchers_share(run, choice):
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, text):
-    done = command(run, "launch.ranks=1", *arguments)
+    done = command(run, *arguments, "launch.ranks=1")  # options and keys in any order
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("distrain.evaluate: "), done.stderr
