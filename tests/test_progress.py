@@ -138,13 +138,14 @@ def test_a_file_gets_no_sign_and_starts_no_thread_and_no_rich() -> None:
 ROWS = """
 from distrain.writers import console
 from distrain.writers.console import ConsoleWriter
-from distrain.writers.base import Row
+from pathlib import Path
+from distrain.writers.base import Row, RunInfo
 console.LINE_S = 0.0  # every row is shown
 def row(iteration, loss):
     scalars = {"loss": (loss, iteration)}
     return Row(iteration, 20, scalars, new=scalars)
 writer = ConsoleWriter()
-writer.open(None)
+writer.open(RunInfo(Path()))
 writer.write(row(4, 1.5))
 for i in progressbar.counted(range(8), "evaluation", total=8):
     time.sleep(0.03)

@@ -85,7 +85,7 @@ def check_objective(conf: Mapping[str, Any], hydra_conf: Any, *, waits: bool) ->
         return
     if direction is not None and metric is None:
         expected = "the scalar that the sweeper optimizes, as eval/accuracy"
-        raise ConfigError(f"sweep.metric: {hydra_conf.sweeper._target_} expected {expected}")
+        raise ConfigError(f"sweep.metric: {hydra_conf.sweeper['_target_']} expected {expected}")
     if metric is None:
         return
     if not waits:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,18 +80,26 @@ def test_a_run(command, tmp_path):
     assert yaml.safe_load((tmp_path / "runs/digits/run.yaml").read_text()) == job.conf
 
 
-def test_one_word_adds_a_hook_with_all_its_keys(command):
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/with/*.yaml")}
-    names = ",".join(found)
-    assert command(*DIGITS, f"+with=[{names}]", "hooks.eval.period=7")[0] is ExitCode.FINISHED
-    hooks = STARTED[0].conf["hooks"]
-    assert hooks["precise_bn"]["period"] == 7
-    for name, nodes in found.items():
-        for key, node in nodes.items():
-            assert key == name, "the word is the name of the hook"
-            assert hooks[key].keys() == node.keys()
-            parameters = inspect.signature(config.locate(node["_target_"])).parameters
-            assert node.keys() - {"_target_"} == {*parameters}, name
+WITH = {
+    path.stem: path.read_text()
+    for path in ROOT.glob("conf/with/*.yaml")
+    if "@package _global_" not in path.read_text()  # of several parts: test_schedule_free.py
+}
+
+
+@pytest.mark.parametrize("name", sorted(WITH))
+def test_one_word_adds_a_node_with_all_its_keys(command, name):
+    more = {"precise_bn": ["hooks.eval.period=7"], "swa": ["hooks.swa.start=3"]}.get(name, [])
+    assert command(*DIGITS, f"+with={name}", *more) == (ExitCode.FINISHED, "", "")
+    found = STARTED[0].conf
+    for key in re.match("# @package (.*)", WITH[name])[1].split("."):
+        found = found[key]
+    ((word, node),) = yaml.safe_load(WITH[name]).items()
+    assert word == name, "the word is the name of the node"
+    assert found[name].keys() == node.keys()
+    parameters = inspect.signature(config.locate(node["_target_"])).parameters
+    assert node.keys() - {"_target_"} == parameters.keys() - {"model"}
+    assert name != "precise_bn" or found[name]["period"] == 7
 
 
 @pytest.mark.parametrize(

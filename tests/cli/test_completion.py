@@ -27,7 +27,7 @@ LINES = {  # what is typed -> what is offered
     "python -m distrain +experiment=": ["digits", "mine", "multiloss", "pydoc_gpt"],
     "python -m distrain --config-dir conf +experiment=mi": ["mine"],
     "python -m distrain --config-dir conf -m +experiment=digits schedule=co": [
-        *("constant", "cosine")
+        *("constant", "cosine", "cosine_restarts")
     ],
     "distrain +experiment=digits optim.weight_decay_": [
         *("optim.weight_decay_bias=", "optim.weight_decay_norm=")

@@ -93,8 +93,11 @@ def wandb_files(run_dir):
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    yield WandbWriter("mine", options={"tags": ["t"]})
     import wandb
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    Path(MEDIA_TMP.name).mkdir(exist_ok=True, parents=True)  # made at the import, by another test
+    yield WandbWriter("mine", options={"tags": ["t"]})
 
     wandb.teardown()  # its service process
 
