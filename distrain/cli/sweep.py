@@ -84,8 +84,9 @@ def check_objective(conf: Mapping[str, Any], hydra_conf: Any, *, waits: bool) ->
     if not _is_sweep(hydra_conf):
         return
     if direction is not None and metric is None:
-        expected = "the scalar that the sweeper optimizes, as eval/accuracy"
-        raise ConfigError(f"sweep.metric: {hydra_conf.sweeper['_target_']} expected {expected}")
+        sweeper = hydra_conf.sweeper["_target_"]
+        expected = f"the scalar that {sweeper} optimizes, as eval/accuracy"
+        raise ConfigError(f"sweep.metric: expected {expected}")
     if metric is None:
         return
     if not waits:

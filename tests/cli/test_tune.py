@@ -47,7 +47,12 @@ def test_optuna_maximizes_the_metric_and_counts_a_failed_run(tmp_path):
             True,
             "direction=minimize: expected maximize, as sweep.mode=max",
         ),
-        ({"metric": None}, "minimize", True, "sweep.metric: .*the scalar that the sweeper"),
+        (
+            {"metric": None},
+            "minimize",
+            True,
+            "sweep.metric: expected the scalar that a.Sweeper optimizes",
+        ),
         ({"mode": "min"}, "minimize", False, "sweep.metric=eval/accuracy: expected launch=local"),
     ],
 )
