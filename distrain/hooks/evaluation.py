@@ -11,7 +11,6 @@ from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks.periodic import Period, PeriodicHook, in_iterations
 from distrain.hooks.weight_average import WeightAverage
-from distrain.log import logger
 from distrain.trainer.evaluate import evaluate
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators, no_trace
@@ -189,15 +188,6 @@ class _Turn(PeriodicHook):
         self.trainer, self.only_closes = hook.trainer, hook.only_closes
         if self._period is not None:
             self._period = in_iterations(hook, self._period)
-            window = self.trainer.window
-            if self._period < window and self.trainer.where.is_main and not self.only_closes:
-                logger.warning(
-                    "an evaluation every %g iterations: the writers show the last one of each "
-                    "trainer.window=%d; set trainer.window=%d to see all",
-                    self._period,
-                    window,
-                    max(1, int(self._period)),
-                )
         self.is_idle = self._period is None
 
     def run(self) -> None:

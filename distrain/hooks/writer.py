@@ -30,7 +30,7 @@ class PeriodicWriter(HookBase):
     A row holds every scalar as it was at that iteration: the median over the window where the
     scalar may be smoothed, its latest value elsewhere. It is written when the scalars have been
     reduced over ranks, a few iterations later; where steps are short, the rows of one second come
-    together.
+    together. An evaluation within a window has a row of its own, with its metrics only.
 
     Args:
         writers: name -> Writer, or the node of one, which is built on rank 0 only where the hook's
@@ -62,6 +62,9 @@ class PeriodicWriter(HookBase):
                 self._writers = default_writers() if writers is None else _built(writers)
         self._writer: BackgroundWriter | None = None
         self._written = 0  # number of iterations up to and with the last row of a whole window
+        self._evaluations: dict[
+            int, dict[str, float]
+        ] = {}  # metrics since then, by iterations done
 
     def before_train(self) -> None:
         """Open the writers; write the rows that were not complete in the resumed checkpoint."""
@@ -79,6 +82,7 @@ class PeriodicWriter(HookBase):
                 changes_of_run(self._run_dir),
             )
             self._writer = BackgroundWriter(self._writers, run)
+        self._keep_evaluation()
         self._write_complete()
 
     def _iters_per_epoch(self) -> float | None:
@@ -87,6 +91,7 @@ class PeriodicWriter(HookBase):
 
     def after_step(self) -> None:
         if self._writer is not None:
+            self._keep_evaluation()
             self._write_complete(but_last=is_finished(self.trainer))  # see `state_dict`
         else:  # no writer of this rank reads them
             self.trainer.storage.clear_images()
@@ -112,6 +117,7 @@ class PeriodicWriter(HookBase):
             self._write_complete()
             if self.trainer.error is None:
                 done, window = self.trainer.iter_done, self.trainer.window
+                self._write_evaluations(done)
                 scalars = self.trainer.storage.scalars_until(done - 1, window_size=window)
                 self._write(done, scalars)
                 self._finish_run()
@@ -129,8 +135,24 @@ class PeriodicWriter(HookBase):
         iterations = [due - 1 for due in dues]
         rows = self.trainer.storage.scalars_until_each(iterations, window_size=window)
         for due, scalars in zip(dues, rows, strict=True):
+            self._write_evaluations(due)
             self._write(due, scalars, more_follow=due != dues[-1])
             self._written = due
+            self._evaluations = {at: m for at, m in self._evaluations.items() if at > due}
+
+    def _keep_evaluation(self) -> None:
+        """Keep the metrics of this iteration: a row holds the last ones of its window only."""
+        if self.trainer.reported_at == self.trainer.iter_done:
+            self._evaluations[self.trainer.iter_done] = self.trainer.metrics_now()
+
+    def _write_evaluations(self, done: int) -> None:
+        """Write a row for each evaluation before `done` that the row of `done` does not show."""
+        assert self._writer is not None
+        for at, metrics in self._evaluations.items():
+            if at < done:
+                iteration = max(0, at - 1)  # an evaluation at the start is put as iteration 0
+                scalars = {name: (value, iteration) for name, value in metrics.items()}
+                self._writer.write(Row(iteration, self.trainer.max_iter, scalars, more_follow=True))
 
     def _write(
         self, done: int, scalars: dict[str, tuple[float, int]], *, more_follow: bool = False
@@ -155,14 +177,17 @@ class PeriodicWriter(HookBase):
     def state_dict(self) -> dict[str, Any]:
         """Write complete rows; return how far they reach."""
         if self._writer is not None:
+            self._keep_evaluation()
             # the final evaluation, which may be still to come, belongs into the last row
             self._write_complete(but_last=is_finished(self.trainer))
             if is_finished(self.trainer):  # the end may fail, and the next start does the end only
                 self._writer.flush()
-        return {"written": self._written}
+        evaluations = [[at, metrics] for at, metrics in self._evaluations.items()]
+        return {"written": self._written, "evaluations": evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._written = state["written"]
+        self._evaluations = dict(state["evaluations"])
 
 
 def _built(writers: Mapping[str, Any] | Sequence[Any]) -> list[Writer]:

@@ -1,7 +1,5 @@
 """EvalHook with several sets: a period per set, the start, a limit, and what decides by names."""
 
-import logging
-
 import pytest
 import torch
 from checkpoint_cases import InlineStore, identical
@@ -193,13 +191,3 @@ def test_an_unknown_metric_is_refused_with_the_nearest(tmp_path):
         train(hooks, 1)
     with pytest.raises(ConfigError, match="metrics: expected an eval_loader"):
         EvalHook(metrics={"max": max_of})
-
-
-@pytest.mark.parametrize(("period", "warns"), [(2, True), (4, False), (None, False)])
-def test_evaluations_that_no_row_will_show_are_announced(period, warns, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("distrain"), "propagate", True)
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    hook = EvalHook(period, eval_loader=loaders()["clean"])
-    Trainer(model, optimizer, [torch.ones(2)], hooks=[hook], window=4).train(0, 4)
-    assert ("set trainer.window=2 to see all" in caplog.text) == warns

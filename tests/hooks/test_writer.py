@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from distrain import TrainerBase
+from distrain import HookBase, TrainerBase
 from distrain.config.instantiate import build
 from distrain.errors import ConfigError
 from distrain.hooks import PeriodicWriter
@@ -102,7 +102,7 @@ def test_the_csv_writer_of_the_examples_joins_the_default_writers(tmp_path):
     path = tmp_path / "scalars.csv"
     for start, end in ((0, 8), (4, 10)):  # 4 to 7 are trained again
         hook = build(node(writers={"csv": CSV}), "hooks.writer", run_dir=str(tmp_path), conf={})
-        hook.load_state_dict({"written": start})
+        hook.load_state_dict({"written": start, "evaluations": []})
         Steps({"writer": hook}, window=2).train(start, end)
     assert list(csv.reader(path.open())) == [
         ["iteration", "square", "rare"],
@@ -131,3 +131,53 @@ def test_the_command_adds_one_and_leaves_one_out(tmp_path, monkeypatch, capfd):
     rows = list(csv.DictReader((tmp_path / "run/scalars.csv").open()))
     assert [float(row["loss"]) for row in rows[:2]] == [line["loss"] for line in lines[:2]]
     assert [*(tmp_path / "run").glob("events.out.tfevents.*")]
+
+
+class Evaluates(HookBase):
+    """Reports the number of iterations done, every `period` of them and at the start."""
+
+    order = 60
+
+    def __init__(self, period):
+        self.period = period
+
+    def before_train(self):
+        if self.trainer.start_iter == 0:
+            self.trainer.report_metrics({"eval/done": 0.0})
+
+    def after_step(self):
+        if self.trainer.iter_done % self.period == 0:
+            self.trainer.report_metrics({"eval/done": float(self.trainer.iter_done)})
+
+
+class KeepsState(HookBase):
+    """Keeps the state of the trainer after one iteration, as a checkpoint does."""
+
+    order = 80
+
+    def __init__(self, at):
+        self.at, self.state = at, None
+
+    def after_step(self):
+        if self.trainer.iter_done == self.at:
+            self.trainer.reduction.drain(self.trainer.iter)
+            self.state = self.trainer.state_dict()
+
+
+@pytest.mark.parametrize("killed", [None, 3, 6, 7, 8])
+def test_each_evaluation_of_a_window_is_written_once(killed, tmp_path):
+    state = None
+    for start in (0,) if killed is None else (0, killed):
+        writers = {"jsonl": {"_target_": "distrain.writers.JsonLinesWriter"}}
+        hook = build(node(writers=writers), "hooks.writer", run_dir=str(tmp_path), conf={})
+        keeps = KeepsState(killed)
+        steps = Steps({"evaluates": Evaluates(3), "keeps": keeps, "writer": hook}, window=4)
+        if state:
+            steps.load_state_dict(state)
+        steps.train(start, 10)
+        state = keeps.state
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shown = [(row["iteration"], row["eval/done"]) for row in rows if "eval/done" in row]
+    assert shown == [(0, 0.0), (2, 3.0), (5, 6.0), (8, 9.0)]
+    assert [row["iteration"] for row in rows if "square" in row] == [3, 7, 9]
+    assert [row["iteration"] for row in rows] == sorted(row["iteration"] for row in rows)

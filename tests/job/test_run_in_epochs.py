@@ -94,7 +94,9 @@ def test_the_command(command, tmp_path):
     assert "iter 7/8  epoch 3.20/3.2  " in out
     run = tmp_path / "runs" / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [3, 7]
+    assert [line["iteration"] for line in lines if "loss" in line] == [3, 7]
+    evaluations = [line["iteration"] for line in lines if any(k.startswith("eval") for k in line)]
+    assert evaluations == [1, 2, 3, 4, 6, 7]  # at every 0.5 epoch
     assert lines[-1]["lr"] == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert sorted(path.name[-2:] for path in (run / "checkpoints").glob("iter_*")) == [
         *("03", "05", "08")
