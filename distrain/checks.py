@@ -113,3 +113,13 @@ def shown(value: object, *, most: int = 60) -> str:
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def name_part(key: str, name: str) -> None:
+    """Check that a name can be a part of a scalar's name.
+
+    Raises:
+        ConfigError: it is empty, or has a slash, control characters or outer blanks.
+    """
+    if not name.isprintable() or "/" in name or name != name.strip() or not name:
+        raise ConfigError(f"{key}: expected a name without /, control characters and outer blanks")

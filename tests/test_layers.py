@@ -22,7 +22,7 @@ LEVELS = {
     4: "trainer weights schedule runfolder experiments transforms",
     3: "distributed optim config writers",
     2: "events data checkpoint",
-    1: "checks durations heartbeat progress files process",
+    1: "checks durations extras heartbeat progress files process",
     0: "errors log text scalar_names run_layout redact _lazy",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

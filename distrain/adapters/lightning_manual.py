@@ -107,13 +107,7 @@ class LightningManualStep(Step):
         self.trainer.strategy.clip(optimizer.updater.parameters, **limits)
 
     def _toggle(self, optimizer: _Optimizer) -> None:
-        own = {id(parameter) for parameter in optimizer.updater.parameters}
-        self._toggled = [
-            parameter
-            for other in self._optimizers
-            for parameter in other.updater.parameters
-            if parameter.requires_grad and id(parameter) not in own
-        ]
+        self._toggled = optimizer.updater.trainable_of_others()
         self._require_gradients(False)
 
     def _untoggle(self, optimizer: _Optimizer) -> None:

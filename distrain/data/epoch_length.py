@@ -5,9 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from torch.utils.data import IterableDataset
-
 from distrain.data.epoch_ends import has_ranks, lengths_of_ranks
+from distrain.data.epochs import num_batches
 from distrain.data.loader import Loader
 
 
@@ -28,11 +27,6 @@ def iters_per_epoch(data: Any, *, forwards: int, accumulation: int) -> Fraction 
         if not data.num_samples or not data.samples_per_forward:
             return None
         return Fraction(data.num_samples, data.samples_per_forward * forwards)
-    try:
-        # a DataLoader over an IterableDataset reports a length that its workers need not keep to
-        is_guess = isinstance(getattr(data, "dataset", None), IterableDataset)
-        length = 0 if is_guess else len(data)
-    except TypeError:
-        length = 0
+    length = num_batches(data)
     lengths = lengths_of_ranks(length) if has_ranks() else [length]
     return Fraction(min(n or 0 for n in lengths), accumulation) or None

@@ -89,7 +89,7 @@ class EpochLoader(Loader):
     @override
     def batches(self, start_iter: int) -> Iterator[Any]:
         """Return the batches after an iteration, as an uninterrupted run gets them."""
-        length = _length(self._data)
+        length = num_batches(self._data)
         if has_ranks() and not isinstance(self._data, Iterator):
             lengths = lengths_of_ranks(length)
             if None in lengths:
@@ -172,7 +172,7 @@ class EpochLoader(Loader):
             torch.set_rng_state(state)
 
 
-def _length(data: Iterable[Any]) -> int | None:
+def num_batches(data: Iterable[Any]) -> int | None:
     """Return the number of batches in an epoch, None if it is unknown or a guess."""
     # a DataLoader over an IterableDataset reports a length that its workers need not keep to
     if isinstance(getattr(data, "dataset", None), IterableDataset):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from typing_extensions import override
 
 from distrain.checks import wrong
-from distrain.data.collate import Collate, load_here
+from distrain.data.collate import Collate
 from distrain.data.epoch_ends import EpochEnds, has_ranks
-from distrain.data.loader import Loader, worker_seed
+from distrain.data.loader import WorkerLoader
 from distrain.data.part_batches import PartBatches
 from distrain.data.readers import PartReader, SharedReader, Turn, Turns
 from distrain.data.source import (
@@ -23,12 +22,11 @@ from distrain.data.source import (
     part_of_rank,
 )
 from distrain.data.stream import micro_batches
-from distrain.data.workers import WorkerBatches
 from distrain.errors import ConfigError
 from distrain.log import logger
 
 
-class IterableLoader(Loader):
+class IterableLoader(WorkerLoader):
     """This rank's micro-batches of a data set that is read in order, epoch after epoch.
 
     Each rank and loader process reads all samples and keeps its own: iteration i takes the samples
@@ -100,7 +98,6 @@ class IterableLoader(Loader):
         self._start_iter, self._num_since = 0, 0  # micro-batches since iteration `_start_iter`
         self._position: Any = None
         self._ends: EpochEnds | None = None
-        self._open: weakref.WeakSet[WorkerBatches] = weakref.WeakSet()
 
     @override
     def state_dict(self) -> Any:
@@ -218,23 +215,5 @@ class IterableLoader(Loader):
                 *(num, why),
             )
 
-    def _load(self, reader: Any, items: Iterable[Any], start_iter: int) -> Iterator[Any]:
-        if self._workers == 0:
-            return load_here(reader, items, pin_memory=self._pin_memory)
-        batches = WorkerBatches(
-            reader,
-            items,
-            workers=self._workers,
-            seed=worker_seed(self._seed, self._rank, start_iter),
-            pin_memory=self._pin_memory,
-        )
-        self._open.add(batches)
-        return batches
-
     def _source(self) -> Source:
         return Source(self._dataset, seed=self._seed if self._draws else None)
-
-    @override
-    def close(self) -> None:
-        for batches in [*self._open]:
-            batches.close()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from distrain.checks import whole
-from distrain.data.collate import Collate, Fetch, length_of, load_here
+from distrain.data.collate import BatchReader, Collate, Fetch, length_of, load_here
 from distrain.data.samplers import SampleOrder
 from distrain.data.stream import SampleStream, TrainSampler, eval_batches, micro_batches
-from distrain.data.token_budget import TokenBudget
 from distrain.data.workers import WorkerBatches
 
 
@@ -65,7 +65,42 @@ class Loader(ABC):
         """End processes and threads of the loader; training has ended."""
 
 
-class TrainLoader(Loader):
+class WorkerLoader(Loader):
+    """A loader whose batches come from `workers` processes; 0 loads in this one.
+
+    Its constructor sets `_workers`, `_pin_memory`, `_seed` and `_rank`.
+    """
+
+    _workers: int
+    _pin_memory: bool
+    _seed: int
+    _rank: int
+
+    def _load(self, reader: BatchReader, items: Iterable[Any], start_iter: int) -> Iterator[Any]:
+        """Return the batches that a reader makes of the items, in their order."""
+        if self._workers == 0:
+            return load_here(reader, items, pin_memory=self._pin_memory)
+        batches = WorkerBatches(
+            reader,
+            items,
+            workers=self._workers,
+            seed=worker_seed(self._seed, self._rank, start_iter),
+            pin_memory=self._pin_memory,
+        )
+        self._open.add(batches)
+        return batches
+
+    @cached_property
+    def _open(self) -> weakref.WeakSet[WorkerBatches]:
+        return weakref.WeakSet()
+
+    @override
+    def close(self) -> None:
+        for batches in [*self._open]:
+            batches.close()
+
+
+class TrainLoader(WorkerLoader):
     """This rank's micro-batches of the global stream of a map-style data set.
 
     Args:
@@ -112,7 +147,7 @@ class TrainLoader(Loader):
         pin_memory: bool = False,
     ) -> None:
         size = length_of(dataset, "data.train")
-        self.num_samples = sampler.num_batches if isinstance(sampler, TokenBudget) else size
+        self.num_samples = size if sampler is None else sampler.per_epoch or size
         self.stream = SampleStream(
             size, batch_size=batch_size, seed=seed, shuffle=shuffle, sampler=sampler
         )
@@ -121,7 +156,6 @@ class TrainLoader(Loader):
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._fetch = Fetch(dataset, seed=seed if seed_samples else None, collate=collate)
         self._workers, self._pin_memory = workers, pin_memory
-        self._open: weakref.WeakSet[WorkerBatches] = weakref.WeakSet()
 
     @override
     def batches(self, start_iter: int) -> Iterator[Any]:
@@ -136,22 +170,7 @@ class TrainLoader(Loader):
             world_size=self._world_size,
             accumulation=self.accumulation,
         )
-        if self._workers == 0:
-            return load_here(self._fetch, sampler, pin_memory=self._pin_memory)
-        batches = WorkerBatches(
-            self._fetch,
-            sampler,
-            workers=self._workers,
-            seed=worker_seed(self._seed, self._rank, start_iter),
-            pin_memory=self._pin_memory,
-        )
-        self._open.add(batches)
-        return batches
-
-    @override
-    def close(self) -> None:
-        for batches in [*self._open]:
-            batches.close()
+        return self._load(self._fetch, sampler, start_iter)
 
 
 class EvalLoader:

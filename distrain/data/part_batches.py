@@ -13,7 +13,7 @@ class PartBatches:
 
     Args:
         answers: of the readers, in the order of the turns.
-        turns: what the readers are asked for.
+        turns: requests to the readers.
         readers: their number.
         position: that after a batch, which `of_epoch` has yielded with it.
 

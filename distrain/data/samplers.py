@@ -23,7 +23,13 @@ _WEIGHT_BITS = 20  # of a mixture's fractions: positions up to 2 ** 43 do not ov
 
 
 class SampleOrder(ABC):
-    """Endless sequence of samples; equal on all ranks."""
+    """Endless sequence of samples; equal on all ranks.
+
+    Attributes:
+        per_epoch: positions of `at` per epoch; None: as many as the data set has samples.
+    """
+
+    per_epoch: int | None = None
 
     @abstractmethod
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:

@@ -34,7 +34,7 @@ class TokenBudget(SampleOrder):
             counts its own tokens.
 
     Attributes:
-        num_batches: per epoch.
+        per_epoch: number of batches.
 
     Raises:
         ConfigError: a sample is longer than `max_tokens`.
@@ -61,8 +61,8 @@ class TokenBudget(SampleOrder):
         # stable: samples of one length stay shuffled
         self._samples = shuffled[np.argsort(values[shuffled], kind="stable")]
         self._starts = _starts(values[self._samples], max_tokens, padded=padded)
-        self.num_batches = len(self._starts) - 1
-        self._order = Shuffled(self.num_batches, seed=seed)
+        self.per_epoch = len(self._starts) - 1
+        self._order = Shuffled(self.per_epoch, seed=seed)
 
     @override
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:

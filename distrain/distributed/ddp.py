@@ -26,9 +26,12 @@ from distrain.errors import ConfigError
 from distrain.log import logger
 
 _UNUSED = re.compile(r"indices which did not receive grad for rank (\d+): ([\d ]+)")
-_OPTIONS_OF_PARTS = (
-    *("broadcast_buffers", "find_unused_parameters", "gradient_as_bucket_view", "static_graph"),
-)
+_OPTIONS_OF_PARTS = {
+    "broadcast_buffers",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+}
 _MAX_LISTED = 5  # names in an error
 # torch >= 2.13; before it, buffers are broadcast in every forward
 _HAS_FORWARD_SYNC_BUFFERS = (

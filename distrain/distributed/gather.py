@@ -28,6 +28,8 @@ def gather_with_gradients(rows: Tensor) -> Tensor:
     return gathered
 
 
+# torch.distributed.nn.functional.all_gather is deprecated, and its successor's gradient is a
+# reduce-scatter, which gloo lacks
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -224,14 +224,15 @@ def save(
     """
     with trainer.pulse.phase(Phase.SAVING):
         trainer.reduction.drain(trainer.storage.iter)
-        position = to_portable(trainer.data_state())
-        ranks = gather_to_main({"random": random_states(), "position": position})
+        position = trainer.data_state()
+        own = {"random": random_states(), "position": to_portable(position)}
+        ranks = gather_to_main(own)
         state = _state(trainer)
         if state is None:
             return
         assert ranks is not None
         state["rng"] = {"ranks": [of_rank["random"] for of_rank in ranks]}
-        if trainer.data_state() is not None:
+        if position is not None:
             state["stream"]["ranks"] = [from_portable(of_rank["position"]) for of_rank in ranks]
         if is_end_left:
             state["end"] = {"stop": trainer.reduction.stop}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distrain.checks import number, one_of, whole, wrong
 from distrain.hooks.weight_average import WeightAverage
@@ -81,7 +82,8 @@ class EMA(WeightAverage):
         return 1.0 - decay
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    @override
+    def _swapped(self) -> Iterator[None]:
         with torch.no_grad():
             own = [w.clone() for w in self._weights]
             torch._foreach_copy_(self._weights, self._average)
@@ -91,14 +93,20 @@ class EMA(WeightAverage):
             with torch.no_grad():
                 torch._foreach_copy_(self._weights, own)
 
-    def state_dict(self) -> dict[str, Any]:
+    @override
+    def _average_by_name(self) -> dict[str, Tensor]:
         index_of = {id(w): index for index, w in enumerate(self._weights)}
         names = self.trainer.module.named_parameters(remove_duplicate=False)
-        average = {name: self._average[index_of[id(w)]] for name, w in names if self.is_ready}
-        return {"updates": self._updates, "average": average}
+        return {name: self._average[index_of[id(w)]] for name, w in names if self.is_ready}
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates, **super().state_dict()}
+
+    @override
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._updates = state["updates"]
         if self.is_ready:
             self._start()

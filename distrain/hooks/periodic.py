@@ -77,8 +77,8 @@ def in_iterations(hook: HookBase, period: Period) -> int | Fraction:
     if not isinstance(period, str):
         return period
     trainer = hook.trainer
-    name = next(name for name, each in trainer.hooks.items() if each is hook)
-    return iterations(f"hooks.{name}.period", period, iters_per_epoch=trainer.iters_per_epoch)
+    key = f"hooks.{trainer.name_of(hook)}.period"
+    return iterations(key, period, iters_per_epoch=trainer.iters_per_epoch)
 
 
 def is_due(trainer: TrainerBase, period: Period | None) -> bool:

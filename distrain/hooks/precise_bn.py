@@ -18,7 +18,7 @@ from distrain.distributed.sync_batchnorm import channel_moments, merged_moments
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hooks.periodic import Period, PeriodicHook
-from distrain.hooks.weight_average import OwnStatistics
+from distrain.hooks.weight_average import WeightAverage
 from distrain.progress import counted
 from distrain.trainer.module_state import no_trace
 from distrain.trainer.trainer import Seekable, Trainer
@@ -71,7 +71,7 @@ class PreciseBN(PeriodicHook):
             return
         self._set_statistics(layers)
         for hook in trainer.hooks.values():
-            if isinstance(hook, OwnStatistics) and hook.is_ready:
+            if isinstance(hook, WeightAverage) and hook.has_statistics and hook.is_ready:
                 with hook.applied():
                     self._set_statistics(layers)
                     hook.keep_statistics()

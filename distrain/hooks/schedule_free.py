@@ -11,14 +11,36 @@ from torch import Tensor
 from typing_extensions import override
 
 from distrain.errors import ConfigError
-from distrain.hooks.weight_average import OwnStatistics, WeightAverage
+from distrain.hooks.weight_average import WeightAverage
 from distrain.optim.combined import CombinedOptimizer
 
 
-class _Weights(WeightAverage):
-    """The averaged weights x of schedule-free optimizers."""
+class ScheduleFree(WeightAverage):
+    """Keeps a schedule-free optimizer in train mode, and evaluates its averaged weights.
+
+    Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682. The optimizer trains weights y
+    and returns weights x, their average; `eval()` of the optimizer turns y into x in place and
+    `train()` turns them back to rounding. This hook restores y exactly, so that an evaluation
+    changes no bit of training.
+
+    `eval/...` is of x. A checkpoint holds y, with which training continues, and x in this hook's
+    `average`: `--ema schedule_free` exports or evaluates it. `PreciseBN` computes the statistics of
+    BatchNorm for x, too.
+    """
 
     evaluate = "instead"
+    has_statistics = True
+
+    @override
+    def before_train(self) -> None:
+        if not self._optimizers:
+            kind = type(next(iter(self.trainer.optimizers.values()))).__name__
+            raise ConfigError(
+                f"hooks.{self.trainer.name_of(self)}: expected an optimizer of the package "
+                f"schedulefree, not {kind}; set optim.target=schedulefree.AdamWScheduleFree"
+            )
+        for optimizer in self._optimizers:
+            optimizer.train()
 
     @property
     def _optimizers(self) -> list[Any]:
@@ -35,7 +57,7 @@ class _Weights(WeightAverage):
 
     @contextmanager
     @override
-    def applied(self) -> Iterator[None]:
+    def _swapped(self) -> Iterator[None]:
         weights = [p for one in self._optimizers for p in _parameters(one)]
         own = [weight.detach().clone() for weight in weights]
         for optimizer in self._optimizers:
@@ -50,38 +72,12 @@ class _Weights(WeightAverage):
                     group["train_mode"] = True
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        average: dict[str, Tensor] = {}
-        if self.is_ready:
-            with self.applied():
-                named = self.trainer.module.named_parameters(remove_duplicate=False)
-                average = {name: p.detach().clone() for name, p in named}
-        return {"average": average}
-
-
-class ScheduleFree(OwnStatistics, _Weights):
-    """Keeps a schedule-free optimizer in train mode, and evaluates its averaged weights.
-
-    Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682. The optimizer trains weights y
-    and returns weights x, their average; `eval()` of the optimizer turns y into x in place and
-    `train()` turns them back to rounding. This hook restores y exactly, so that an evaluation
-    changes no bit of training.
-
-    `eval/...` is of x. A checkpoint holds y, with which training continues, and x in this hook's
-    `average`: `--ema schedule_free` exports or evaluates it. `PreciseBN` computes the statistics of
-    BatchNorm for x, too.
-    """
-
-    @override
-    def before_train(self) -> None:
-        if not self._optimizers:
-            kind = type(next(iter(self.trainer.optimizers.values()))).__name__
-            raise ConfigError(
-                f"hooks.{self.trainer.name_of(self)}: expected an optimizer of the package "
-                f"schedulefree, not {kind}; set optim.target=schedulefree.AdamWScheduleFree"
-            )
-        for optimizer in self._optimizers:
-            optimizer.train()
+    def _average_by_name(self) -> dict[str, Tensor]:
+        if not self.is_ready:
+            return {}
+        with self._swapped():
+            named = self.trainer.module.named_parameters(remove_duplicate=False)
+            return {name: p.detach().clone() for name, p in named}
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

@@ -8,10 +8,9 @@ from typing_extensions import override
 
 from distrain.checks import whole
 from distrain.hooks.ema import EMA
-from distrain.hooks.weight_average import OwnStatistics
 
 
-class SWA(OwnStatistics, EMA):
+class SWA(EMA):
     """Averages the weights after iterations `start`, `start + period`, ..., all with equal weight.
 
     Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization",
@@ -27,6 +26,8 @@ class SWA(OwnStatistics, EMA):
         period: in iterations, from one of them to the next.
         evaluate: "beside" or "instead", see `EMA`.
     """
+
+    has_statistics = True
 
     def __init__(
         self,

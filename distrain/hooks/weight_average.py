@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from distrain.trainer.trainer import Trainer
 
 
 class WeightAverage(HookBase, ABC):
-    """An average of the weights.
+    """An average of the weights; subclasses say which.
 
     Its state holds `average`, weights by the names of the parameters;
     `python -m distrain.weights RUN --ema NAME -o FILE` makes a file of it.
@@ -25,11 +25,14 @@ class WeightAverage(HookBase, ABC):
     Attributes:
         evaluate: "beside": `EvalHook` evaluates it in addition, as `eval_NAME/...`; "instead": the
             average only, as `eval/...`.
+        has_statistics: whether a `PreciseBN` hook computes statistics of BatchNorm for it, too.
     """
 
     order = 54  # after what users add, before evaluation
     trainer: Trainer
     evaluate: Literal["beside", "instead"]
+    has_statistics: ClassVar[bool] = False
+    _statistics: dict[str, Tensor] | None = None  # running means and variances by name
 
     @property
     @abstractmethod
@@ -37,21 +40,19 @@ class WeightAverage(HookBase, ABC):
         """Whether there is an average yet."""
 
     @abstractmethod
-    def applied(self) -> AbstractContextManager[None]:
-        """Give the model the averaged weights inside `with`, and its own again after it."""
+    def _swapped(self) -> AbstractContextManager[None]:
+        """Give the parameters the averaged weights inside `with`, and their own after it."""
 
-
-class OwnStatistics(WeightAverage):
-    """An average for which a `PreciseBN` hook computes statistics of BatchNorm, too."""
-
-    _statistics: dict[str, Tensor] | None = None  # running means and variances by name
+    @abstractmethod
+    def _average_by_name(self) -> dict[str, Tensor]:
+        """Return the averaged weights by the names of the parameters; none before `is_ready`."""
 
     @contextmanager
-    @override
     def applied(self) -> Iterator[None]:
-        buffers = _statistics(self.trainer.module)
+        """Give the model the average inside `with`, and its own weights again after it."""
+        buffers = _statistics(self.trainer.module) if self.has_statistics else {}
         own = {name: buffer.clone() for name, buffer in buffers.items()}
-        with super().applied():  # type: ignore[safe-super]  # that of the other base class
+        with self._swapped():
             _copy(self._statistics or {}, buffers)
             try:
                 yield
@@ -65,17 +66,16 @@ class OwnStatistics(WeightAverage):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        return {**state, "average": {**state["average"], **(self._statistics or {})}}
+        return {"average": {**self._average_by_name(), **(self._statistics or {})}}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._statistics = {
-            name: state["average"][name].to(buffer.device, copy=True)
-            for name, buffer in _statistics(self.trainer.module).items()
-            if name in state["average"]
-        }
+        if self.has_statistics:
+            self._statistics = {
+                name: state["average"][name].to(buffer.device, copy=True)
+                for name, buffer in _statistics(self.trainer.module).items()
+                if name in state["average"]
+            }
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:

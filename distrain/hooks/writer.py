@@ -142,8 +142,8 @@ class PeriodicWriter(HookBase):
 
     def _keep_evaluation(self) -> None:
         """Keep the metrics of this iteration: a row holds the last ones of its window only."""
-        if self.trainer.reported_at == self.trainer.iter_done:
-            self._evaluations[self.trainer.iter_done] = self.trainer.metrics_now()
+        if metrics := self.trainer.metrics_now():
+            self._evaluations[self.trainer.iter_done] = metrics
 
     def _write_evaluations(self, done: int) -> None:
         """Write a row for each evaluation before `done` that the row of `done` does not show."""

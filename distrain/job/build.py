@@ -103,7 +103,7 @@ def build_parts(
         run_dir=run_dir,
         conf=conf,
     )
-    settings |= {"hooks": hooks, "strategy": strategy, "step": _build_step(conf.get("step"))}
+    settings |= {"hooks": hooks, "strategy": strategy, "step": _build_step(conf["step"])}
     trainer = Trainer(model, optimizer, loader, **settings)
     trainer.settings = settings_of(lengths)
     return Parts(lengths, trainer, loader, schedule)

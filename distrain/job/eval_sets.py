@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distrain.checks import did_you_mean, wrong
+from distrain.checks import did_you_mean, name_part, wrong
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
 from distrain.data.loader import EvalLoader
@@ -26,8 +26,7 @@ def eval_nodes(conf: Conf) -> dict[str, Any]:
     if "_target_" in node:
         return {"": node}
     for name in node:
-        if not name.isprintable() or "/" in name or name != name.strip() or not name:
-            raise ConfigError(f"data.eval.{name}: expected a name without /, or outer blanks")
+        name_part(f"data.eval.{name}", name)
     return {name: of_set for name, of_set in node.items() if of_set is not None}
 
 

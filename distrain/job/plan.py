@@ -56,7 +56,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
         f"model       {_model(conf['model'])}, {num_parameters:,} parameters",
         f"data        {_samples(conf, parts.loader)}",
         *_evaluation(conf),
-        *([f"step        {conf['step']['_target_']}"] if conf.get("step") else []),
+        *([f"step        {conf['step']['_target_']}"] if conf["step"] else []),
         *itertools.chain.from_iterable(
             _optimizer_lines(conf, trainer, name) for name in trainer.optimizers
         ),

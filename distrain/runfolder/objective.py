@@ -43,7 +43,7 @@ def objective(
             values.append(float(value))
     if not is_known:
         names.pop("iteration", None)
-        raise ConfigError(f"sweep.metric={metric}: no such scalar; {did_you_mean(metric, names)}")
+        raise ConfigError(f"{metric}: no such scalar in {run_dir}; {did_you_mean(metric, names)}")
     return (max if mode == "max" else min)(values, default=None)
 
 

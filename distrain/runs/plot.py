@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.errors import ConfigError
+from distrain.extras import optional_library
 from distrain.runs.escape import escaped
 from distrain.runs.records import all_rows, curve, last_values
 
@@ -32,15 +33,14 @@ def plot(
     """
     rows = {name: list(all_rows(path)) for name, path in runs}
     scalars = _choose(rows, patterns)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plot needs matplotlib: pip install 'distrain[plot]'") from error
+    matplotlib = optional_library("matplotlib.figure", extra="plot")
+    agg = optional_library("matplotlib.backends.backend_agg", extra="plot")
     columns = min(len(scalars), _COLUMNS)
     lines = math.ceil(len(scalars) / columns)
-    figure: Any = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure: Any = matplotlib.Figure(
+        figsize=(_SIZE[0] * columns, _SIZE[1] * lines), layout="constrained"
+    )
+    agg.FigureCanvasAgg(figure)
     for index, scalar in enumerate(scalars):
         axes = figure.add_subplot(lines, columns, index + 1)
         for number, (name, of_run) in enumerate(rows.items()):

@@ -41,7 +41,6 @@ class TrainerBase:
         storage: the EventStorage of this run.
         reduction: reduces its scalars over ranks.
         error: exception that ended training, else None.
-        reported_at: the number of iterations done when metrics were reported last, or -1.
         ends_only: whether an earlier start has done all iterations, and only `after_train` is left.
         where: topology of this process among the ranks.
         pulse: heartbeat of this rank, which the watchdog reads.
@@ -75,7 +74,6 @@ class TrainerBase:
         self.ends_only = self.is_in_epochs = False
         self._end_left: Mapping[str, int] | None = None  # how training ended, by the loaded state
         self._reported: dict[str, tuple[int, float]] = {}  # metrics: iter_done, value
-        self.reported_at = -1
         self._calls: dict[Moment, list[Callable[[], None]]] = {moment: [] for moment in MOMENTS}
         self.register_hooks(hooks)
 
@@ -251,7 +249,6 @@ class TrainerBase:
         for name, value in metrics.items():
             self.storage.put_scalar(name, value, smoothing_hint=False, reduce="local")
             self._reported[name] = (self.iter_done, value)
-        self.reported_at = self.iter_done
 
     def metrics_now(self) -> dict[str, float]:
         """Return the metrics reported in this iteration."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.checks import wrong
+from distrain.checks import name_part, wrong
 from distrain.distributed.collectives import broadcast_from_main, gather_to_main
 from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError, add_note
@@ -35,8 +35,7 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
     if not isinstance(metrics, Mapping):
         raise wrong("metrics", metrics, "a mapping of metrics by name")
     for name, metric in metrics.items():
-        if not name.isprintable() or "/" in name or name != name.strip() or not name:
-            raise ConfigError(f"{KEY}.{name}: expected a name without /, and without outer blanks")
+        name_part(f"{KEY}.{name}", name)
         if is_object(metric):
             if not any(part.metric_state for part in parts_of(metric)):
                 raise ConfigError(

@@ -91,9 +91,20 @@ class Step(ABC):
         """Return the state of the step for a resumed run."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`, if that is not empty."""
-        raise NotImplementedError(f"{type(self).__name__} has a state_dict: expected this too")
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Load what `state_dict` returned; both are overridden, or none."""
+
+
+def check_state_methods(kind: type[Step]) -> None:
+    """Check that a class has both methods of a state, or none: else a resumed run lacks it.
+
+    Raises:
+        ConfigError: it has one of them.
+    """
+    saves = kind.state_dict is not Step.state_dict
+    if saves != (kind.load_state_dict is not Step.load_state_dict):
+        found, missing = ("state_dict", "load_state_dict")[:: 1 if saves else -1]
+        raise ConfigError(f"step: {kind.__name__} has {found}: expected {missing} too")
 
 
 class Update:
@@ -112,9 +123,7 @@ class Update:
         self._toggled: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        own = {id(parameter) for parameter in self._updater.parameters}
-        for updater in self._trainer.updaters.values():
-            self._toggled += [p for p in updater.parameters if p.requires_grad and id(p) not in own]
+        self._toggled = self._updater.trainable_of_others()
         for parameter in self._toggled:
             parameter.requires_grad_(False)
         if self._updater.skipped is not None:

@@ -30,7 +30,7 @@ from distrain.trainer.loop import TrainerBase
 from distrain.trainer.model_call import caller, mean_losses, takes_whole_batch, total_loss
 from distrain.trainer.module_state import train_mode
 from distrain.trainer.numerics import Precision, autocast_dtype
-from distrain.trainer.step import Step
+from distrain.trainer.step import Step, check_state_methods
 from distrain.trainer.updater import Updater
 
 __all__ = ["Seekable", "Trainer", "TrainerBase"]
@@ -167,6 +167,7 @@ class Trainer(TrainerBase):
             self.model = self.strategy.wrap(model, optimizers_[0], self.device)
             return
         self.step.trainer = self
+        check_state_methods(type(self.step))
         if self.accumulation > 1 and not self.step.accumulates:
             kind = type(self.step).__name__
             expected = f"1: {kind} takes one batch; set its accumulates=True, and take a list"

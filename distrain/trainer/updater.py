@@ -66,6 +66,11 @@ class Updater:
         self._clips = clip_norm is not None or clip_value is not None
         self._scales = self.scaler.is_enabled()
 
+    def trainable_of_others(self) -> list[Tensor]:
+        """Return the parameters of other optimizers that require gradients now."""
+        others = (each for each in self._trainer.updaters.values() if each is not self)
+        return [p for each in others for p in each.parameters if p.requires_grad]
+
     def prepare(self) -> None:
         """Prepare for training."""
         start_momentum(self.optimizer)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from distrain.checks import did_you_mean, wrong
-from distrain.errors import ConfigError
+from distrain.extras import optional_library
 from distrain.transforms.blocks import linear_layers
 
 
@@ -39,24 +39,20 @@ def add_lora(
     Raises:
         ConfigError: peft is not installed, or a pattern matches nothing.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError('peft is not installed; pip install "distrain[jobs]"') from error
-
+    peft = optional_library("peft", extra="jobs")
     names = [name for name, _ in linear_layers(model, match)]
     parameters = dict(model.named_parameters())
     for pattern in train:
         if not any(fnmatchcase(name, pattern) for name in parameters):
             hint = did_you_mean(pattern, parameters)
             raise wrong("train", pattern, f"a pattern of the names of parameters; {hint}")
-    config = LoraConfig(
+    config = peft.LoraConfig(
         target_modules="|".join(map(re.escape, names)),
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
     )
-    inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model)
     for name, parameter in parameters.items():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in train))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from distrain.checks import one_of
 from distrain.errors import ConfigError
+from distrain.extras import optional_library
 from distrain.transforms.blocks import linear_layers
 
 _LEAST_CAPABILITY = (8, 9)  # Ada and Hopper have float8 tensor cores
@@ -45,19 +47,14 @@ def train_in_float8(
             "this device cannot multiply in float8: expected a GPU of compute capability 8.9 or "
             "more; leave this transform out, as transforms.float8=null"
         )
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise ConfigError('torchao is not installed; pip install "distrain[jobs]"') from error
-    from dataclasses import replace
-
+    float8 = optional_library("torchao.float8", extra="jobs")
     names = {name for name, part in linear_layers(model, match) if _is_aligned(part)}
-    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    config = replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
 
     def is_chosen(_: Any, name: str) -> bool:
         return name in names
 
-    convert_to_float8_training(model, module_filter_fn=is_chosen, config=config)
+    float8.convert_to_float8_training(model, module_filter_fn=is_chosen, config=config)
     return model
 
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distrain.extras import optional_library
 from distrain.files import atomic
 from distrain.run_layout import MLFLOW_RUN_ID
 from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.hyperparameters import hyperparameters
-from distrain.writers.optional import optional_library
+from distrain.writers.pixels import pixels
 
 _MAX_METRICS = 1000  # per request, limits of MLflow's REST API
 _MAX_PARAMS = 100
@@ -31,7 +32,7 @@ class MlflowWriter(Writer):
 
     Args:
         tracking_uri: of the server or store; null: MLFLOW_TRACKING_URI, or else the file mlflow.db
-            (SQLite) beside the run folder, with images in mlflow-artifacts/ there. To see them:
+            (SQLite) next to the run folder, with images in mlflow-artifacts/ there. To see them:
             `mlflow ui --backend-store-uri sqlite:///runs/mlflow.db`.
         experiment: of MLflow.
         name: of the run; null: the run folder's.
@@ -83,8 +84,7 @@ class MlflowWriter(Writer):
             part = metrics[first : first + _MAX_METRICS]
             self._client.log_batch(self._run_id, metrics=part, tags=tags)
         for name, image, at in row.images:
-            pixels = image if image.ndim == 2 else image.transpose(1, 2, 0)
-            self._client.log_image(self._run_id, pixels, key=_allowed(name), step=at)
+            self._client.log_image(self._run_id, pixels(image), key=_allowed(name), step=at)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         self._is_finished = True
@@ -97,13 +97,13 @@ class MlflowWriter(Writer):
     def _connect(self) -> None:
         """Continue the run whose id is in the run folder, or create one."""
         folder = self._run.run_dir
-        beside = folder.absolute().parent
-        client = self._mlflow.MlflowClient(self._uri or f"sqlite:///{beside}/mlflow.db")
+        parent = folder.absolute().parent
+        client = self._mlflow.MlflowClient(self._uri or f"sqlite:///{parent}/mlflow.db")
         path = folder / MLFLOW_RUN_ID
         try:
             self._run_id = path.read_text().strip()
         except FileNotFoundError:
-            self._run_id = self._create(client, None if self._uri else beside)
+            self._run_id = self._create(client, None if self._uri else parent)
             atomic.write(path, self._run_id.encode())
         else:
             client.update_run(self._run_id, status="RUNNING")

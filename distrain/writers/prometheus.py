@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checks import whole
+from distrain.extras import optional_library
 from distrain.writers.base import Row, RunInfo, Writer
-from distrain.writers.optional import optional_library
 
 
 class PrometheusWriter(Writer):

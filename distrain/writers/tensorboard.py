@@ -49,6 +49,7 @@ from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.chart_layout import default_layout
 from distrain.writers.event_file import record
 from distrain.writers.hyperparameters import hyperparameters
+from distrain.writers.pixels import pixels
 
 if TYPE_CHECKING:
     from distrain.events.histogram import Histogram
@@ -242,18 +243,13 @@ def _image(image: NDArray[Any]) -> Summary.Image:
     """Encode a (C, H, W) or (H, W) image as PNG."""
     from PIL import Image  # tensorboard requires it; only runs with images pay for its import
 
-    if image.dtype.kind == "f":
-        image = np.nan_to_num(image).clip(0, 1) * 255 + 0.5
-    pixels = image.clip(0, 255).astype(np.uint8)
-    if pixels.ndim == 3:
-        pixels = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    height, width = pixels.shape[:2]
+    found, file = pixels(image), io.BytesIO()
+    Image.fromarray(found).save(file, format="PNG")
+    height, width = found.shape[:2]
     return Summary.Image(
         height=height,
         width=width,
-        colorspace=1 if pixels.ndim == 2 else pixels.shape[2],
+        colorspace=1 if found.ndim == 2 else found.shape[2],
         encoded_image_string=file.getvalue(),
     )
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from distrain.extras import optional_library
 from distrain.files import atomic
 from distrain.run_layout import WANDB_RUN_ID
 from distrain.writers.base import Row, RunInfo, Writer
-from distrain.writers.optional import optional_library
+from distrain.writers.pixels import pixels
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ class WandbWriter(Writer):
             self._run = self._start()
         values: dict[str, Any] = {name: value for name, (value, _) in row.new.items()}
         for name, image, _ in row.images:
-            pixels = image if image.ndim == 2 else image.transpose(1, 2, 0)
-            values[name] = self._wandb.Image(pixels)
+            values[name] = self._wandb.Image(pixels(image))
         for name, histogram, _ in row.histograms:
             if len(histogram.counts) <= _MAX_BINS:
                 bins = (histogram.counts.tolist(), histogram.edges.tolist())

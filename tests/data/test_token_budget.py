@@ -31,7 +31,7 @@ def test_batches_keep_to_the_budget_and_have_each_sample_once_per_epoch(padded):
     for epoch in (0, 5):
         batches = [
             order.samples(*order.at(i, 1))
-            for i in range(epoch * order.num_batches, (epoch + 1) * order.num_batches)
+            for i in range(epoch * order.per_epoch, (epoch + 1) * order.per_epoch)
         ]
         tokens = [LENGTHS[s].max() * len(s) if padded else LENGTHS[s].sum() for _, s in batches]
         assert max(tokens) <= 60
@@ -49,7 +49,7 @@ def test_the_smallest_example():
             seed=0,
             padded=padded,
         )
-        found = [len(order.samples(*order.at(i, 1))[1]) for i in range(order.num_batches)]
+        found = [len(order.samples(*order.at(i, 1))[1]) for i in range(order.per_epoch)]
         assert sorted(found, reverse=True) == sizes
 
 

@@ -441,6 +441,16 @@ def reduced(step):
         update.backward(step.model["critic"].weight.sum())
 
 
+class Saves(Wrong):
+    def state_dict(self):
+        return {"seen": 1}
+
+
+class Loads(Wrong):
+    def load_state_dict(self, state):
+        pass
+
+
 def several(**keywords):
     model = nn.ModuleDict({"generator": nn.Linear(2, 2), "critic": nn.Linear(2, 2)})
     optimizers = {n: torch.optim.SGD(p.parameters(), lr=0.1) for n, p in model.items()}
@@ -460,6 +470,8 @@ def sgd(*parts):
         ({"step": Wrong(empty)}, r"step: update\('critic'\): expected update.backward"),
         ({"step": Wrong(early)}, "step: update.reduce: expected update.backward"),
         ({"step": Wrong(reduced)}, "step: update.backward after update.reduce"),
+        ({"step": Saves(empty)}, "step: Saves has state_dict: expected load_state_dict too"),
+        ({"step": Loads(empty)}, "step: Loads has load_state_dict: expected state_dict too"),
         ({"accumulation": 2}, "trainer.accumulation=2: expected 1: Wrong takes one batch"),
         ({"strategy": DDP(comm_hook="bf16")}, "trainer.comm_hook=bf16: expected none with a step"),
         (

@@ -1,4 +1,4 @@
-"""Import of a tracker's library, which only the runs that use it need."""
+"""Import of libraries that only some runs need: the extras of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -20,8 +20,5 @@ def optional_library(name: str, *, extra: str) -> Any:
     """
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f'{error.name} is not installed: expected it for this writer; pip install "distrain'
-            f'[{extra}]"'
-        ) from None
+    except ImportError as error:
+        raise ConfigError(f'{error}: expected {name}; pip install "distrain[{extra}]"') from error
