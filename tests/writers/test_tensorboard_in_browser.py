@@ -186,11 +186,11 @@ def see_histograms(page: Browser, url: str) -> None:
 
 
 def see_text(page: Browser, url: str) -> None:
-    """The configuration of each run, as a block of code."""
+    """The configuration of each run, as a block of code; a resumed run may show it twice."""
     page.open(f"{url}#text")
     for lr, runs in ("0.1", 2), ("0.01", 1):
-        blocks = f"inside('tf-text-loader', 'code').filter((e) => /lr: {lr}\\n/.test(text(e)))"
-        page.wait(f"{blocks}.length == {runs}")
+        block = f"(p) => p.matches('code') && /lr: {lr}\\n/.test(text(p))"
+        page.wait(f"all('tf-text-loader').filter((e) => below(e).some({block})).length == {runs}")
 
 
 def see_hparams(page: Browser, url: str) -> None:
