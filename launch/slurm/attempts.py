@@ -153,7 +153,8 @@ def judge(
     if not silent:
         if all(n.code == ExitCode.FINISHED for n in nodes.values()):
             return ExitCode.FINISHED, "finished", "all iterations are done"
-        return ExitCode.STOPPED, "stopped", ", ".join(signals) or "a rank was asked to stop"
+        why = ", ".join(signals) or "trainer.max_time, a hook, or a signal to one rank"
+        return ExitCode.STOPPED, "stopped", why
     if status is not None and status.reason == "TimeLimit":
         return ExitCode.FAILED, "lost", "the time limit came before the state was saved"
     if status is not None and status.state != "RUNNING":

@@ -6,10 +6,10 @@
     srun ... one agent per node, which writes RUN/slurm/JOB-RESTART/NODE.json ...
     python -m distrain.launch.slurm.batch end RUN --step-exit $?
 
-`end` adds a line to RUN/attempts.jsonl. It requeues the job if the attempt was stopped with its
-state saved, or a node was lost; SLURM itself does that after a preemption or the loss of the first
-node. A cancelled job is never requeued. An attempt without `end` gets its line from the next
-`begin`. Standard library only.
+`end` adds a line to RUN/attempts.jsonl. It requeues the job if a signal stopped the attempt with
+its state saved, or a node was lost; SLURM itself does that after a preemption or the loss of the
+first node. A cancelled job, and one whose run stopped itself, is never requeued. An attempt without
+`end` gets its line from the next `begin`. Standard library only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
         status = None
     nodes = read_nodes(run_dir)
     code, outcome, why = judge(nodes, attempt.nodes, step_exit, status)
-    requeued = outcome in ("stopped", "lost") and _may_requeue(status)
+    # a stop without a signal is the run's own: by trainer.max_time, or by StopAt for a sweep
+    is_cut_short = outcome == "lost" or any(node.signals for node in nodes.values())
+    requeued = outcome in ("stopped", "lost") and is_cut_short and _may_requeue(status)
     if is_stop_requested(run_dir, attempt.job_id):
         clear_stop_request(run_dir)
         requeued = False

@@ -51,7 +51,11 @@ def test_a_line_of_scontrol_is_read() -> None:
             RUNNING,
             (75, "stopped", "SIGTERM on n1, SIGUSR2 on n2"),
         ),
-        ([node("n1", 75), node("n2", 75)], CANCELLED, (75, "stopped", "a rank was asked to stop")),
+        (
+            [node("n1", 75), node("n2", 75)],
+            CANCELLED,
+            (75, "stopped", "trainer.max_time, a hook, or a signal to one rank"),
+        ),
         (
             [node("n1", 1, error="x"), node("n2", 0)],
             RUNNING,
@@ -179,17 +183,28 @@ def test_a_stopped_attempt_is_requeued_once_and_the_next_one_counts_on(
 
 
 @pytest.mark.parametrize(
-    ("status", "again"), [(CANCELLED, False), (TIMED_OUT, True), (None, False)]
+    ("status", "signals", "again"),
+    [
+        (CANCELLED, ["SIGTERM"], False),
+        (TIMED_OUT, ["SIGTERM"], True),
+        (None, ["SIGTERM"], False),
+        (RUNNING, ["SIGUSR2"], True),
+        (RUNNING, [], False),  # the run's own stop: trainer.max_time, StopAt
+    ],
 )
-def test_a_cancelled_job_stays_cancelled(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, status: Status | None, again: bool
+def test_a_cancelled_job_and_a_run_that_stops_itself_are_not_requeued(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: Status | None,
+    signals: list[str],
+    again: bool,
 ) -> None:
     requeued: list[str] = []
     monkeypatch.setattr(slurm_queue, "requeue", requeued.append)
     monkeypatch.setattr(slurm_queue, "status", lambda job_id: status)
     slurm_batch.begin(run_dir, max_requeues=3)
     for name in ("n1", "n2"):
-        NodeRecord(name, 75).write(run_dir)
+        NodeRecord(name, 75, signals).write(run_dir)
     assert slurm_batch.end(run_dir, step_exit=0, max_requeues=3) == ExitCode.STOPPED
     assert requeued == (["7"] if again else [])
 
