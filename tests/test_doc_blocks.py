@@ -273,7 +273,7 @@ def test_a_command(line, compose, capfd):
         changed(read_conf(options.run), options.overrides)
         code = 0
     elif module == "distrain.tune":  # test_tune.py runs it
-        from distrain.cli.tune import build_parser, plan
+        from distrain.tune.halving import build_parser, plan
 
         search, trials = plan(*build_parser().parse_known_args(argv))
         code = compose(*search.arguments, *trials[0].overrides)

@@ -1,6 +1,6 @@
 """`python -m distrain.tune`."""
 
-from distrain.cli.tune import main
+from distrain.tune.halving import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,15 +23,17 @@ from distrain.checkpoint.catalog import newest_valid
 from distrain.cli.sweep import folder_name, swept_values
 from distrain.config.overrides import quoted
 from distrain.errors import ConfigError, ExitCode
+from distrain.launch.client import ACTIVE
 from distrain.run_layout import CHECKPOINTS
-from distrain.runfolder.lock import holder
 from distrain.runfolder.objective import Mode, objective
+from distrain.runs import control
+from distrain.runs.summary import summarize_one
 from distrain.text import table
 
 _HOOK = "+hooks.tune"
 _LIBC = ctypes.CDLL(None)  # here: a forked child must not load a library
 _PR_SET_PDEATHSIG = 1
-_ENDING_S = 120.0  # for a run of a killed command to save its state
+_POLL_S = 1.0  # each poll may ask a scheduler
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,9 +184,7 @@ def _train(search: Search, trials: Sequence[Trial], rung: int) -> bool:
 
 def _train_one(search: Search, trial: Trial, rung: int) -> None:
     """Train one trial up to a rung, unless it is there; set its value or its error."""
-    deadline = time.monotonic() + _ENDING_S
-    while trial.path.exists() and holder(trial.path) and time.monotonic() < deadline:
-        time.sleep(0.2)  # a run of a killed command saves its state
+    _await_earlier(trial)
     if _iterations(trial) < rung:
         log = trial.path.with_name(trial.path.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,10 @@ def _train_one(search: Search, trial: Trial, rung: int) -> None:
             trial.processes.append(process)
             code = process.wait()
             trial.processes.remove(process)
-        if code == ExitCode.STOPPED and _iterations(trial) < rung:
+        if _is_active(trial):  # a job that was followed goes on without its follower
+            control.stop(trial.path, wait=False)
+            return
+        if code in (ExitCode.STOPPED, -signal.SIGTERM) and _iterations(trial) < rung:
             return  # interrupted
         if code not in (ExitCode.FINISHED, ExitCode.STOPPED):
             lines = log.read_text(errors="replace").strip().splitlines()
@@ -211,6 +214,19 @@ def _train_one(search: Search, trial: Trial, rung: int) -> None:
     trial.value = objective(trial.path, search.metric, mode=search.mode, max_iter=rung)
     shown = "no finite value" if trial.value is None else f"{trial.value:.6g}"
     print(f"{trial.path.name}: {search.metric} {shown}", flush=True)
+
+
+def _await_earlier(trial: Trial) -> None:
+    """Wait for a run that an earlier command left: its process saves its state, its job trains."""
+    if not _is_active(trial):
+        return
+    print(f"{trial.path.name}: waits for the run of an earlier command", flush=True)
+    while _is_active(trial):
+        time.sleep(_POLL_S)
+
+
+def _is_active(trial: Trial) -> bool:
+    return trial.path.exists() and summarize_one(trial.path).state in ACTIVE
 
 
 def _command(search: Search, trial: Trial) -> list[str]:

@@ -108,7 +108,7 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    from distrain.cli.tune import main
+    from distrain.tune.halving import main
 
     monkeypatch.chdir(tmp_path)
     assert main([*TUNE, "+experiment=digits", *arguments]) == 2

@@ -1,0 +1,55 @@
+"""`python -m distrain.tune ... launch=slurm launch.follow=true`: each run is a job."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dev_cluster import Cluster, wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+TUNE = ("--metric", "eval/accuracy", "--rungs", "4,8", "--keep", "0.5", "--parallel", "2")
+RUNS = ("+experiment=digits", "hooks.eval.period=4", "optim.lr=0.1,0.0001")
+JOBS = ("launch=slurm", "launch.ranks=1", "launch.follow=true")
+WORDS = [sys.executable, "-m", "distrain.tune", *TUNE, *RUNS, *JOBS]
+
+
+def jobs_of(user: int) -> list[str]:
+    words = ["squeue", "--noheader", "--format=%i", "--user", str(user)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_killed_command_continues_beside_its_jobs(cluster: Cluster, tmp_path: Path) -> None:
+    folder = ("--folder", str(tmp_path))
+    killed = subprocess.Popen([*WORDS, *folder], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(jobs_of(os.getuid())) == 2, timeout_s=60)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+
+    done = subprocess.run([*WORDS, *folder], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[1] for row in table] == ["8", "4"]
+    logs = sorted(path.parts[-3] for path in tmp_path.glob("*/slurm/*_0_log.out"))
+    assert logs == ["optim.lr=0.0001", "optim.lr=0.1", "optim.lr=0.1"]  # no job trained twice
+
+
+def test_a_stop_ends_the_jobs_with_their_state_saved(cluster: Cluster, tmp_path: Path) -> None:
+    long = (
+        *WORDS,
+        "--folder",
+        str(tmp_path),
+        "--rungs",
+        "100000,200000",
+        "hooks.eval.period=99999",
+    )
+    stopped = subprocess.Popen(long, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len([*tmp_path.glob("*/metrics.jsonl")]) == 2, timeout_s=100)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == 75
+    wait_for(lambda: not jobs_of(os.getuid()), timeout_s=60)
+    assert len([*tmp_path.glob("*/checkpoints/iter_*")]) == 2
