@@ -145,6 +145,12 @@ def _top_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, list[dict[s
     }
 
 
+def _with_top(
+    best: dict[str, dict[str, Any]], top: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    return {n: {**one, "top": top[n]} if n in top else one for n, one in best.items()}
+
+
 def _write_best(
     folder: str, best: dict[str, dict[str, Any]], top: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -155,7 +161,7 @@ def _write_best(
     """
     if not best:
         return
-    best = {n: {**one, "top": top[n]} if n in top else one for n, one in best.items()}
+    best = _with_top(best, top)
     fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
     text = json.dumps(fields) + "\n"
     with contextlib.suppress(OSError):
@@ -202,16 +208,27 @@ def _has_right_sizes(path: str) -> bool:
 
 
 def known_best(folder: str | os.PathLike[str]) -> Mapping[str, Mapping[str, Any]]:
-    """Return `read_best`, empty if a file cannot be read."""
+    """Return the metrics of `best.json`, from the manifests; empty if a file cannot be read."""
+    folder = os.fspath(folder)
     try:
-        return read_best(os.fspath(folder))
+        run_id = read_run_id(folder)
+        own = [] if run_id is None else _own(folder, run_id)
     except OSError:
         return {}
+    return _with_top(_best_of(own), _top_of(own))
 
 
 def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:
-    """Return " (best)" if the checkpoint is in `read_best`, with the names of several metrics."""
-    names = [name for name, one in best.items() if one["iteration"] == iteration]
-    if not names:
-        return ""
-    return " (best)" if len(best) == 1 else f" (best {', '.join(names)})"
+    """Return " (best)" if the checkpoint is in `known_best`, with the names of several metrics.
+
+    Of a metric of which several checkpoints are kept, with its place: " (best 2 of 3)".
+    """
+    marks = []
+    for name, one in best.items():
+        top = [each["iteration"] for each in one.get("top", ())]
+        words = ["best"] if len(best) == 1 else ["best", name]
+        if iteration in top and len(top) > 1:
+            marks.append(" ".join([*words, f"{top.index(iteration) + 1} of {len(top)}"]))
+        elif one["iteration"] == iteration:
+            marks.append(" ".join(words))
+    return f" ({', '.join(marks)})" if marks else ""

@@ -10,6 +10,7 @@ import torch
 from checkpoint_cases import checkpoints, path_of, small_state
 
 from distrain.checkpoint import format as fmt
+from distrain.checkpoint.store import Score
 from distrain.cli.checkpoint import main
 
 
@@ -142,3 +143,17 @@ def test_from_the_shell_and_without_torch(run: Path) -> None:
     modules = done.stderr.split()
     assert "distrain.checkpoint.format" in modules
     assert not {"torch", "numpy"} & {*modules}
+
+
+def test_places_among_the_best_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = checkpoints(tmp_path / "run" / "checkpoints")
+    for iteration, value in (100, 0.5), (200, 0.9), (300, 0.1):
+        best = {"accuracy": value} if value > 0.4 else {}
+        scores = {"accuracy": Score(value, larger_is_better=True, keep=2)}
+        store.save(iteration, small_state(iteration), world_size=2, best=best, scores=scores)
+    store.close()
+    assert main([str(tmp_path / "run")]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[1:4]
+    assert first.endswith("(best 2 of 2)")
+    assert second.endswith("(best 1 of 2)")
+    assert third.endswith("valid")
