@@ -83,10 +83,8 @@ def explain(error: Exception) -> ConfigError:
             return ConfigError(f"{group}={choice}: no such choice; {hint}")
         return ConfigError(f"--config-name={choice}: no such file in the folders searched")
     if isinstance(error, OverrideParseException):
-        key, equals, _ = str(error.override).partition("=")
-        quoted = repr(f'{key}="..."')
-        fix = f"; put a text in quotes, as {quoted}" if equals else "; expected key=value"
-        return ConfigError(f"cannot read {error.override!r}: {text.splitlines()[0]}{fix}")
+        why = _unreadable(str(error.override), text)
+        return ConfigError(f"cannot read {error.override!r}: {why}")
     if text.startswith("Config group override must be a string"):
         return ConfigError("a group cannot be null in a sweep; expected ~GROUP, as in ~schedule")
     cause = error if hasattr(error, "full_key") else error.__cause__
@@ -94,6 +92,9 @@ def explain(error: Exception) -> ConfigError:
     if key and text.startswith("Could not override"):
         near = _near_key(cause, key)
         add = f"+{key}=... adds it"
+        if key.endswith("._target_"):  # of a node that is null: a whole one takes its place
+            node = key.removesuffix("._target_")
+            add = f"'{node}={{_target_: ...}}' or +{key}=... sets it"
         return ConfigError(f"{key}: no such key; " + (f"{near} ({add})" if near else add))
     if key and text.startswith("Missing mandatory value"):
         return ConfigError(f"{key}: expected a value, {key}=...")
@@ -101,6 +102,17 @@ def explain(error: Exception) -> ConfigError:
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
     line = "; ".join(lines)
     return ConfigError(f"{key}: {line}" if key and key not in line else line)
+
+
+def _unreadable(override: str, text: str) -> str:
+    """Return why Hydra's grammar of overrides refuses one, and how to write it."""
+    key, equals, value = override.partition("=")
+    if quoted_key := re.search(r"""[{,]\s*(["'][^"']+["'])\s*:""", value):
+        place = f"{quoted_key[1]}: ... below {key.lstrip('+')} in the experiment"
+        return f"a key in quotes is read in YAML files only; write {place}"
+    quoted = repr(f'{key}="..."')
+    fix = f"put a text in quotes, as {quoted}" if equals else "expected key=value"
+    return f"{text.splitlines()[0]}; {fix}"
 
 
 def _options(group: str) -> list[str]:

@@ -149,6 +149,15 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         ((*DIGITS, "init.weights=gs://b/a.pt"), "init.weights=gs://b/a.pt: expected a path of a"),
         ((*DIGITS, "optim.rules.f={lr:1}"), "optim.rules.f: no such key; +optim.rules.f=... adds"),
         (("-m", *DIGITS, "optim=null,sgd"), "a group cannot be null in a sweep; expected ~GROUP"),
+        (
+            (*DIGITS, '+hooks.x.start={"a.*": 5}'),
+            "cannot read '+hooks.x.start={\"a.*\": 5}': a key in quotes is read in YAML files only; "
+            """write "a.*": ... below hooks.x.start in the experiment""",
+        ),
+        (
+            (*DIGITS, "data.sampler._target_=my.Order"),
+            "data.sampler._target_: no such key; 'data.sampler={_target_: ...}' or +data.",
+        ),
         ((*DIGITS, "run.name=(x"), "cannot read 'run.name=(x': "),
         (
             (*DIGITS, "schedule._target_=torch.optim.lr_scheduler.StepLR", "schedule.warmup=3"),
