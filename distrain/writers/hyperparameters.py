@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_WITHOUT_EFFECT = ("run", "resume", "plan", "sweep", "checkpoint", "launch", "hooks")
+_WITHOUT_EFFECT = (
+    "run",
+    "resume",
+    "plan",
+    "sweep",
+    "checkpoint",
+    "launch",
+    "hooks",
+    "allow_changes",
+)
 
 
 def hyperparameters(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
