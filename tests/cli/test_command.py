@@ -151,8 +151,8 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         (("-m", *DIGITS, "optim=null,sgd"), "a group cannot be null in a sweep; expected ~GROUP"),
         (
             (*DIGITS, '+hooks.x.start={"a.*": 5}'),
-            "cannot read '+hooks.x.start={\"a.*\": 5}': a key in quotes is read in YAML files only; "
-            """write "a.*": ... below hooks.x.start in the experiment""",
+            """cannot read '+hooks.x.start={"a.*": 5}': a key in quotes is read in YAML files """
+            """only; write "a.*": ... below hooks.x.start in the experiment""",
         ),
         (
             (*DIGITS, "data.sampler._target_=my.Order"),
