@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics  # noqa: F401 - imports transformers, whose name a stand-in takes later
+import yaml
 from torch import nn
 
 import distrain
@@ -269,7 +270,7 @@ def test_a_command(line, compose, capfd):
         from distrain.cli.evaluate import build_parser, changed
         from distrain.job.load import read_conf
 
-        options = build_parser().parse_args(argv)
+        options = build_parser().parse_intermixed_args(argv)
         changed(read_conf(options.run), options.overrides)
         code = 0
     elif module == "distrain.tune":  # test_tune.py runs it
@@ -343,8 +344,40 @@ def stand_ins(folder, monkeypatch):
     return my_project
 
 
+def kubernetes_command(text, monkeypatch):
+    """Return the overrides of a TrainJob; none for another resource, whose parts are checked."""
+    spec = yaml.safe_load(text)["spec"]
+    if "trainer" not in spec:
+        [job] = spec["template"]["spec"]["replicatedJobs"]
+        pod = job["template"]["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        # names that the operator looks for
+        assert job["name"] == container["name"] == "node"
+        assert job["template"]["metadata"]["labels"] == {
+            "trainer.kubeflow.org/trainjob-ancestor-step": "trainer"
+        }
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        return []
+    trainer = spec["trainer"]
+    assert trainer["command"] == ["torchrun", "-m", "distrain"]
+    for name in "LOCAL_RANK", "RANK":  # as torchrun sets it for a rank
+        monkeypatch.setenv(name, "0")
+    for name in "WORLD_SIZE", "LOCAL_WORLD_SIZE":  # of one rank: nothing is started here
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for entry in trainer["env"]:
+        assert isinstance(entry["value"], str)
+    [folder] = [word for word in trainer["args"] if word.startswith("--config-dir=")]
+    assert folder == "--config-dir=conf"
+    argv = [word for word in trainer["args"] if word not in (folder, "+experiment=mine")]
+    assert "launch=external" in argv
+    return ["+experiment=block", *argv]
+
+
 @pytest.mark.parametrize("text", [*blocks("yaml")])
-def test_yaml(text, compose, stand_ins, folder, capfd):
+def test_yaml(text, compose, stand_ins, folder, monkeypatch, capfd):
     if "/data/tokens" in text:  # files that the example reads
         (folder / "tokens").mkdir(exist_ok=True)
         np.save(folder / "tokens" / "shard.npy", np.zeros(10_000, np.uint16))
@@ -352,8 +385,14 @@ def test_yaml(text, compose, stand_ins, folder, capfd):
     if "/data/stream" in text:
         (folder / "stream.jsonl").write_text('{"x": 1}\n')
         text = text.replace("/data/stream/*", str(folder / "stream"))
+    argv = ["+experiment=block"]
+    if text.startswith("apiVersion"):
+        argv = kubernetes_command(text, monkeypatch)
+        if not argv:
+            return
+        text = MINE
     experiment(text, folder)
-    code = compose("--config-dir", "conf", "+experiment=block")
+    code = compose("--config-dir", "conf", *argv)
     assert code == 0, capfd.readouterr().err
 
 

@@ -49,8 +49,11 @@ def text(path):
 
 
 def test_every_page_is_there_and_no_link_is_broken(site):
+    navigation, index = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs/index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / page.with_suffix(".html").name).exists()
+        assert f": {page.name}\n" in navigation or page.name == "index.md", page.name
+        assert f"({page.name})" in index or page.name == "index.md", page.name
 
 
 def test_the_configuration_has_every_key_with_type_and_meaning(site, generate):
