@@ -135,7 +135,10 @@ def configuration() -> str:
         if doc:
             docs[key] = doc
         else:
-            row = (f"`{key}`", kind, default, comments.get(key) or MEANINGS.get(key, ""))
+            meaning = comments.get(key) or MEANINGS.get(key, "")
+            if "`" not in meaning:  # else Markdown takes its underscores for emphasis
+                meaning = meaning.replace("_target_", "`_target_`")
+            row = (f"`{key}`", kind, default, meaning)
             sections.setdefault(top, []).append(row)
     for top, rows in sections.items():
         lines += [f"## {top or 'At the top'}", "", docs[top], ""]
