@@ -44,6 +44,7 @@ class ConsoleWriter(Writer):
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._bar: TaskID | None = None
+        self._shown: dict[str, float] = {}  # values of the bar, the newest of each name
         self._next_refresh_s = 0.0
         self._next_line_s = 0.0
         self._usual: frozenset[str] = frozenset()  # names in the row before
@@ -63,7 +64,9 @@ class ConsoleWriter(Writer):
         if self._bar is None:
             self._bar = display.add(self._stream, total=row.max_iter, text="")
         now_s = time.monotonic()
-        values = {name: value for name, (value, _) in row.scalars.items()}
+        # a row of an evaluation within a window has no loss: the bar goes on with that before it
+        self._shown |= {name: value for name, (value, _) in row.scalars.items()}
+        values = dict(self._shown)
         times = f"{timedelta(seconds=int(now_s - self._begin_s))} {_eta(values.pop(ETA_S, None))}"
         done = row.iteration + 1
         text = self._epoch(row) + describe(values)

@@ -132,6 +132,22 @@ def test_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.endswith("\x1b[?25h")  # the cursor is back
 
 
+def test_the_bar_keeps_the_loss_in_the_row_of_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    writer = Opened(ConsoleWriter(stream))
+    writer.write(Row(9, 20, {"loss": (1.5, 9), "perf/eta_s": (7.0, 9)}))
+    writer.write(Row(14, 20, {"eval/accuracy": (0.5, 14)}))
+    writer.close()
+    last = stream.getvalue().rpartition("15/20")[2]
+    assert "loss 1.5  eval/accuracy 0.5" in last
+    assert "eta 0:00:07" in last
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_narrow_terminal_cuts_values_only(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("TERM", "xterm")
