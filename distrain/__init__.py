@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from distrain.checkpoint.store import CheckpointStore
     from distrain.events.history import HistoryBuffer
     from distrain.events.storage import EventStorage, get_event_storage
     from distrain.job.load import load
+    from distrain.job.resume import resume
     from distrain.optim.groups import param_groups
     from distrain.schedule.schedules import WarmupCosineLR, WarmupMultiStepLR
     from distrain.trainer.hook import HookBase
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from distrain.trainer.trainer import Trainer
 
 _MODULE_OF = {
+    "CheckpointStore": "checkpoint.store",
     "EventStorage": "events.storage",
     "HistoryBuffer": "events.history",
     "HookBase": "trainer.hook",
@@ -33,9 +36,11 @@ _MODULE_OF = {
     "get_event_storage": "events.storage",
     "load": "job.load",
     "param_groups": "optim.groups",
+    "resume": "job.resume",
 }
 
 __all__ = [
+    "CheckpointStore",
     "EventStorage",
     "HistoryBuffer",
     "HookBase",
@@ -48,6 +53,7 @@ __all__ = [
     "get_event_storage",
     "load",
     "param_groups",
+    "resume",
 ]
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
     "distrain": "load EventStorage get_event_storage HistoryBuffer HookBase Loss Step Trainer "
-    "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups",
+    "TrainerBase WarmupMultiStepLR WarmupCosineLR param_groups CheckpointStore resume",
     "distrain.hooks": "BestCheckpointer CallbackHook EarlyStopping EMA EvalHook GarbageCollector "
     "GpuStats Histograms IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter PreciseBN "
     "ReplicaGuard ScheduleFree StragglerWatch SWA Thaw Throughput TorchMemoryStats TorchProfiler",

@@ -45,7 +45,7 @@ class PeriodicCheckpointer(HookBase):
     ) -> None:
         self._period = None if period is None else checked_period(period)
         self._every_s = None if every is None else seconds("every", every)
-        self._checkpoints = checkpoints
+        self._checkpoints = _checked(checkpoints)
 
     def before_train(self) -> None:
         if self._period is not None:
@@ -130,7 +130,7 @@ class BestCheckpointer(MetricHook):
         self._keep = whole("keep", keep, least=1)
         self._top: list[tuple[float, int]] = []  # values and iterations, best first; if keep > 1
         self._unsaved_score: float | None = None
-        self._checkpoints = checkpoints
+        self._checkpoints = _checked(checkpoints)
         self._unsaved: float | None = None  # best value, until a checkpoint is marked with it
 
     def before_train(self) -> None:
@@ -244,6 +244,15 @@ def save(
             scores=scores,
             is_end_left=is_end_left,
         )
+
+
+def _checked(checkpoints: CheckpointStore) -> CheckpointStore:
+    if not isinstance(checkpoints, CheckpointStore):
+        expected = (
+            'a CheckpointStore, shared by the hooks: distrain.CheckpointStore("RUN/checkpoints")'
+        )
+        raise wrong("checkpoints", checkpoints, expected)
+    return checkpoints
 
 
 def _state(trainer: TrainerBase) -> dict[str, Any] | None:

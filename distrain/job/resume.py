@@ -12,12 +12,15 @@ from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import clear_leftovers, find_all
 from distrain.checkpoint.decode import load_checkpoint
 from distrain.checkpoint.retention import read_run_id
+from distrain.checkpoint.store import CheckpointStore
 from distrain.distributed.collectives import broadcast_from_main
 from distrain.distributed.ranks import topology
-from distrain.errors import RunFailed, RunRefused
+from distrain.distributed.rng import restore_random_states
+from distrain.errors import ConfigError, RunFailed, RunRefused
 from distrain.files.retry import retried, unreadable
 from distrain.log import logger
 from distrain.progress import waiting
+from distrain.trainer.trainer import Trainer
 
 PARTS: dict[str, type] = {
     "model": dict,
@@ -32,6 +35,45 @@ PARTS: dict[str, type] = {
 _SHOWN = 3  # names in a message
 
 State = dict[str, Any]
+
+
+def resume(trainer: Trainer, checkpoints: CheckpointStore) -> int:
+    """Load the newest valid checkpoint in a script; return the first iteration for `train`.
+
+    0 without checkpoints. The trainer gets the state of model, optimizer, schedule, hooks and data;
+    each rank its random generators, where the number of ranks is that of the checkpoint. A
+    collective. ::
+
+        checkpoints = distrain.CheckpointStore("runs/script/checkpoints")
+        hooks = [PeriodicCheckpointer(100, checkpoints=checkpoints)]
+        trainer = distrain.Trainer(model, optimizer, loader, hooks=hooks)
+        trainer.train(distrain.resume(trainer, checkpoints), 1000)
+
+    Args:
+        trainer: just built.
+        checkpoints: those of its hooks.
+
+    Raises:
+        ConfigError: the model is sharded; such runs continue by the command.
+        RunRefused: none of the checkpoints can be continued from.
+        RunFailed: one cannot be read. No file was changed in either case.
+    """
+    if trainer.is_sharded:
+        raise ConfigError(
+            "resume: expected a model that is not sharded; python -m distrain does it"
+        )
+    start_iter, state = resume_point(checkpoints.folder, trainer.module)
+    if state is None:
+        return 0
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        why = f"the checkpoint of iteration {start_iter} does not fit this trainer: {error}"
+        raise RunRefused(f"{checkpoints.folder}: {why}") from error
+    where, saved = topology(), state["rng"]["ranks"]
+    if len(saved) == where.world_size:
+        restore_random_states(saved[where.rank])
+    return start_iter
 
 
 def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:
