@@ -143,6 +143,8 @@ class SlurmLauncher(NodeOptions, Launcher):
                 ["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False
             )
         if done.returncode:
+            if not queue.answers():
+                return f"{text}\n# not tested, SLURM does not answer: {done.stderr.strip()}"
             raise self._refused(done.stderr)
         return f"{text}\n# sbatch --test-only: {done.stderr.strip()}"
 

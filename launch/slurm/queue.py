@@ -89,6 +89,15 @@ def partitions() -> list[str]:
     return sorted(set(run(["sinfo", "--noheader", "--format=%R"]).split()))
 
 
+def answers() -> bool:
+    """Return whether SLURM answers at all."""
+    try:
+        partitions()
+    except QueueError:
+        return False
+    return True
+
+
 def node_kinds(partition: str | None) -> str:
     """Return the nodes of a partition, of all if None, for an error message."""
     command = ["sinfo", "--noheader", "--exact", "--format=%D nodes of %c CPUs, %m MB, gres %G"]

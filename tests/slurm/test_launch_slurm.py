@@ -188,6 +188,15 @@ def test_without_slurm_it_says_what_is_missing(
     assert "# not tested: launch=slurm: no sbatch" in LAUNCHER.plan(Count(str(tmp_path / "run")))
 
 
+def test_without_a_controller_the_plan_shows_the_script(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    text = LAUNCHER.plan(Count(str(tmp_path / "run")))
+    assert "#SBATCH --nodes=2" in text
+    assert "# not tested, SLURM does not answer: " in text
+
+
 def test_a_run_folder_that_no_node_sees(cluster: Cluster) -> None:
     run_dir = cluster.root / "local" / "run"  # each node has its own there
     with pytest.raises(ConfigError, match="must be on a file system that all nodes share"):
