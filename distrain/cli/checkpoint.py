@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.cli.checkpoint_table import NothingFound, compare, show
+from distrain.process.stdio import reader_may_leave
 
 VERIFY = "--verify-resume"
 
@@ -44,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals without "≠"
+    with reader_may_leave():
+        return _run(arguments)
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         if VERIFY in arguments:
             from distrain.cli import verify_resume
@@ -53,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.other is None:
             return show(options.run, iteration=options.iteration)
         return compare(options.run, options.other, iteration=options.iteration)
+    except BrokenPipeError:
+        raise
     except (NothingFound, OSError) as error:
         print(error, file=sys.stderr)
         return 2

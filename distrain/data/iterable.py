@@ -205,7 +205,8 @@ class IterableLoader(WorkerLoader):
     def _warn_of_reading(self, num: int) -> None:
         """Warn, on rank 0, that samples are read again."""
         if num and self._rank == 0:
-            name = type(self._dataset).__name__
+            name = getattr(getattr(self._dataset, "func", None), "__name__", "")  # of a partial
+            name = name or type(self._dataset).__name__
             why = f"{name} has no state_dict() and load_state_dict()"
             if has_shuffle_buffer(self._dataset):
                 why = f"the state of {name} lacks the content of its shuffle buffer"

@@ -12,6 +12,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
 from typing import IO, Any
 
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
@@ -110,3 +111,13 @@ class _Lossy(io.FileIO):
         except OSError:
             self._is_torn |= 0 < len(rest) < num
         return num
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End quietly where the reader of stdout has left, as in `... | head`."""
+    try:
+        yield
+        sys.stdout.flush()  # here, not at the end of the process, which would report it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

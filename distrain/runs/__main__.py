@@ -12,6 +12,7 @@ from typing import NoReturn
 from distrain.checks import did_you_mean
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import State
+from distrain.process.stdio import reader_may_leave
 from distrain.runs.escape import escaped
 from distrain.runs.find import name_of, resolve_run
 from distrain.runs.table import COLUMNS, show_table
@@ -144,6 +145,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def run(argv: Sequence[str]) -> int:
     """Run a command; return its exit code. A mistake is one line."""
+    with reader_may_leave():
+        return _run(argv)
+    return 0
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
@@ -154,9 +161,6 @@ def run(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(escaped(f"distrain.runs: {error}"), file=sys.stderr)
         return int(ExitCode.BAD_CONFIG)
-    except BrokenPipeError:  # as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def main() -> None:

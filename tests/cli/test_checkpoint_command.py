@@ -157,3 +157,15 @@ def test_places_among_the_best_few(tmp_path: Path, capsys: pytest.CaptureFixture
     assert first.endswith("(best 2 of 2)")
     assert second.endswith("(best 1 of 2)")
     assert third.endswith("valid")
+
+
+@pytest.mark.parametrize("module", ["distrain.checkpoint", "distrain.runs"])
+def test_a_reader_that_leaves_is_no_error(run: Path, module: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does
+    (run / "run.yaml").write_text("seed: 0\n")
+    folder = run if module == "distrain.checkpoint" else run.parent
+    words = [sys.executable, "-m", module, str(folder)]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

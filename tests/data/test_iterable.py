@@ -3,6 +3,7 @@
 With Hugging Face datasets and webdataset as they are, on files of theirs.
 """
 
+import functools
 import io
 import itertools
 import json
@@ -183,6 +184,9 @@ def test_a_checkpoint_continues_on_another_number_of_ranks_without_reading_again
     loader.load_state_dict(states, iteration=4, rank=0)
     assert "19 samples are read again and dropped" in caplog.text
     assert "Stream has no state_dict() and load_state_dict()" in caplog.text
+    loader = IterableLoader(functools.partial(shards_in_order, []), batch_size=12)
+    loader.load_state_dict(states, iteration=4, rank=0)
+    assert "shards_in_order has no state_dict() and load_state_dict()" in caplog.text
 
 
 def shards_in_order(files):
