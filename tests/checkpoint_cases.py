@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import writer_client
+from distrain.checkpoint.encode import bytes_of, encode
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checkpoint.writer_client import Request
 from distrain.checkpoint.writer_process import perform
@@ -42,6 +44,13 @@ def identical(a: Any, b: Any) -> bool:
 def raw(tensor: Tensor) -> bytes:
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.resolve_conj().resolve_neg().view(torch.uint8).numpy().tobytes()
+
+
+def state_digests(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each part of a state, as in the manifest of its checkpoint."""
+    snapshot = encode(state)
+    hashes = {(t.file, t.name): hashlib.sha256(bytes_of(t.source).data) for t in snapshot.tensors}
+    return fmt.part_digests(snapshot.tree, lambda file, name: hashes[file, name].hexdigest())
 
 
 def small_state(seed: int = 0) -> dict[str, Any]:

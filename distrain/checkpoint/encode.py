@@ -7,7 +7,6 @@ an object with one key that begins with "$": {"$tuple": [...]}, {"$tensor": name
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import struct
 from base64 import b64encode
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from distrain.checkpoint.format import MODEL_FILE, MODEL_PART, TRAINING_FILE, part_digests
+from distrain.checkpoint.format import MODEL_FILE, MODEL_PART, TRAINING_FILE
 
 ALLOWED = (
     "dict (also OrderedDict, Counter) with str or int keys, list, tuple, int, float, bool, str, "
@@ -241,13 +240,6 @@ def _memory_order(tensor: Tensor) -> list[int] | None:
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
     return order if tensor.permute(order).is_contiguous() else None
-
-
-def state_digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digest of each part of a state, as in the manifest of its checkpoint."""
-    snapshot = encode(state)
-    hashes = {(t.file, t.name): hashlib.sha256(bytes_of(t.source).data) for t in snapshot.tensors}
-    return part_digests(snapshot.tree, lambda file, name: hashes[file, name].hexdigest())
 
 
 def bytes_of(source: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -20,11 +20,11 @@ from checkpoint_cases import (
     path_of,
     scratch_in,
     small_state,
+    state_digests,
 )
 from torch import nn
 
 from distrain.checkpoint import format as fmt
-from distrain.checkpoint.encode import state_digests
 from distrain.checkpoint.store import CheckpointStore, SaveFailed, describe
 from distrain.errors import ConfigError
 

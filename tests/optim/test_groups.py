@@ -4,20 +4,13 @@ import copy
 
 import pytest
 import torch
+from group_cases import BASE, Vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from distrain.errors import ConfigError
 from distrain.optim.groups import explain_groups, format_groups, param_groups
-
-BASE = {
-    "lr": 0.1,
-    "weight_decay": 1e-4,
-    "weight_decay_norm": 0.0,
-    "bias_lr_factor": 2.0,
-    "weight_decay_bias": 5e-5,
-}
 
 
 class AllNorms(nn.Module):
@@ -42,20 +35,6 @@ class AllNorms(nn.Module):
                 nn.LocalResponseNorm(2),
             ]
         )
-        self.head = nn.Linear(4, 2)
-
-
-class Vit(nn.Module):
-    """The layout of a vision transformer: a token at the root, an embedding, blocks, norm, head."""
-
-    def __init__(self, depth: int = 2) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, 4))
-        self.embed = nn.Linear(4, 4)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 2)
 
 
