@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ConfigError(ValueError):
-    """A mistake of the user: one line with key, value, what is allowed and what to do next."""
+    """A mistake of the user: one line with the key, its value, the allowed values and the fix."""
 
 
 class RankFailed(RuntimeError):
@@ -28,12 +28,12 @@ class ReplicaDrift(RuntimeError):
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Do what `error.add_note` does; in Python 3.10 tracebacks do not show the note."""
+    """Add a note as `error.add_note`, which Python 3.10 lacks: its tracebacks do not show it."""
     vars(error).setdefault("__notes__", []).append(note)
 
 
 class ExitCode(IntEnum):
-    """What the command returns to the shell."""
+    """Exit codes of the command."""
 
     FINISHED = 0
     FAILED = 1

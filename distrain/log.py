@@ -1,4 +1,4 @@
-"""What is logged where: rank 0 to the console and its log, the others to theirs."""
+"""Logging: rank 0 to the console and its log file, the other ranks to their log files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("distrain")
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what sys.stderr is at the time: a live progress bar puts itself in its place."""
+    """Writes to the sys.stderr of the moment: a live progress bar takes its place."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -21,9 +21,9 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _LogFile(logging.FileHandler):
-    """A file whose disk may refuse: one line says so, and the log goes on when it can."""
+    """A log file that survives failed writes: one warning, and the log continues when it can."""
 
-    _has_told = False
+    _has_warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -35,8 +35,8 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._has_told:
-            self._has_told = True
+        elif not self._has_warned:
+            self._has_warned = True
             why = error.strerror or error
             print(f"distrain: {self.baseFilename}: {why}; training goes on", file=sys.stderr)
 

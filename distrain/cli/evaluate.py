@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; return the exit code."""
+    """Run the evaluation of a command line; return the exit code."""
     options = build_parser().parse_intermixed_args(arguments)  # KEY=VALUE anywhere
     import_from_here()
     try:

@@ -36,7 +36,7 @@ class SampleOrder(ABC):
         """Return the (num,) epochs and (num,) indices of the samples from position `first` on."""
 
     def samples(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints]:
-        """Return the epochs and samples of one forward, by what `at` returned for it: as they are.
+        """Return the epochs and samples of one forward from the result of `at`: as they are.
 
         Where `at` counts groups of samples instead, their samples.
         """

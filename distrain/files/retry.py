@@ -22,7 +22,7 @@ _DEFINITE = frozenset(
 
 
 def is_definite(error: OSError) -> bool:
-    """Return whether an error says what is at a path: nothing, a folder, a link, a socket.
+    """Return whether an error is certain about a path: nothing there, a folder, link or socket.
 
     After any other error, such as EIO, ESTALE, EACCES or EMFILE, the content is unknown.
     """

@@ -25,7 +25,7 @@ class Thaw(HookBase):
 
     Args:
         start: name pattern -> first iteration with updates, as `{"backbone.*": 1000}`; the first
-            pattern that matches a parameter counts, and what matches none trains from the start.
+            pattern that matches a parameter counts; a parameter without one trains from the start.
         end: name pattern -> first iteration without updates.
     """
 

@@ -28,7 +28,7 @@ class WeightAverage(HookBase, ABC):
         has_statistics: whether a `PreciseBN` hook computes statistics of BatchNorm for it, too.
     """
 
-    order = 54  # after what users add, before evaluation
+    order = 54  # after the hooks that users add, before evaluation
     trainer: Trainer
     evaluate: Literal["beside", "instead"]
     has_statistics: ClassVar[bool] = False

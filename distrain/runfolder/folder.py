@@ -42,7 +42,7 @@ from distrain.runfolder.epoch_file import num_iterations
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record
 
-_MODE = 0o600  # diffs and arguments may hold what other users must not read
+_MODE = 0o600  # diffs and arguments may hold secrets
 
 
 class RunFolder:

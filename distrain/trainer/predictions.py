@@ -1,4 +1,4 @@
-"""Predictions: what `model.predict(batch)` returns, by name, joined over batches and ranks."""
+"""Predictions: results of `model.predict(batch)` by name, joined over batches and ranks."""
 
 from __future__ import annotations
 

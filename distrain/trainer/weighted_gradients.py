@@ -162,7 +162,7 @@ class WeightedGradients:
                 )
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, float], bool]:
-        """Return what to show of the step, after the last backward; ready for the next step.
+        """Return the values to record, after the last backward; ready for the next step.
 
         Waits for the copy of the weights to the host, which was queued before that backward.
 

@@ -89,4 +89,4 @@ class Writer:
         """
 
     def close(self) -> None:
-        """Write what waits and close; called once, last, also when training failed."""
+        """Write pending rows and close; called once, last, also when training failed."""

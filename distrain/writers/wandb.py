@@ -20,7 +20,7 @@ _MAX_BINS = 512  # of wandb.Histogram
 
 
 class WandbWriter(Writer):
-    """Writes to Weights & Biases what metrics.jsonl, TensorBoard's images and histograms have.
+    """Writes the scalars of metrics.jsonl, images and histograms to Weights & Biases.
 
     The step of W&B is the iteration of the row. The run's id is kept in the run folder: a resumed
     run continues the run of W&B, which ignores the steps that it has already. Without a network

@@ -63,6 +63,6 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", "") or str(error)
         raise ConfigError(
-            f"launch.snapshot=true copies what git tracks, but in {folder}: {reason.strip()}; run "
-            "it in a repository, or with launch.snapshot=false"
+            f"launch.snapshot=true copies the files that git tracks, but in {folder}: "
+            f"{reason.strip()}; run it in a repository, or with launch.snapshot=false"
         ) from error

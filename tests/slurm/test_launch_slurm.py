@@ -257,7 +257,7 @@ def test_edits_after_submission_change_nothing(
     assert (run_dir / "version").read_text() == "old"
     # without a repository there is nothing to copy
     monkeypatch.chdir("/")
-    with pytest.raises(ConfigError, match="launch.snapshot=true copies what git tracks"):
+    with pytest.raises(ConfigError, match="launch.snapshot=true copies the files that git tracks"):
         submit(Count(str(tmp_path / "other")), replace(LAUNCHER, snapshot=True))
 
 
