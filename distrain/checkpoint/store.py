@@ -37,13 +37,6 @@ class SaveFailed(RunFailed):
     """A save failed with `on_error="raise"`; older checkpoints are untouched."""
 
 
-class Stall(NamedTuple):
-    """Seconds that training waited in one save: for the save before it, and for its own copy."""
-
-    wait_s: float
-    copy_s: float
-
-
 class Best(NamedTuple):
     """Best checkpoint by a metric, and the metric's value."""
 
@@ -152,7 +145,7 @@ class CheckpointStore:
         best: Mapping[str, float] | None = None,
         scores: Mapping[str, Score] | None = None,
         is_end_left: bool = False,
-    ) -> Stall:
+    ) -> None:
         """Copy the state after `iteration` iterations, and write it in the background.
 
         A valid checkpoint of that iteration is left as it is.
@@ -175,14 +168,12 @@ class CheckpointStore:
         """
         from distrain.checkpoint.encode import encode
 
-        start = time.perf_counter()
         best = {name: float(value) for name, value in (best or {}).items()}
         scores = scores or {}
         _check_finite({**{n: score.value for n, score in scores.items()}, **best})
         if iteration == self._newest and not (best or scores or is_end_left):
-            return Stall(0.0, 0.0)
+            return
         self.wait()
-        waited = time.perf_counter()
         snapshot = encode(state)
         name = fmt.folder_name(iteration) + (fmt.TRAINED_SUFFIX if is_end_left else "")
         scratch = scratch_name(name)
@@ -202,7 +193,6 @@ class CheckpointStore:
         except OSError as error:
             self._save_failed(iteration, f"{type(error).__name__}: {error}")
         self._settle(wait=False)
-        return Stall(waited - start, time.perf_counter() - waited)
 
     def _job(self, iteration: int, **fields: Any) -> dict[str, Any]:
         """Return the request of a save to the writer process, but its tensors."""
