@@ -45,6 +45,9 @@ NAMES = {
     "torch.optim.lr_scheduler:LRScheduler._update_lr": "overridden: SequentialLR calls it",
     "torch.optim.optimizer:_global_optimizer_post_hooks": "step without a profiler range",
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "step without a profiler range",
+    "torch.utils.data._utils.collate:collate": "the default batch, its tensors in shared memory",
+    "torch.utils.data._utils.collate:collate_tensor_fn": "tensors that are not collated there",
+    "torch.utils.data._utils.collate:default_collate_fn_map": "the default batch of other types",
     "torch.utils.data._utils.pin_memory:pin_memory": "batches loaded in this process are pinned",
     "torch.utils.data._utils.signal_handling:_remove_worker_pids": "loader workers end unreported",
     "torch.distributed.elastic.agent.server.local_elastic_agent:"

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from distrain.data.permutation import Ints, sample_seeds
+from distrain.data.ring import collate_samples
 from distrain.errors import ConfigError, add_note
 
 Collate = Callable[[list[Any]], Any]
@@ -73,7 +74,7 @@ class Fetch(BatchReader):
 
     def __init__(self, dataset: Any, *, seed: int | None, collate: Collate | None) -> None:
         self._dataset = dataset
-        self._collate = collate or default_collate
+        self._collate = collate or collate_samples
         self._get_batch = getattr(dataset, "get_batch", None)
         if type(dataset) is TensorDataset and collate is None:
             # the same batch as sample by sample, in one indexing per tensor

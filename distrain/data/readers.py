@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils import worker
 
 from distrain.data.collate import BatchReader, Collate
+from distrain.data.ring import collate_samples
 from distrain.data.source import Source
 from distrain.errors import ConfigError
 
@@ -44,7 +45,7 @@ class SharedReader(BatchReader):
     ) -> None:
         self._source, self._size = source, size
         self._rank, self._world_size = rank, world_size
-        self._collate = collate or default_collate
+        self._collate = collate or collate_samples
         self._next = 0  # position of the next sample
         self.draws = draws
 
@@ -142,7 +143,7 @@ class PartReader(BatchReader):
     ) -> None:
         self._source, self._size, self._readers = source, size, readers
         self._positions = positions
-        self._collate = collate or default_collate
+        self._collate = collate or collate_samples
         self._epoch: int | None = None
         self._has_ended = False
         self.draws = draws

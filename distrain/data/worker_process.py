@@ -7,12 +7,13 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 from distrain.data.loader_errors import ResultQueue
+from distrain.data.ring import Ring
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -41,13 +42,21 @@ class _Worker(ForkProcess):
 
 
 class WorkerContext(ForkContext):
-    """Context of forked processes that `kill` ends; each calls `init_worker` first."""
+    """Context of forked processes that `kill` ends; each calls `init_worker` first.
+
+    Args:
+        rings: of the processes, by number.
+    """
 
     Process = _Worker
 
+    def __init__(self, rings: Sequence[Ring]) -> None:
+        super().__init__()
+        self._rings = rings
+
     def Queue(self, maxsize: int = 0) -> ResultQueue:
         """Return the queue of a loader's batches."""
-        return ResultQueue(maxsize, ctx=self)
+        return ResultQueue(maxsize, ctx=self, rings=self._rings)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from distrain.data.collate import BatchReader
 from distrain.data.loader_errors import SHM_HINT, WorkerError, worker_error
+from distrain.data.ring import Ring, RingWriter
 from distrain.data.worker_process import WorkerContext, init_worker, signals_held
 
 _GRACE_S = 1.0  # for a worker to finish its sample
@@ -24,12 +25,17 @@ _GRACE_S = 1.0  # for a worker to finish its sample
 class _InWorker(Dataset[Any]):
     """A `BatchReader` in a loader process: an exception is returned instead of a batch."""
 
-    def __init__(self, fetch: BatchReader) -> None:
-        self._fetch = fetch
+    def __init__(self, fetch: BatchReader, rings: list[Ring]) -> None:
+        self._fetch, self._rings = fetch, rings
+        self._writer: RingWriter | None = None
 
     def __getitem__(self, item: Any) -> Any:
         try:
-            return self._fetch[item]
+            if self._writer is None:
+                worker = get_worker_info()
+                assert worker is not None
+                self._writer = RingWriter(self._rings[worker.id], worker.id)
+            return self._writer.load(self._fetch, item)
         except Exception as error:
             return worker_error(error)
 
@@ -38,7 +44,8 @@ class WorkerBatches(Iterator[Any]):
     """Batches from loader processes, in the order of a sampler.
 
     The processes ignore the signals that a cluster sends to every process of a job, end with the
-    rank, and are ended by `close`, with the last reference, and at exit.
+    rank, and are ended by `close`, with the last reference, and at exit. Large tensors come in
+    reused shared memory (`distrain.data.ring`): it is written again once the last of them is gone.
 
     Args:
         fetch: of the data set.
@@ -58,15 +65,16 @@ class WorkerBatches(Iterator[Any]):
         pin_memory: bool = False,
     ) -> None:
         parent = os.getpid()
+        rings = [Ring() for _ in range(workers)]
         loader: DataLoader[Any] = DataLoader(
-            _InWorker(fetch),
+            _InWorker(fetch, rings),
             sampler=sampler,
             batch_size=None,  # an item is a batch already
             num_workers=workers,
             collate_fn=_identity,
             pin_memory=pin_memory,
             worker_init_fn=lambda _: init_worker(parent),
-            multiprocessing_context=WorkerContext(),
+            multiprocessing_context=WorkerContext(rings),
             # torch would draw the workers' seed from the generator of the training process
             generator=torch.Generator().manual_seed(seed),
         )

@@ -122,7 +122,7 @@ def _positions_kept(fds: Iterable[int]) -> Iterator[None]:
 
 def _probe(datasets: Mapping[str, Any], seed: int) -> dict[str, Print]:
     """Return the prints of samples by their places, as many as a child loads in time."""
-    context = WorkerContext()
+    context = WorkerContext(rings=())
     receiving, sending = context.Pipe(duplex=False)
     child = context.Process(
         target=_send_prints, args=(sending, receiving, datasets, seed, os.getpid()), daemon=True
