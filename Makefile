@@ -72,6 +72,7 @@ bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.startup --rounds 3
 	$(BENCH)/bin/python -m benchmarks.memory --rounds 1
 	$(BENCH)/bin/python -m benchmarks.stream
+	$(BENCH)/bin/python -m benchmarks.loader
 	$(BENCH)/bin/python -m benchmarks.gpu
 
 bench-quick: $(VENV)/installed
