@@ -176,7 +176,7 @@ class SlotWriter:
         address = tensor.untyped_storage().data_ptr()
         if address in self._copied:
             # a change in one of them has to be seen in the other, as after torch's way
-            pass
+            raise ValueError("two tensors of a batch share memory")
         place = self._reserve(tuple(tensor.shape), tensor.dtype)
         if place is not None:
             self._copied[address] = tensor
