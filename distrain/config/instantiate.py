@@ -287,7 +287,9 @@ def _with_numbers(target: Callable[..., Any], keywords: dict[str, Any], key: str
             continue
         number = checked[name] = parsed_number(value)
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if float not in kinds and (not is_number or not float(number).is_integer()):
+        # an int above the largest float is no float
+        is_whole = is_number and (isinstance(number, int) or number.is_integer())
+        if float not in kinds and not is_whole:
             raise wrong(_join(key, name), value, "an integer" + ", or null" * is_optional)
         if not is_number:
             raise wrong(_join(key, name), value, "a number" + ", or null" * is_optional)

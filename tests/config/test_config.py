@@ -457,6 +457,10 @@ def test_what_is_no_number_where_one_of_ours_takes_one(keys, text):
     assert message(build, {"_target_": "distrain.hooks.EMA", **keys}, "hooks.x") == text
 
 
+def test_an_integer_above_the_largest_float_is_one():
+    build({"_target_": "distrain.hooks.Throughput", "samples_per_step": 10**400}, "hooks.x")
+
+
 def test_the_keys_of_an_unpacked_typed_dict_are_keywords():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = {"_target_": "distrain.schedule.WarmupLinearLR", "max_iters": 4}
