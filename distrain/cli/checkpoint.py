@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.cli.checkpoint_table import NothingFound, compare, show
-from distrain.process.stdio import reader_may_leave
+from distrain.process.stdio import for_reader
 
 VERIFY = "--verify-resume"
 
@@ -45,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals without "≠"
-    with reader_may_leave():
-        return _run(arguments)
-    return 0
+    return for_reader(lambda: _run(arguments))
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -60,7 +58,7 @@ def _run(arguments: Sequence[str]) -> int:
         if options.other is None:
             return show(options.run, iteration=options.iteration)
         return compare(options.run, options.other, iteration=options.iteration)
-    except BrokenPipeError:
+    except BrokenPipeError:  # see `for_reader`
         raise
     except (NothingFound, OSError) as error:
         print(error, file=sys.stderr)

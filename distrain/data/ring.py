@@ -104,8 +104,8 @@ class RingWriter:
 
     def _first(self, reader: Any, item: Any) -> Any:
         """Size the slots by the first batch: batches of up to twice its bytes fit."""
-        batch = _load_into(None, reader, item)
         measured = SlotWriter(None)
+        batch = _load_into(measured, reader, item)
         if measured.pickle(batch) is None or measured.used < LEAST_BYTES:
             self._is_off = True
             return batch
@@ -130,19 +130,19 @@ class SlotWriter:
 
     Attributes:
         used: bytes.
+        only_counts: whether there is no memory to write to.
     """
 
     def __init__(self, memory: np.ndarray[Any, Any] | None) -> None:
         """Write to `memory`, (bytes,) uint8; None only counts."""
-        self._memory = memory
+        self._memory, self.only_counts = memory, memory is None
         self.used = 0
         self._places: dict[int, _Place] = {}  # by address of the values
         self._copied: dict[int, Tensor] = {}  # by address of the storage
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Return memory for a tensor; None if it does not fit."""
-        place = self._reserve(shape, dtype)
-        if place is None or self._memory is None:
+        if self._memory is None or (place := self._reserve(shape, dtype)) is None:
             return None
         tensor = _tensor_at(self._memory, place)
         self._places[tensor.data_ptr()] = place
@@ -186,30 +186,30 @@ class SlotWriter:
         return place
 
 
-_current: SlotWriter | None = None  # that of the batch which this loader process collates
-_is_collating = False
+_current: SlotWriter | None = None  # of the batch that this loader process collates
 
 
 def collate_samples(samples: list[Any]) -> Any:
     """Return torch's default batch of the samples, in a slot where this process has one."""
-    if not _is_collating:
+    if _current is None:
         return default_collate(samples)
     return collate(samples, collate_fn_map={**default_collate_fn_map, Tensor: _stack})
 
 
-def _load_into(slot: SlotWriter | None, reader: Any, item: Any) -> Any:
-    global _current, _is_collating
-    _current, _is_collating = slot, True
+def _load_into(slot: SlotWriter, reader: Any, item: Any) -> Any:
+    global _current
+    _current = slot
     try:
         return reader[item]
     finally:
-        _current, _is_collating = None, False
+        _current = None
 
 
 def _stack(tensors: Sequence[Tensor], *, collate_fn_map: Any = None) -> Tensor:
     first = tensors[0]
     if _is_plain(first) and {t.dtype for t in tensors} == {first.dtype}:
-        if _current is None:
+        assert _current is not None
+        if _current.only_counts:  # not in memory of torch's, which would be shared
             return torch.stack(list(tensors))
         out = _current.take((len(tensors), *first.shape), first.dtype)
         if out is not None:

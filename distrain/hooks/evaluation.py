@@ -80,7 +80,7 @@ class EvalHook(HookBase):
         self.is_idle = self.only_closes or all(turn.is_idle for turn in self._turns.values())
         instead = [name for name, ema in self._averages().items() if ema.evaluate == "instead"]
         if len(instead) > 1:
-            expected = f"one such hook, and hooks.{instead[0]} is one already; set this to beside"
+            expected = f"one such hook, and hooks.{instead[0]} is one already; 'beside' adds values"
             raise wrong(f"hooks.{instead[1]}.evaluate", "instead", expected)
         for name in self._loaders:
             # a mistake in the model's `metrics` is an error before anything is trained

@@ -62,9 +62,8 @@ class PeriodicWriter(HookBase):
                 self._writers = default_writers() if writers is None else _built(writers)
         self._writer: BackgroundWriter | None = None
         self._written = 0  # number of iterations up to and with the last row of a whole window
-        self._evaluations: dict[
-            int, dict[str, float]
-        ] = {}  # metrics since then, by iterations done
+        # metrics since then, by the number of iterations
+        self._evaluations: dict[int, dict[str, float]] = {}
 
     def before_train(self) -> None:
         """Open the writers; write the rows that were not complete in the resumed checkpoint."""

@@ -142,9 +142,7 @@ class _Change:
         here = [len(group["params"]) for group in self._optimizer.param_groups]
         if there != here:
             expected = f"parameter groups of {there} tensors, as in the checkpoint, not of {here}"
-            fix = (
-                "equal settings share a group: keep equal ones equal, and different ones different"
-            )
+            fix = "equal settings share a group: change those of a whole group alike"
             raise ConfigError(f"{self._changed[0]}: expected {expected}; {fix}")
 
     def apply(self, state: Mapping[str, Any]) -> None:

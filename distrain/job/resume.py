@@ -70,10 +70,17 @@ def resume(trainer: Trainer, checkpoints: CheckpointStore) -> int:
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         why = f"the checkpoint of iteration {start_iter} does not fit this trainer: {error}"
         raise RunRefused(f"{checkpoints.folder}: {why}") from error
-    where, saved = topology(), state["rng"]["ranks"]
-    if len(saved) == where.world_size:
-        restore_random_states(saved[where.rank])
+    restore_generators(state)
     return start_iter
+
+
+def restore_generators(state: Mapping[str, Any]) -> bool:
+    """Restore this rank's random generators; False where the number of ranks has changed."""
+    where, saved = topology(), state["rng"]["ranks"]
+    if len(saved) != where.world_size:
+        return False
+    restore_random_states(saved[where.rank])
+    return True
 
 
 def resume_point(folder: Path, model: nn.Module) -> tuple[int, State | None]:

@@ -14,14 +14,14 @@ from distrain import heartbeat, log
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import Topology, process_group
-from distrain.distributed.rng import restore_random_states, seed_everything
+from distrain.distributed.rng import seed_everything
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase
 from distrain.job.build import build_parts
 from distrain.job.changed_settings import largest_forward, load_state
 from distrain.job.model import build_model
 from distrain.job.outcome import conclude, outcome_of, why_done
-from distrain.job.resume import has_checkpoints, resume_point
+from distrain.job.resume import has_checkpoints, restore_generators, resume_point
 from distrain.job.stop_signals import stop_signals
 from distrain.job.strategy import build_strategy
 from distrain.process.environment import env_int, restart_count
@@ -136,13 +136,10 @@ def _resume_point(
 
 def _seed(seed: int, state: Conf | None, ranks: Topology) -> None:
     """Restore the random generators of this rank, or seed them for a new rank."""
-    saved = state["rng"]["ranks"] if state else []
-    if state and len(saved) == ranks.world_size:
-        restore_random_states(saved[ranks.rank])
-    elif state:  # another number of ranks: the saved generators do not fit
-        seed_everything(seed + state["stream"]["iteration"], rank=ranks.rank)
-    else:
+    if state is None:
         seed_everything(seed, rank=ranks.rank)
+    elif not restore_generators(state):
+        seed_everything(seed + state["stream"]["iteration"], rank=ranks.rank)
 
 
 def _note_epoch(trainer: Trainer, settings: Conf, run_dir: str) -> None:

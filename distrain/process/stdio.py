@@ -12,7 +12,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import IO, Any
 
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
@@ -113,11 +113,12 @@ class _Lossy(io.FileIO):
         return num
 
 
-@contextlib.contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """End quietly where the reader of stdout has left, as in `... | head`."""
+def for_reader(command: Callable[[], int]) -> int:
+    """Return the exit code of a command; 0 if the reader of stdout leaves, as in `... | head`."""
     try:
-        yield
+        code = command()
         sys.stdout.flush()  # here, not at the end of the process, which would report it
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -12,7 +12,7 @@ from typing import NoReturn
 from distrain.checks import did_you_mean
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import State
-from distrain.process.stdio import reader_may_leave
+from distrain.process.stdio import for_reader
 from distrain.runs.escape import escaped
 from distrain.runs.find import name_of, resolve_run
 from distrain.runs.table import COLUMNS, show_table
@@ -145,9 +145,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def run(argv: Sequence[str]) -> int:
     """Run a command; return its exit code. A mistake is one line."""
-    with reader_may_leave():
-        return _run(argv)
-    return 0
+    return for_reader(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -170,6 +170,8 @@ def _train(search: Search, trials: Sequence[Trial], rung: int) -> bool:
     def one(trial: Trial) -> None:
         if not is_stopped:
             _train_one(search, trial, rung)
+        if is_stopped and _is_active(trial):  # a job goes on without the process that follows it
+            control.stop(trial.path, wait=False)
 
     before = [signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -200,9 +202,6 @@ def _train_one(search: Search, trial: Trial, rung: int) -> None:
             trial.processes.append(process)
             code = process.wait()
             trial.processes.remove(process)
-        if _is_active(trial):  # a job that was followed goes on without its follower
-            control.stop(trial.path, wait=False)
-            return
         if code in (ExitCode.STOPPED, -signal.SIGTERM) and _iterations(trial) < rung:
             return  # interrupted
         if code not in (ExitCode.FINISHED, ExitCode.STOPPED):

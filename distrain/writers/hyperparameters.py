@@ -6,14 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _WITHOUT_EFFECT = (
-    "run",
-    "resume",
-    "plan",
-    "sweep",
-    "checkpoint",
-    "launch",
-    "hooks",
-    "allow_changes",
+    *("run", "resume", "plan", "sweep", "checkpoint", "launch", "hooks", "allow_changes"),
 )
 
 

@@ -153,7 +153,7 @@ def test_three_ranks_need_the_throw_away_step(tmp_path):
 
 def test_without_the_random_states_a_resumed_run_differs(tmp_path, monkeypatch):
     """The control: dropout and what is drawn go on from another place."""
-    monkeypatch.setattr("distrain.job.training.restore_random_states", lambda states: None)
+    monkeypatch.setattr("distrain.job.resume.restore_random_states", lambda states: None)
     broken, whole = run_ranks(interrupted_and_straight, 2, tmp_path)[0]
     assert {"model", "histories"} <= {*differing(broken, whole)}
     assert values(broken, "drawn") != values(whole, "drawn")
