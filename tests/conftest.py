@@ -53,14 +53,17 @@ def short_windows(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
-    """Fail a test that leaves an environment variable, a process group or a process."""
+    """Fail a test that leaves an environment variable, a signal, a process group or a process."""
     # of pytest, torch and scikit-learn; of Python
     variables, lasting = ["PYTEST_", "TORCHINDUCTOR_", "KMP_"], ["resource_tracker"]
     if request.node.get_closest_marker("gpu"):  # torch.compile keeps its compilers
         variables, lasting = [*variables, "TRITON_"], [*lasting, "compile_worker"]
     environment = dict(os.environ)
     children = set(psutil.Process().children(recursive=True))
+    signals = signal_state()
     yield
+    left_signals = {n.name for n, state in signals.items() if signal_state()[n] != state}
+    restore_signals(signals)
     was_initialized = dist.is_initialized()
     if was_initialized:
         dist.destroy_process_group()
@@ -84,7 +87,24 @@ def nothing_is_left(request):
         child.kill()
     assert not was_initialized, "the test left a process group"
     assert not changed, f"the test left environment variables changed: {sorted(changed)}"
+    assert not left_signals, f"the test left signals changed: {sorted(left_signals)}"
     assert not names, f"the test left processes: {names}"
+
+
+def signal_state():
+    """Return the handler of each signal, and whether it is blocked: commands inherit them."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    named = {number for number in signal.valid_signals() if isinstance(number, signal.Signals)}
+    named -= {signal.SIGCHLD}  # torch's loader sets a handler for good
+    return {number: (signal.getsignal(number), number in blocked) for number in named}
+
+
+def restore_signals(before):
+    """Set handlers and blocked signals as they were."""
+    for number, (handler, _) in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, {n for n, (_, blocked) in before.items() if blocked})
 
 
 def _words_of(process):

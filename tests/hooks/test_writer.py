@@ -9,8 +9,9 @@ import torch
 from ranks import run_ranks
 
 from distrain import HookBase, TrainerBase
+from distrain.cli.command import Command
 from distrain.config.instantiate import build
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, ExitCode
 from distrain.hooks import PeriodicWriter
 from distrain.writers import Writer
 
@@ -112,20 +113,14 @@ def test_the_csv_writer_of_the_examples_joins_the_default_writers(tmp_path):
 
 
 def test_the_command_adds_one_and_leaves_one_out(tmp_path, monkeypatch, capfd):
-    from distrain.__main__ import main
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "distrain", "+experiment=digits", "trainer.max_iter=4", "trainer.window=2",
-            "launch.in_process=true", "run.dir=run", "hooks.writer.writers.console=null",
-            "+hooks.writer.writers.csv._target_=examples.csv_writer.CsvWriter",
-        ],
-    )  # fmt: skip
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
+    settings = [
+        "+experiment=digits", "trainer.max_iter=4", "trainer.window=2", "launch.in_process=true",
+        "run.dir=run", "hooks.writer.writers.console=null",
+        "+hooks.writer.writers.csv._target_=examples.csv_writer.CsvWriter",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["distrain", *settings])
+    assert Command(settings).run() == ExitCode.FINISHED
     assert "iter 1/4" not in capfd.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     rows = list(csv.DictReader((tmp_path / "run/scalars.csv").open()))
