@@ -39,8 +39,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The pages of docs/ as a site in site/; a warning is an error. The variable quiets an advertisement.
+# docs/configuration.md from conf/ and the schema, then the pages of docs/ as a site in site/; a
+# warning is an error. The variable quiets an advertisement.
 docs: $(VENV)/installed-dev
+	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 

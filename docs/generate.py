@@ -1,6 +1,7 @@
 """Pages made from the sources, so that they cannot drift: the configuration, the API by module.
 
-A hook of mkdocs: `on_files` adds the pages and `on_config` their places in the navigation.
+As a command it writes docs/configuration.md, which is in the repository: it is read without the
+site, too. As a hook of mkdocs it adds the pages of the API and their places in the navigation.
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages."""
-    pages = {"configuration.md": configuration()}
-    pages |= {f"api/{_file(part)}": api_page(part, modules) for part, modules in api().items()}
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    """Add the pages of the API."""
+    for part, modules in api().items():
+        page = api_page(part, modules)
+        files.append(File.generated(config, f"api/{_file(part)}", content=page))
     return files
 
 
@@ -233,3 +233,7 @@ def _comments(path: Path, prefix: str = "") -> dict[str, str]:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows]]
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "configuration.md").write_text(configuration())

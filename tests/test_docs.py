@@ -67,6 +67,11 @@ def test_the_configuration_has_every_key_with_type_and_meaning(site, generate):
     assert {row[0] for row in rows} == found.keys()
 
 
+def test_the_configuration_in_the_repository_is_that_of_the_sources(generate):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == generate.configuration(), "python docs/generate.py writes it again"
+
+
 def test_types_and_comments_are_read(generate, tmp_path):
     rows = {key: (kind, default) for key, kind, default, _ in generate.schema_keys()}
     assert rows["trainer.window"] == ("int, at least 1", "`20`")
