@@ -42,7 +42,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int = 2,
     *args: Any,
-    timeout_s: float = 60,
+    timeout_s: float = 240,
     **kwargs: Any,
 ) -> list[Any]:
     """Return what `fn(rank, *args, **kwargs)` returned in each of the ranks, in their order.
