@@ -94,7 +94,15 @@ def read_manifest(path: str) -> dict[str, Any]:
         OSError: it cannot be read, after retries.
     """
     name = os.path.join(path, MANIFEST_FILE)
-    raw = _with_file(name, lambda file: file.read(MAX_MANIFEST_BYTES))
+    return parse_manifest(_with_file(name, lambda file: file.read(MAX_MANIFEST_BYTES)), name)
+
+
+def parse_manifest(raw: bytes, name: str) -> dict[str, Any]:
+    """Return the verified manifest in the bytes of a file; `name` is the file's, for errors.
+
+    Raises:
+        CheckpointDamaged: it is altered, of another version, or names unknown files.
+    """
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError):

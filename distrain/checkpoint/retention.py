@@ -94,10 +94,10 @@ def read_best(folder: str) -> dict[str, dict[str, Any]]:
         OSError: a manifest or the run's id cannot be read, after retries.
     """
     run_id = read_run_id(folder)
-    return {} if run_id is None else _best_of(_own(folder, run_id))
+    return {} if run_id is None else _best_of(list_own(folder, run_id))
 
 
-def _own(folder: str, run_id: str) -> list[tuple[int, str, dict[str, Any]]]:
+def list_own(folder: str, run_id: str) -> list[tuple[int, str, dict[str, Any]]]:
     """Return iteration, path and manifest of each checkpoint that the run wrote, newest first.
 
     Raises:
@@ -176,20 +176,17 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
     Those after `newest` neither count nor are deleted: a run that resumed before a damaged
     checkpoint will replace it, and must not count it as one of the last valid ones until then.
     """
-    own = [each for each in _own(folder, run_id) if each[0] <= newest]
-    best, top = _best_of(own), _top_of(own)
-    kept_best = {one["iteration"] for one in best.values()}
-    kept_best |= {one["iteration"] for ones in top.values() for one in ones}
+    own = [each for each in list_own(folder, run_id) if each[0] <= newest]
     try:
-        _write_best(folder, best, top)
+        _write_best(folder, _best_of(own), _top_of(own))
     except OSError as error:
         notes.append(f"{BEST_FILE} could not be written: {error}")
+    lasting = lasting_of(own, keep["every"])
     kept = 0
     for iteration, path, _ in own:
-        is_best = iteration in kept_best
         if kept < keep["last"] and _has_right_sizes(path):
             kept += 1
-        elif not is_best and (not keep["every"] or iteration % keep["every"]):
+        elif iteration not in lasting:
             _delete(path)
     for name in os.listdir(folder):  # trained states, replaced by a checkpoint
         trained = fmt.trained_iteration_of(name)
@@ -197,6 +194,18 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
             path = os.path.join(folder, name)
             if _is_ours(path, run_id):
                 _delete(path)
+
+
+def lasting_of(own: list[tuple[int, str, dict[str, Any]]], every: int | None) -> set[int]:
+    """Return the iterations that are kept for another reason than being among the last.
+
+    Args:
+        own: iteration, path and manifest of each checkpoint of the run, newest first.
+        every: multiples of this are kept; None: no others than the best.
+    """
+    lasting = {one["iteration"] for one in _best_of(own).values()}
+    lasting |= {one["iteration"] for ones in _top_of(own).values() for one in ones}
+    return lasting | {iteration for iteration, *_ in own if every and iteration % every == 0}
 
 
 def _has_right_sizes(path: str) -> bool:
@@ -212,7 +221,7 @@ def known_best(folder: str | os.PathLike[str]) -> Mapping[str, Mapping[str, Any]
     folder = os.fspath(folder)
     try:
         run_id = read_run_id(folder)
-        own = [] if run_id is None else _own(folder, run_id)
+        own = [] if run_id is None else list_own(folder, run_id)
     except OSError:
         return {}
     return _with_top(_best_of(own), _top_of(own))
