@@ -22,6 +22,9 @@ WANDB_RUN_ID = "wandb_run_id"
 MLFLOW_RUN_ID = "mlflow_run_id"
 """Ids under which a resumed run continues in a tracker."""
 
+MIRROR_FILE = "mirror.json"
+"""State of the mirror of the checkpoints in an object store."""
+
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PROFILE = "profile"

@@ -17,6 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from distrain.checkpoint.mirror_url import mirror_of
 from distrain.cli import completion
 from distrain.cli.sweep import check_objective, objective_of, sweep_name, worst
 from distrain.config.compose import explain, resolve
@@ -137,6 +138,8 @@ class Command:
         name = sweep_name(HydraConfig.get(), self._argv)
         if name:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
+            if mirror := mirror_of(conf):
+                conf["checkpoint"]["mirror"] = f"{mirror.rstrip('/')}/{name}"
         if weights := conf["init"]["weights"]:
             conf["init"]["weights"] = os.path.abspath(weights)
         self._job = job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))

@@ -109,6 +109,7 @@ def _start(plan: _Plan, run: Path, *, stop_at: int, expected: ExitCode) -> bool:
     command = [
         *(sys.executable, "-m", "distrain", *plan.arguments, f"run.dir={run}", "resume=auto"),
         *(f"trainer.max_iter={plan.iterations}", "trainer.max_epochs=null"),
+        "checkpoint.mirror=null",  # that of the experiment is not for trials
         f"{_HOOK}._target_=distrain.hooks.StopAt",
         f"{_HOOK}.iterations=[{stop_at or ''}]",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from distrain.checkpoint.mirror_url import check_url
 from distrain.checks import refuse_url, wrong
 from distrain.durations import seconds
 from distrain.errors import ConfigError
@@ -124,11 +125,13 @@ class TrainerKeys:
 
 @dataclass
 class CheckpointKeys:
-    """`checkpoint.*`: retention of checkpoints, and failed saves."""
+    """`checkpoint.*`: retention of checkpoints, failed saves, a mirror in an object store."""
 
     keep_last: Annotated[int, AtLeast(1)] = 3
     keep_every: Annotated[int, AtLeast(1)] | None = None
     on_error: Literal["warn", "raise"] = "warn"
+    mirror: Annotated[str, printable, check_url] | None = None
+    mirror_wait: Annotated[float, AtLeast(0)] = 300.0
 
 
 @dataclass

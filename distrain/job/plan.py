@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.checkpoint.store import CheckpointStore
 from distrain.config.instantiate import build_nested
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import Topology
 from distrain.job.build import build_parts
+from distrain.job.checkpoints import open_store
 from distrain.job.eval_sets import eval_nodes
 from distrain.job.model import build_model
 from distrain.job.optimization import schedule_node
 from distrain.job.strategy import build_strategy
 from distrain.optim.groups import format_groups
 from distrain.optim.optimizer import explain_optimizer, representative_group
-from distrain.run_layout import CHECKPOINTS
 from distrain.schedule.preview import schedule_values
 from distrain.trainer.hook import MOMENTS, HookBase
 from distrain.trainer.trainer import Trainer
@@ -37,7 +35,7 @@ def plan(conf: dict[str, Any], run_dir: str) -> str:
     Raises:
         ConfigError: a part cannot be built.
     """
-    checkpoints = CheckpointStore(Path(run_dir, CHECKPOINTS), **conf["checkpoint"])
+    checkpoints = open_store(conf["checkpoint"], run_dir)
     ranks = Topology()
     strategy = build_strategy(conf["trainer"])
     model = build_model(conf, ranks=ranks, strategy=strategy, is_new=True)

@@ -19,13 +19,14 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase
 from distrain.job.build import build_parts
 from distrain.job.changed_settings import largest_forward, load_state
+from distrain.job.checkpoints import RunMirror, open_store
 from distrain.job.model import build_model
 from distrain.job.outcome import conclude, outcome_of, why_done
 from distrain.job.resume import has_checkpoints, restore_generators, resume_point
 from distrain.job.stop_signals import stop_signals
 from distrain.job.strategy import build_strategy
 from distrain.process.environment import env_int, restart_count
-from distrain.run_layout import CHECKPOINTS, LOGS
+from distrain.run_layout import LOGS
 from distrain.runfolder.epoch_file import write_epoch
 from distrain.runfolder.watch import FolderWatch
 from distrain.trainer.numerics import numerics
@@ -46,6 +47,14 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
         NonFiniteLoss: a loss was not finite.
         RunFailed: no checkpoint can be continued from, or the last one could not be saved.
     """
+    with RunMirror(conf, run_dir) as mirror:
+        code = _train(conf, run_dir, mirror)
+        # the process group has ended: no other rank waits for this one
+        mirror.finish(code)
+    return code
+
+
+def _train(conf: Conf, run_dir: str, mirror: RunMirror) -> ExitCode:
     heartbeat.current().beat(Phase.START)
     log.set_up(Path(run_dir, LOGS), rank=env_int("RANK"))
     settings = conf["trainer"]
@@ -57,9 +66,8 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             deterministic=settings["deterministic"], float32_matmul=settings["float32_matmul"]
         ),
     ):
-        checkpoints = CheckpointStore(
-            Path(run_dir, CHECKPOINTS), attempt=restart_count(), **conf["checkpoint"]
-        )
+        checkpoints = open_store(conf["checkpoint"], run_dir)
+        mirror.fetch()
         strategy = build_strategy(settings)
         is_new = _is_new(conf, checkpoints)
         model = build_model(conf, ranks=ranks, strategy=strategy, is_new=is_new)
@@ -74,6 +82,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
             largest_forward=largest_forward(state, conf),
         )
         trainer, max_iter = parts.trainer, parts.conf["trainer"]["max_iter"]
+        mirror.start()
         if why := why_done(start_iter, state, parts.conf["trainer"]):
             log.logger.info("%s %s", run_dir, why)
             return ExitCode.FINISHED

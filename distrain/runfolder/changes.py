@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distrain.checks import did_you_mean, shown
+from distrain.config import schema
 from distrain.errors import ConfigError, RunFailed
+from distrain.redact import masked
 from distrain.run_layout import STARTS_FILE
-from distrain.runfolder.differences import covers, flat
+from distrain.runfolder.differences import covers, differences, flat
 from distrain.runfolder.files import read_starts
 
 FREE_KEYS = (
@@ -27,6 +30,17 @@ HORIZON_KEYS = ("trainer.max_iter", "trainer.max_epochs", "schedule.max_iters")
 
 Changed = Mapping[str, Sequence[Any]]
 """Changed keys, each with its old and its new value."""
+
+
+def changed_keys(frozen: Mapping[str, Any], conf: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the keys that differ from a frozen configuration, each with its old and new value.
+
+    Secrets are compared masked.
+    """
+    before: Mapping[str, Any] = masked(frozen)
+    with contextlib.suppress(ConfigError):  # keys of earlier versions: reported as changed
+        before = schema.check(dict(before))  # with the keys of later versions
+    return {key: list(values) for key, values in differences(before, masked(conf)).items()}
 
 
 def check_changes(run_dir: Path, changed: Changed, permitted: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -26,9 +25,10 @@ import yaml
 
 from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.checkpoint.format import MODEL_PART, iteration_of
+from distrain.checkpoint.mirror_status import read_status
+from distrain.checkpoint.mirror_url import mirror_of
 from distrain.checkpoint.retention import read_run_id
 from distrain.checks import refuse_url
-from distrain.config import schema
 from distrain.errors import ConfigError, ExitCode, RunFailed
 from distrain.files import atomic
 from distrain.files.retry import retried, unreadable
@@ -36,8 +36,7 @@ from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, STARTS_FILE
 from distrain.runfolder import lock
 from distrain.runfolder.attempts import kept
-from distrain.runfolder.changes import check_changes, check_permissions
-from distrain.runfolder.differences import differences
+from distrain.runfolder.changes import changed_keys, check_changes, check_permissions
 from distrain.runfolder.epoch_file import num_iterations
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record
@@ -115,7 +114,8 @@ class RunFolder:
                 self._check_used(conf, is_restart=is_restart)
                 changed = self._check_same(conf, frozen)
                 kept_iter = kept(self.path)
-                self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"], changed)
+                if not _has_uploads_left(self.path, mirror_of(conf)):
+                    self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"], changed)
         except OSError as error:
             raise RunFailed(unreadable(self.path, error)) from error
         if self.done_iter is not None:
@@ -178,7 +178,7 @@ class RunFolder:
                 f"run.dir={self.path}: this folder holds no run, but {', '.join(others[:3])}; "
                 "give another one"
             )
-        if conf["resume"] == "must":
+        if conf["resume"] == "must" and not mirror_of(conf):  # else the ranks look
             raise ConfigError(f"resume=must: {self.path} holds no run; resume=auto starts one")
 
     def _check_used(self, conf: Mapping[str, Any], *, is_restart: bool) -> None:
@@ -188,7 +188,8 @@ class RunFolder:
                 f"resume=never: {self.path} holds a run; give another run.name, or resume=auto to "
                 "continue it"
             )
-        if conf["resume"] == "must" and not find_all(self.path / CHECKPOINTS, with_trained=True):
+        is_needed = conf["resume"] == "must" and not mirror_of(conf)
+        if is_needed and not find_all(self.path / CHECKPOINTS, with_trained=True):
             raise ConfigError(
                 f"resume=must: {self.path} holds no checkpoint; resume=auto starts at iteration 0"
             )
@@ -201,9 +202,9 @@ class RunFolder:
         Raises:
             ConfigError: one of them may not change.
         """
-        changed = differences(_with_defaults(masked(frozen)), masked(conf))
+        changed = changed_keys(frozen, conf)
         self.notices += check_changes(self.path, changed, conf.get("allow_changes", ()))
-        return {key: list(values) for key, values in changed.items()}
+        return changed
 
     def _write(self, name: str, text: str) -> None:
         """Write a file, and keep its earlier content for `_undo`.
@@ -260,11 +261,16 @@ def await_run(run_dir: str | Path, *, timeout_s: float = 600.0) -> None:
         time.sleep(0.1)
 
 
-def _with_defaults(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a frozen configuration with the keys of later versions."""
-    with contextlib.suppress(ConfigError):  # it has keys of earlier versions: reported as changed
-        return schema.check(dict(frozen))
-    return frozen
+def _has_uploads_left(path: Path, mirror: str | None) -> bool:
+    """Return whether checkpoints of the run may be missing in its mirror: the ranks upload them."""
+    if mirror is None:
+        return False
+    status = read_status(path)
+    if status is None or status.url != mirror or status.is_behind:
+        return True
+    # that of an earlier start, where this one did not reach the store
+    found = retried(lambda: find_all(path / CHECKPOINTS))
+    return bool(found) and (iteration_of(found[-1].name) or 0) > status.newest
 
 
 def _done_iter(path: Path, length: int | str, changed: Mapping[str, Any]) -> int | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrain.checkpoint.mirror_url import mirror_of
 from distrain.config.overrides import quoted
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import ACTIVE, State
@@ -23,7 +24,7 @@ from distrain.runs.summary import Summary, summarize_one
 
 _POLL_S = 0.2
 _JOB_POLL_S = 2.0  # each poll asks the scheduler
-
+_MIRROR = "checkpoint.mirror"
 _WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher")
 
@@ -99,7 +100,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
     if not run.files.starts:
         raise ConfigError(f"{path}: command.json has no start")
     start = run.files.starts[-1]
-    argv = command(start, overrides, run_dir=path.absolute())
+    mirror = mirror_of(run.files.conf or {})
+    argv = command(start, overrides, run_dir=path.absolute(), mirror=mirror)
     try:
         os.chdir(start.folder)
     except OSError as error:
@@ -112,8 +114,16 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "distrain", *argv])
 
 
-def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[str]:
+def command(
+    start: Start, overrides: Sequence[str], *, run_dir: Path, mirror: str | None = None
+) -> list[str]:
     """Return the arguments that continue one run, of a sweep too; `overrides` replace equal keys.
+
+    Args:
+        start: the start to repeat.
+        overrides: further ones.
+        run_dir: folder of the run.
+        mirror: its place for checkpoints, which a sweep or `${now:}` may have made.
 
     Raises:
         ConfigError: the overrides of this run are unknown, or one of them is a secret.
@@ -124,10 +134,10 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
             f"run.dir={run_dir}"
         )
     new = {_key(each) for each in overrides}
+    own = [] if not mirror or _MIRROR in new else [f"{_MIRROR}={quoted(mirror)}"]
     dropped = {_key(each): each for each in start.overrides if _key(each) in new}
-    kept = [
-        each for each in start.overrides if _key(each) not in {*new, "run.dir", "resume", "plan"}
-    ]
+    replaced = {*new, *map(_key, own), "run.dir", "resume", "plan"}
+    kept = [each for each in start.overrides if _key(each) not in replaced]
     hidden = [_key(each) for each in kept if MASK in each]
     if hidden:
         raise ConfigError(
@@ -135,7 +145,7 @@ def command(start: Start, overrides: Sequence[str], *, run_dir: Path) -> list[st
             f"python -m distrain.runs resume {run_dir} {hidden[0]}=..."
         )
     added = [_signs(dropped.get(_key(each), "")) * _is_bare(each) + each for each in overrides]
-    return [*_flags(start.argv), *kept, *added, f"run.dir={quoted(str(run_dir))}"]
+    return [*_flags(start.argv), *kept, *added, *own, f"run.dir={quoted(str(run_dir))}"]
 
 
 def _flags(argv: Sequence[str]) -> list[str]:

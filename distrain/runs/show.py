@@ -13,6 +13,7 @@ import yaml
 
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
+from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.retention import best_mark, known_best
 from distrain.files.open_regular import read_tail
 from distrain.redact import masked, masked_overrides, masked_text
@@ -54,6 +55,8 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
     if files.attempts:
         yield "attempts", summary(files.attempts)
     yield "checkpoints", _checkpoints(files)
+    if mirror := read_status(files.path):
+        yield "mirror of the checkpoints", mirror.line()
     yield "configuration", _configuration(files)
     for log in logs(files, run.why)[:_MAX_LOGS]:
         yield f"the end of {log}", tail(log, lines)

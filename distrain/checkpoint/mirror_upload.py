@@ -1,0 +1,229 @@
+"""Upload the published checkpoints of a run to its mirror; retention there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoint import format as fmt
+from distrain.checkpoint.mirror_status import MirrorStatus, write_status
+from distrain.checkpoint.mirror_store import RUN_FILE, Place, Stored
+from distrain.checkpoint.retention import lasting_of, list_own, read_run_id
+from distrain.files.retry import read_file
+
+Own = list[tuple[int, str, dict[str, Any]]]  # iteration, path or name, and manifest; newest first
+
+
+class OtherRun(Exception):
+    """The mirror holds checkpoints of another run; nothing there is touched."""
+
+
+class Uploader:
+    """Brings a mirror up to date with the local checkpoints of a run, one upload per `step`.
+
+    The newest checkpoint comes first, then those that are kept for good (best, every n-th): where
+    uploads are slower than saves, others are skipped.
+
+    Args:
+        place: the mirror.
+        folder: `RUN/checkpoints`.
+        keep: "last" and "every", see `CheckpointStore`.
+        old: iterations of local checkpoints that are not counted if they are skipped.
+        report: called with the event of each upload and each skipped checkpoint.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        folder: str,
+        *,
+        keep: dict[str, Any],
+        old: Iterable[int] = (),
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.status = MirrorStatus(place.url)
+        self._place, self._folder, self._keep, self._report = place, folder, keep, report
+        self._run_dir = os.path.dirname(folder)
+        self._done: object = None  # signature of the local folder that is mirrored completely
+        self._seen = set(old)  # iterations uploaded, counted as skipped, or old
+        self._damaged: set[str] = set()  # local checkpoints, by name and manifest
+        self._run_yaml = b""
+        self._has_aborted = False
+
+    def step(self) -> bool:
+        """Upload at most one checkpoint, then apply retention; return whether nothing is left.
+
+        Raises:
+            StoreError: the store fails. Try again.
+            OtherRun: the mirror is that of another run.
+            OSError: a local file cannot be read. Try again.
+        """
+        signature = self._signature()
+        if signature == self._done:
+            return True
+        run_id = read_run_id(self._folder) if os.path.isdir(self._folder) else None
+        if run_id is None:  # no checkpoint yet
+            self._done = signature
+            return True
+        if not self._has_aborted:
+            self._place.abort_uploads()  # of an earlier process: this one has none yet
+            self._has_aborted = True
+        own = [one for one in list_own(self._folder, run_id) if self._key(one) not in self._damaged]
+        there = self._place.checkpoints()
+        refuse_other(there, run_id, self._place.url)
+        self._write_run_file()
+        missing = self._missing(own, there)
+        self._note(there, missing)
+        if missing:
+            if not self._upload(missing[0], {stored.name: stored for stored in there}):
+                return False
+            there = self._place.checkpoints()
+            missing = missing[1:]
+        self._count_skipped(own, there, missing)
+        self._prune(there, newest=own[0][0] if own else -1, pending={one[0] for one in missing})
+        self._note(there, missing)
+        if missing:
+            return False
+        self._done = signature
+        return self._signature() == signature
+
+    def failed(self, why: str) -> None:
+        """Record a failed step."""
+        self.status.failed += 1
+        self.status.why = why
+        write_status(self._run_dir, self.status)
+
+    def _signature(self) -> object:
+        """Return a value that changes with the local checkpoints; cheap, asked every second."""
+        found = []
+        try:
+            names = sorted(os.listdir(self._folder))
+        except FileNotFoundError:
+            return None
+        for name in names:
+            if fmt.iteration_of(name) is not None:
+                try:
+                    stat = os.stat(os.path.join(self._folder, name, fmt.MANIFEST_FILE))
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                found.append((name, stat.st_ino, stat.st_mtime_ns))
+        return found
+
+    def _missing(self, own: Own, there: list[Stored]) -> Own:
+        """Return the local checkpoints that are to be uploaded, the newest first."""
+        same = {stored.iteration for stored in there if not stored.why_not}
+        manifests = {stored.iteration: stored.manifest for stored in there if not stored.why_not}
+        lasting = lasting_of(own, self._keep["every"])
+        return [
+            one
+            for place, one in enumerate(own)
+            if (place == 0 or one[0] in lasting)
+            and not (one[0] in same and manifests[one[0]] == one[2])
+        ]
+
+    def _count_skipped(self, own: Own, there: list[Stored], missing: Own) -> None:
+        """Count the local checkpoints that a newer one overtook, once each."""
+        complete = {stored.iteration for stored in there if not stored.why_not}
+        skipped = {one[0] for one in own} - self._seen - complete - {one[0] for one in missing}
+        if skipped:
+            self.status.skipped += len(skipped)
+            self._report({"event": "skipped", "iterations": sorted(skipped)})
+        self._seen |= skipped | complete
+
+    def _upload(self, one: tuple[int, str, dict[str, Any]], there: dict[str, Stored]) -> bool:
+        """Upload a checkpoint, its manifest last; files that are there already are left.
+
+        Returns:
+            Whether it is there; not if it is damaged, or was deleted meanwhile.
+        """
+        iteration, path, manifest = one
+        name = os.path.basename(path)
+        try:
+            fmt.verify(path)
+            raw = read_file(os.path.join(path, fmt.MANIFEST_FILE))
+            before = there.get(name, Stored(name, {}))
+            entries = (before.manifest or {"files": {}})["files"]
+            changed = [
+                file
+                for file, entry in manifest["files"].items()
+                if entries.get(file) != entry or before.sizes.get(file) != entry["bytes"]
+            ]
+            if changed and fmt.MANIFEST_FILE in before.sizes:
+                self._place.remove_file(f"{name}/{fmt.MANIFEST_FILE}")
+            for file in changed:
+                self._place.put(os.path.join(path, file), f"{name}/{file}")
+            self._place.write(f"{name}/{fmt.MANIFEST_FILE}", raw)
+        except (FileNotFoundError, fmt.CheckpointDamaged) as error:
+            if os.path.isdir(path):
+                self._damaged.add(self._key(one))
+                self._report({"event": "damaged", "why": str(error)})
+            return False  # else retention deleted it meanwhile
+        self.status.uploaded += 1
+        self.status.why = ""
+        self._report({"event": "uploaded", "iteration": iteration})
+        return True
+
+    def _prune(self, there: list[Stored], *, newest: int, pending: set[int]) -> None:
+        """Delete what is no longer kept in the mirror, and half uploads.
+
+        Checkpoints after `newest` neither count nor are deleted, see `retention.prune`.
+        """
+        own: Own = [
+            (stored.iteration, stored.name, stored.manifest)
+            for stored in there
+            if stored.manifest is not None and stored.iteration <= newest
+        ]
+        lasting = lasting_of(own, self._keep["every"])
+        kept = 0
+        for stored in there:
+            if fmt.MANIFEST_FILE not in stored.sizes:  # half an upload of a killed process
+                if stored.iteration not in pending:
+                    self._place.remove(stored)
+            elif stored.manifest is None or stored.iteration > newest:
+                continue  # a damaged manifest does not say whose it is
+            elif kept < self._keep["last"] and not stored.why_not:
+                kept += 1
+            elif stored.iteration not in lasting:
+                self._place.remove(stored)
+
+    def _note(self, there: list[Stored], missing: Own) -> None:
+        complete = [stored.iteration for stored in there if not stored.why_not]
+        self.status.newest = max(complete, default=-1)
+        self.status.pending = tuple(one[0] for one in missing)
+        write_status(self._run_dir, self.status)
+
+    def _write_run_file(self) -> None:
+        """Upload the configuration, so that a start on a new disk can be compared with it."""
+        try:
+            data = read_file(os.path.join(self._run_dir, RUN_FILE))
+        except FileNotFoundError:
+            return
+        if data != self._run_yaml:
+            self._place.write(RUN_FILE, data)
+            self._run_yaml = data
+
+    @staticmethod
+    def _key(one: tuple[int, str, dict[str, Any]]) -> str:
+        return f"{Path(one[1]).name} {sorted(one[2]['files'].items())}"
+
+
+def refuse_other(there: list[Stored], run_id: str | None, url: str) -> None:
+    """Check that a mirror holds no checkpoints of another run.
+
+    Args:
+        there: its checkpoints.
+        run_id: of this run; None if it has no checkpoint yet.
+        url: of the mirror.
+
+    Raises:
+        OtherRun: it does, or those of two runs.
+    """
+    found = {stored.manifest["run_id"] for stored in there if stored.manifest is not None}
+    others = found - {run_id}
+    if others if run_id is not None else len(found) > 1:
+        here = f"; this run is {run_id}" if run_id is not None else ""
+        raise OtherRun(
+            f"{url}: holds checkpoints of another run ({', '.join(sorted(others))}){here}"
+        )

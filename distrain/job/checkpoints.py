@@ -1,0 +1,197 @@
+"""Checkpoints of a run: the local store, and its mirror in an object store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distrain import heartbeat
+from distrain.checkpoint.catalog import clear_leftovers, newest_valid
+from distrain.checkpoint.mirror import Fetch, Mirror, MirrorRefused, MirrorUnreadable
+from distrain.checkpoint.mirror_url import mirror_of
+from distrain.checkpoint.store import CheckpointStore
+from distrain.distributed.collectives import broadcast_from_main
+from distrain.distributed.ranks import topology
+from distrain.errors import ConfigError, ExitCode, RunFailed, RunRefused
+from distrain.files.retry import unreadable
+from distrain.heartbeat import Phase
+from distrain.job.stop_signals import stop_signals
+from distrain.log import logger
+from distrain.process.environment import restart_count
+from distrain.progress import waiting
+from distrain.run_layout import CHECKPOINTS
+from distrain.runfolder.changes import changed_keys, check_changes
+
+Conf = dict[str, Any]
+
+_MIRROR_KEYS = ("mirror", "mirror_wait")
+_FRACTION_OF_GRACE = 0.5  # of launch.grace_s, for uploads after a stop request
+_ERRORS: dict[str, type[Exception]] = {
+    each.__name__: each for each in (ConfigError, RunFailed, RunRefused)
+}
+
+
+def open_store(settings: Mapping[str, Any], run_dir: str) -> CheckpointStore:
+    """Return the local checkpoints of a run; `settings` is `checkpoint` of its configuration."""
+    own = {key: value for key, value in settings.items() if key not in _MIRROR_KEYS}
+    return CheckpointStore(Path(run_dir, CHECKPOINTS), attempt=restart_count(), **own)
+
+
+class RunMirror:
+    """Mirror of a run's checkpoints; without `checkpoint.mirror` every method does nothing.
+
+    In a `with`, whose end is that of the uploads.
+
+    Args:
+        conf: resolved configuration.
+        run_dir: folder of the run.
+    """
+
+    def __init__(self, conf: Conf, run_dir: str) -> None:
+        settings = conf["checkpoint"]
+        self._conf, self._run_dir = conf, run_dir
+        self._url = mirror_of(conf)
+        self._wait_s = float(settings.get("mirror_wait", 0.0))
+        self._keep = {"last": settings.get("keep_last", 3), "every": settings.get("keep_every")}
+        self._folder = Path(run_dir, CHECKPOINTS)
+        self._mirror: Mirror | None = None
+
+    def __enter__(self) -> RunMirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
+
+    def fetch(self) -> None:
+        """Make the newest valid checkpoint of the mirror a local one, if it is newer. A collective.
+
+        Raises:
+            ConfigError: the mirror holds another run, or this run with another configuration.
+            RunFailed: the mirror cannot be read, and no local checkpoint is valid.
+            RunRefused: neither has a valid checkpoint, but the mirror has damaged ones.
+        """
+        if self._url is None:
+            return
+        pulse = heartbeat.current()
+        if not topology().is_main:
+            while True:
+                kind, text = broadcast_from_main(None)
+                pulse.beat(Phase.START)
+                if kind != "wait":
+                    break
+        else:
+            kind, text = "", ""
+            try:
+                with waiting("looking for checkpoints in the mirror"):
+                    for _ in self._fetch(self._url):
+                        broadcast_from_main(["wait", ""])
+                        pulse.beat(Phase.START)
+            except tuple(_ERRORS.values()) as error:
+                kind, text = type(error).__name__, str(error)
+            except OSError as error:
+                kind, text = RunFailed.__name__, unreadable(self._folder, error)
+            broadcast_from_main([kind, text])
+        if kind:
+            raise _ERRORS[kind](text)
+
+    def _fetch(self, url: str) -> Iterator[None]:
+        """Fetch on rank 0; yields while it waits."""
+        clear_leftovers(self._folder)
+        local = newest_valid(self._folder)
+        begins_anew = self._conf["resume"] == "never" and restart_count() == 0
+        fetch = Fetch(url, self._folder, newer_than=-1 if local is None else local.iteration)
+        try:
+            yield from fetch.look()
+            if begins_anew and fetch.num:
+                raise ConfigError(
+                    f"checkpoint.mirror={url}: expected an empty place for resume=never; it holds "
+                    f"{fetch.num} checkpoints"
+                )
+            if not fetch.newer:
+                return
+            self._check_same(fetch.run_yaml)
+            yield from fetch.download()
+        except MirrorRefused as error:
+            fix = "give another one, as checkpoint.mirror=s3://bucket/runs/${run.name}"
+            raise ConfigError(f"checkpoint.mirror={error}; {fix}") from error
+        except MirrorUnreadable as error:
+            if local is None and not begins_anew:
+                raise RunFailed(
+                    f"checkpoint.mirror={url} cannot be read: {error}; nothing was changed. It may "
+                    "hold checkpoints: run it again when it can be read; with another "
+                    "checkpoint.mirror, or null, the run begins at 0"
+                ) from error
+            start = f"continues from local iteration {local.iteration}" if local else "begins at 0"
+            logger.warning("checkpoint.mirror=%s cannot be read: %s; the run %s", url, error, start)
+            return
+        finally:
+            fetch.close()
+        if fetch.name:
+            logger.info("fetched %s from %s", fetch.name, url)
+        elif local is None and fetch.num:
+            raise RunRefused(
+                f"checkpoint.mirror={url}: none of {fetch.num} checkpoints is valid; begin another "
+                "run with run.name=... and another checkpoint.mirror"
+            )
+
+    def _check_same(self, run_yaml: str) -> None:
+        """Check that the mirrored run has this configuration, as a local run folder is checked."""
+        try:
+            frozen = yaml.safe_load(run_yaml)
+        except yaml.YAMLError:
+            frozen = None
+        if not isinstance(frozen, dict):
+            return  # a checkpoint that does not fit is refused when it is loaded
+        changed = changed_keys(frozen, self._conf)
+        where = Path(self._run_dir)
+        for notice in check_changes(where, changed, self._conf.get("allow_changes", ())):
+            logger.info("%s", notice)
+
+    def start(self) -> None:
+        """Start the uploads, on rank 0."""
+        if self._url is None or not topology().is_main:
+            return
+        if self._url.startswith("memory:"):
+            logger.warning("checkpoint.mirror=%s ends with its process: for trials only", self._url)
+        self._mirror = Mirror(self._url, self._folder, keep=self._keep)
+
+    def finish(self, outcome: ExitCode) -> None:
+        """Wait for the uploads, on rank 0, at most `checkpoint.mirror_wait`; report what is left.
+
+        After a stop request, half of `launch.grace_s` at most: then the ranks are killed.
+        """
+        if self._mirror is None:
+            return
+        mirror, pulse = self._mirror, heartbeat.current()
+        grace_s = float((self._conf.get("launch") or {}).get("grace_s") or 120.0)
+        stopped_s = min(self._wait_s, _FRACTION_OF_GRACE * grace_s)
+        deadline = time.monotonic() + (stopped_s if outcome is ExitCode.STOPPED else self._wait_s)
+        with stop_signals() as stop, waiting("uploading checkpoints to the mirror"):
+
+            def is_over() -> bool:
+                nonlocal deadline
+                pulse.beat(Phase.END)
+                if stop.requested:
+                    deadline = min(deadline, time.monotonic() + stopped_s)
+                    stop.requested = False
+                return time.monotonic() >= deadline
+
+            is_done = mirror.finish(is_over)
+        counts = f"{mirror.uploaded} uploads, {mirror.skipped} skipped, {mirror.failed} failures"
+        if is_done:
+            logger.info("checkpoints are in %s (%s)", self._url, counts)
+        else:
+            logger.warning(
+                "checkpoint.mirror=%s: the newest checkpoint is not there (%s): %s; it is in %s, "
+                "and the same command uploads it",
+                self._url,
+                counts,
+                mirror.why or "the upload did not end in time",
+                self._folder,
+            )
