@@ -30,7 +30,7 @@ PARTS = {
     "Ranks": ("distributed",),
     "Checkpoints and weights": ("checkpoint", "weights"),
     "Configuration": ("config",),
-    "Launching": ("launch",),
+    "Launching": ("launch", "gpus"),
     "Runs": ("runs", "runfolder"),
     "Models of other trainers": ("adapters",),
     "Transforms of the model": ("transforms",),

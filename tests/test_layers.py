@@ -22,7 +22,7 @@ LEVELS = {
     5: "job launch hooks adapters",
     4: "trainer weights schedule runfolder experiments transforms",
     3: "distributed optim config writers",
-    2: "events data checkpoint",
+    2: "events data checkpoint gpus",
     1: "checks durations extras heartbeat progress files process",
     0: "errors log text scalar_names run_layout redact _lazy",
 }

@@ -17,7 +17,7 @@ from distrain.trainer.hook import HookBase
 from distrain.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
-    from distrain.hooks.gpu.nvml import Gpu, Nvml
+    from distrain.gpus.nvml import Gpu, Nvml
 
 _ENERGY_J = f"{GPU}energy_j"
 
@@ -126,7 +126,7 @@ def _new_sampler(
     ranks: dict[int, tuple[int, str | None]], host: str, period_s: float
 ) -> Sampler | None:
     """Return a sampler of the GPUs of this node's ranks; None where there is no GPU to read."""
-    from distrain.hooks.gpu.nvml import NoDriver, Nvml  # imports the binding
+    from distrain.gpus.nvml import NoDriver, Nvml  # imports the binding
 
     nvml = None
     try:
@@ -158,7 +158,7 @@ def _gpus_of_ranks(nvml: Nvml, ranks: dict[int, tuple[int, str | None]]) -> dict
         ranks: of this node, by local rank: the rank, and the UUID of its CUDA device. Ranks on
             the CPU take the visible GPUs in their order, as they would with CUDA.
     """
-    from distrain.hooks.gpu.nvml import visible
+    from distrain.gpus.nvml import visible
 
     gpus = nvml.gpus()
     by_uuid = {gpu.uuid.partition("-")[2]: gpu for devices in gpus for gpu in devices}

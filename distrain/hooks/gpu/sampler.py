@@ -13,7 +13,7 @@ from distrain.log import logger
 from distrain.scalar_names import GPU
 
 if TYPE_CHECKING:
-    from distrain.hooks.gpu.nvml import Gpu, Nvml, Reading
+    from distrain.gpus.nvml import Gpu, Nvml, Reading
 
 _MAX = ("memory_used_mib", "temperature_c", "ecc_uncorrected", "xid_errors")
 _REPEAT_WARNING_S = 600.0  # minimum time between identical warnings
@@ -89,7 +89,7 @@ class Sampler(threading.Thread):
 
     def sample(self) -> None:
         """Read all GPUs once."""
-        from distrain.hooks.gpu.nvml import GpuLost
+        from distrain.gpus.nvml import GpuLost
 
         if self._summary is None:
             self._readings.clear()

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.ranks
 
 
 def read_all(rank, driver):
-    from distrain.hooks.gpu.nvml import Nvml
+    from distrain.gpus.nvml import Nvml
 
     driver.says(gpus=2, **A, **B)
     nvml = Nvml()
@@ -83,7 +83,7 @@ def test_what_a_card_says_and_what_it_lacks(libraries):
 
 
 def read_old(rank, driver):
-    from distrain.hooks.gpu.nvml import Nvml
+    from distrain.gpus.nvml import Nvml
 
     nvml = None
     found = []
@@ -103,7 +103,7 @@ def test_without_a_counter_energy_is_power_times_time(libraries):
 
 
 def see(rank, driver, names):
-    from distrain.hooks.gpu.nvml import Nvml, visible
+    from distrain.gpus.nvml import Nvml, visible
 
     driver.says(gpus=3, **A, **B, **MIG)
     nvml = Nvml()
@@ -143,7 +143,7 @@ def test_cuda_visible_devices_and_mig(libraries):
 
 
 def lose(rank, driver):
-    from distrain.hooks.gpu.nvml import GpuLost, NoDriver, Nvml
+    from distrain.gpus.nvml import GpuLost, NoDriver, Nvml
 
     driver.says()
     with pytest.raises(NoDriver, match="Driver Not Loaded"):

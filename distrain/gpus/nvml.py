@@ -205,6 +205,7 @@ class Nvml:
         self._by_handle: dict[int, Gpu] = {}
 
     def close(self) -> None:
+        """End the connection."""
         with contextlib.suppress(pynvml.NVMLError):
             if self._events is not None:
                 pynvml.nvmlEventSetFree(self._events)
