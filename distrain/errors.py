@@ -19,6 +19,10 @@ class RunRefused(RunFailed):
     """The run cannot begin, and another try would fail in the same way."""
 
 
+class StoppedBeforeStart(RunFailed):
+    """A stop was requested while the run waited for its start: nothing of it is left."""
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite; every rank raises this after the same iteration."""
 
@@ -39,3 +43,10 @@ class ExitCode(IntEnum):
     FAILED = 1
     BAD_CONFIG = 2
     STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint saved; run again
+
+
+def exit_code(error: Exception) -> ExitCode:
+    """Return the exit code of a command that ends with an error."""
+    if isinstance(error, StoppedBeforeStart):
+        return ExitCode.STOPPED
+    return ExitCode.BAD_CONFIG if isinstance(error, ConfigError) else ExitCode.FAILED

@@ -184,7 +184,7 @@ class _Agent(LocalElasticAgent):
 
     def _forward_stop(self) -> Failure | None:
         """Forward a stop request to the ranks; return a failure if they have to be killed."""
-        since = self._stop.since
+        since = self._stop.poll()
         if since is None:
             return None
         now = time.monotonic()

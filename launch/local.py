@@ -12,6 +12,7 @@ from pathlib import Path
 from distrain.checks import whole, wrong
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, Launcher
+from distrain.launch.gpus import GpuRequest, Grant, count_gpus, run_leased
 from distrain.launch.options import RankOptions
 from distrain.launch.stop import StopRequest
 from distrain.process.environment import env_int, environment
@@ -25,12 +26,18 @@ class LocalLauncher(RankOptions, Launcher):
     """Starts jobs on this machine.
 
     Args:
-        ranks: number of ranks; None: one per GPU, else 2.
+        ranks: number of ranks, on as many idle GPUs; None: one per visible GPU, else 2.
         in_process: run the job in this process, as the only rank, so that a debugger works.
+        wait: wait in a queue until enough GPUs are idle; False: refuse to start without them.
+        nice: step aside for runs that wait for the GPUs: save the state, wait, and continue.
+        share: use the visible GPUs without leases, whatever else runs on them.
     """
 
     ranks: int | None = None
     in_process: bool = False
+    wait: bool = False
+    nice: bool = False
+    share: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +45,13 @@ class LocalLauncher(RankOptions, Launcher):
             whole("ranks", self.ranks, least=1)
         if self.in_process and self.ranks not in (None, 1):
             raise wrong("ranks", self.ranks, "1 or null with launch.in_process=true")
+        for name in ("wait", "nice", "share"):
+            if not isinstance(getattr(self, name), bool):
+                raise wrong(name, getattr(self, name), "true or false")
+        if self.nice and self.in_process:
+            raise wrong("nice", True, "false with launch.in_process=true")
+        if self.share and (self.wait or self.nice):
+            raise wrong("share", True, "false with launch.wait=true or launch.nice=true")
 
     def start(self, job: Job) -> ExitCode:
         with StopRequest() as stop:  # before torch is imported, which takes a second
@@ -48,19 +62,34 @@ class LocalLauncher(RankOptions, Launcher):
             from distrain.launch.slurm.attempts import refuse_other_job
 
             refuse_other_job(Path(job.run_dir).absolute())
+        if not self.in_process:
+            refuse_among_ranks()
+        if self.share:
+            return self._run(job, Grant(), stop)
+        run = os.path.abspath(job.run_dir)
+        request = GpuRequest(
+            self.ranks, run, wait=self.wait, nice=self.nice, only_first=self.in_process
+        )
+        return run_leased(lambda grant: self._run(job, grant, stop), request, stop)
+
+    def _run(self, job: Job, grant: Grant, stop: StopRequest) -> ExitCode:
+        """Run the ranks on the GPUs of a grant; without any, on what torch finds."""
         if self.in_process:
             with environment(only_rank_env()):
                 return ExitCode(job())
-        refuse_among_ranks()
-        ranks = self._num_ranks()
+        ranks = len(grant.gpus) or self._num_ranks()
         plural = "s" if ranks > 1 else ""
         # importing torch, which comes next, prints nothing for seconds
-        print(f"distrain: starting {ranks} rank{plural}", file=sys.stderr, flush=True)
+        print(
+            f"distrain: starting {ranks} rank{plural}{grant.names()}", file=sys.stderr, flush=True
+        )
         options = self.with_start_method()
         from distrain.launch.agent import run_node
 
         log_dir = Path(job.run_dir).absolute() / LOGS
-        return run_node(job, ranks=ranks, log_dir=log_dir, stop=stop, options=options)
+        job = grant.held_by(job)
+        with environment(grant.variables):
+            return run_node(job, ranks=ranks, log_dir=log_dir, stop=stop, options=options)
 
     def plan(self, job: Job) -> str:
         if self.in_process:
@@ -99,35 +128,3 @@ def refuse_among_ranks() -> None:
             f"this process is a rank already (of {starter}); use launch=external, or start the "
             "command without it"
         )
-
-
-def count_gpus() -> int:
-    """Return the number of NVIDIA GPUs that this process may use, without initialising CUDA."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        count = int(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError:
-        return 0
-    finally:
-        pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else _num_visible(visible, count)
-
-
-def _num_visible(visible: str, count: int) -> int:
-    """Return how many of `count` GPUs CUDA_VISIBLE_DEVICES names; CUDA stops at the first error.
-
-    Example: "0,1" of 8: 2; "" or "-1": 0; "0,9,1" of 8: 1; "GPU-8f2c,MIG-a1": 2.
-    """
-    number = 0
-    for name in visible.replace(" ", "").split(","):
-        is_index = name.isdigit() and int(name) < count
-        if not is_index and not name.startswith(("GPU-", "MIG-")):
-            break
-        number += 1
-    return number

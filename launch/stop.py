@@ -25,11 +25,12 @@ class StopRequest:
     """
 
     def __init__(self, *, is_quiet: bool = False) -> None:
-        self.since: float | None = None  # first signal, on the monotonic clock
+        self.since: float | None = None  # first signal or request, on the monotonic clock
         self.signals: list[str] = []  # names of all signals received
         self.at_once = False  # a second SIGINT came
         self.kill: Callable[[], object] = bool  # called then, in the handler; bool does nothing
-        self._is_quiet = is_quiet
+        self.is_wanted: Callable[[], bool] = bool  # asked by `poll`: a stop without a signal
+        self.is_quiet = is_quiet  # print nothing at a signal
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,13 +49,26 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
         self._before = {}
 
+    def poll(self) -> float | None:
+        """Return `since`, which is now if a stop is wanted otherwise than by a signal."""
+        if self.since is None and self.is_wanted():
+            self.since = time.monotonic()
+        return self.since
+
+    def reset(self) -> None:
+        """Forget a stop that no signal requested: the ranks have ended, and start again."""
+        self.kill = bool
+        if not self.signals:
+            self.since = None
+
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Record a signal; the agent acts on it."""
         name, now = signal.Signals(number).name, time.monotonic()
+        is_first = not self.signals
         self.signals.append(name)
-        if self.since is None:
+        if is_first or self.since is None:
             self.since = now
-            if not self._is_quiet:
+            if not self.is_quiet:
                 again = "; Ctrl-C again ends them at once" if number == signal.SIGINT else ""
                 stdio.notify(f"\ndistrain: {name}: the ranks save their state and stop{again}\n")
         elif number == signal.SIGINT and now - self.since > _BOUNCE_S:

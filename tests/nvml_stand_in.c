@@ -1,10 +1,10 @@
 /* A libnvidia-ml.so.1 that says what a file tells it: the tests compile it.
  *
  * NVML_STAND_IN names the file. A line is a key and a value: "gpus 2", "0.power 250000",
- * "0.mig0.uuid MIG-..". What the file does not have, the card does not support. "0.lost 1": that
+ * "0.mig0.uuid MIG-..", "0.processes 41:1048576 42:0" (ids and bytes). What the file does not have, the card does not support. "0.lost 1": that
  * GPU is gone. "1.xid 79 3": GPU 1 has had 3 events of Xid 79; each is told once. Values are in
  * NVML's own units. Calls of nvmlInit and nvmlShutdown are written to the file beside it, FILE.calls.
- * -DWITHOUT_ENERGY leaves functions out, as an old driver does.
+ * -DWITHOUT_ENERGY leaves functions out, as an old driver does, and has the older list of processes.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -101,6 +101,26 @@ int nvmlDeviceGetUtilizationRates(void *handle, unsigned *rates) {
 int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) {
   int code = number(handle, "memory_total", memory);
   return code ? code : number(handle, "memory_used", memory + 2);
+}
+struct process { unsigned pid; unsigned long long bytes; unsigned gpu_instance, compute_instance; };
+#ifdef WITHOUT_ENERGY
+#define PROCESSES nvmlDeviceGetComputeRunningProcesses_v2
+#else
+#define PROCESSES nvmlDeviceGetComputeRunningProcesses_v3
+#endif
+int PROCESSES(void *handle, unsigned *count, struct process *processes) {
+  char found[256], *at = found;
+  unsigned room = *count;
+  int code = text(handle, "processes", found, sizeof found);
+  *count = 0;
+  if (code) return code;
+  for (struct process one = {0}; *at; at += strcspn(at, " "), at += strspn(at, " ")) {
+    one.pid = strtoul(at, &at, 10);
+    one.bytes = *at == ':' ? strtoull(at + 1, &at, 10) : 0;
+    if (*count < room) processes[*count] = one;
+    ++*count;
+  }
+  return *count > room ? 7 : SUCCESS; /* 7: the array is too small */
 }
 int nvmlDeviceGetPowerUsage(void *handle, unsigned *mw) { return small(handle, "power", mw); }
 int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *c) { return small(handle, "temperature", c); }

@@ -25,7 +25,7 @@ from distrain.config.import_path import import_from_here
 from distrain.config.instantiate import build
 from distrain.config.origins import clean
 from distrain.config.overrides import readable
-from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed
+from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed, exit_code
 from distrain.files.temp_folder import folder_of_processes
 from distrain.launch import Launcher, stop
 from distrain.launch.stop import StopRequest
@@ -225,7 +225,7 @@ class Command:
         print(
             f"distrain: {masked_text(str(explained), self._secrets)}", file=sys.stderr, flush=True
         )
-        return ExitCode.BAD_CONFIG if isinstance(explained, ConfigError) else ExitCode.FAILED
+        return exit_code(explained)
 
 
 def _launcher(conf: Mapping[str, Any]) -> Launcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config.import_path import import_from_here
-from distrain.errors import ConfigError, ExitCode, RankFailed, RunFailed
+from distrain.errors import (
+    ConfigError,
+    ExitCode,
+    RankFailed,
+    RunFailed,
+    StoppedBeforeStart,
+    exit_code,
+)
 
 _CONF = Path(__file__).parents[1] / "conf"
 
@@ -21,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m distrain.evaluate",
         description="Evaluate a checkpoint of a run on data.eval, with any number of ranks.",
-        epilog="Exit status: 0 evaluated, 1 failed, 2 bad configuration.",
+        epilog="Exit status: 0 evaluated, 1 failed, 2 bad configuration, 75 stopped.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, as runs/digits")
@@ -48,12 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import_from_here()
     try:
         return int(run(options))
-    except ConfigError as error:
-        code, text = ExitCode.BAD_CONFIG, str(error)
-    except (RankFailed, RunFailed, OSError) as error:
-        code, text = ExitCode.FAILED, str(error)
-    print(f"distrain.evaluate: {text}", file=sys.stderr)
-    return int(code)
+    except (ConfigError, RankFailed, RunFailed, OSError) as error:
+        print(f"distrain.evaluate: {error}", file=sys.stderr)
+        return int(exit_code(error))
 
 
 def run(options: argparse.Namespace) -> ExitCode:
@@ -83,7 +88,13 @@ def run(options: argparse.Namespace) -> ExitCode:
         options.ema,
         None if options.predict is None else os.path.abspath(options.predict),
     )
-    code = ExitCode(build(conf["launch"], "launch").start(job))
+    conf["launch"].pop("nice", None)  # an evaluation has no state to save: it cannot step aside
+    try:
+        code = ExitCode(build(conf["launch"], "launch").start(job))
+    except (ConfigError, StoppedBeforeStart):
+        with contextlib.suppress(OSError):  # it holds the logs of ranks that failed
+            folder.rmdir()
+        raise
     result = folder / RESULT_FILE
     if code == ExitCode.FINISHED and result.exists():  # a submitted job writes it later
         print(f"{options.run}, iteration {found.iteration}")

@@ -89,6 +89,44 @@ class Gpu:
         values |= self._try(Gpu._link_traffic, self, now_s) or {}
         return Reading(values, self._try(Gpu._throttle, self))
 
+    @property
+    def is_mig(self) -> bool:
+        """Whether it is a MIG device."""
+        return self.handle is not self.parent
+
+    @property
+    def label(self) -> str:
+        """Its index; of a MIG device with the beginning of its UUID: `2 MIG-c7384736`."""
+        return f"{self.index} {self.uuid[:12]}" if self.is_mig else str(self.index)
+
+    def memory_mib(self) -> tuple[float, float] | None:
+        """Return used and total memory in MiB; None where unsupported.
+
+        Raises:
+            GpuLost: it no longer responds.
+        """
+        found = self._try(_memory, self)
+        return None if found is None else (found["memory_used_mib"], found["memory_total_mib"])
+
+    def utilization_percent(self) -> float | None:
+        """Return the fraction of time in which a kernel ran, in percent; None where unsupported.
+
+        Raises:
+            GpuLost: it no longer responds.
+        """
+        found = self._try(_utilization, self)
+        return None if found is None else found["utilization_percent"]
+
+    def processes(self) -> dict[int, float | None]:
+        """Return the compute processes: MiB in use by process id, None where it is not known.
+
+        In a container the driver may list none, or ids of the host.
+
+        Raises:
+            GpuLost: it no longer responds.
+        """
+        return self._try(_processes, self) or {}
+
     def _try(self, reader: Callable[..., T], *arguments: Any) -> T | None:
         """Call a reader; None on an error, and from then on if the value is unsupported."""
         if reader in self._unsupported:
@@ -156,6 +194,16 @@ def _utilization(gpu: Gpu) -> dict[str, float]:
 def _memory(gpu: Gpu) -> dict[str, float]:
     memory = pynvml.nvmlDeviceGetMemoryInfo(gpu.handle)
     return {"memory_used_mib": memory.used / 2**20, "memory_total_mib": memory.total / 2**20}
+
+
+def _processes(gpu: Gpu) -> dict[int, float | None]:
+    try:
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(gpu.handle)
+    except pynvml.NVMLError as error:
+        if _code(error) != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+            raise
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses_v2(gpu.handle)
+    return {p.pid: None if p.usedGpuMemory is None else p.usedGpuMemory / 2**20 for p in found}
 
 
 def _pcie(gpu: Gpu) -> dict[str, float]:
@@ -270,36 +318,6 @@ def _on_gpu(index: int) -> list[Gpu]:
             handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, slot)
             devices.append(Gpu(index, pynvml.nvmlDeviceGetUUID(handle), name, handle, parent))
     return devices
-
-
-def visible(gpus: Sequence[Sequence[Gpu]], names: str | None) -> list[Gpu]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES names, in its order, as CUDA reads it.
-
-    A name is an index or the beginning of a UUID; the first one that matches no device, or several,
-    ends the list. The index of a GPU in MIG mode is its first MIG device. With a device named twice
-    no device is visible.
-
-    Args:
-        gpus: from `Nvml.gpus`.
-        names: value of the variable; None where it is not set: all GPUs are visible.
-
-    Example:
-        "1,0" of two GPUs: both, the second first; "" and "-1": none; "GPU-8f,9": GPU-8f... alone.
-    """
-    devices = [device for devices_of_gpu in gpus for device in devices_of_gpu]
-    if names is None:
-        return devices
-    found: list[Gpu] = []
-    for name in names.replace(" ", "").split(","):
-        if name.isdigit():
-            matches = [*gpus[int(name)][:1]] if int(name) < len(gpus) else []
-        else:
-            is_uuid = name.startswith(("GPU-", "MIG-"))
-            matches = [gpu for gpu in devices if is_uuid and gpu.uuid.startswith(name)]
-        if len(matches) != 1:
-            break
-        found += matches
-    return found if len(set(map(id, found))) == len(found) else []
 
 
 def _code(error: Exception) -> int:

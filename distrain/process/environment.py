@@ -22,9 +22,13 @@ def env_int(name: str, default: int = 0) -> int:
         raise ConfigError(f"{name}={text}: expected an integer; unset it") from None
 
 
+RETURNS = "DISTRAIN_RETURNS"
+"""Environment variable: how often the run has stepped aside for others and come back."""
+
+
 def restart_count() -> int:
-    """Return the number of restarts of this run by torchelastic and SLURM."""
-    return env_int("TORCHELASTIC_RESTART_COUNT") + env_int("SLURM_RESTART_COUNT")
+    """Return the number of restarts of this run by torchelastic, SLURM and `launch.nice`."""
+    return sum(map(env_int, ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RETURNS)))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.mirror_url import mirror_of
 from distrain.checkpoint.retention import read_run_id
 from distrain.checks import refuse_url
-from distrain.errors import ConfigError, ExitCode, RunFailed
+from distrain.errors import ConfigError, ExitCode, RunFailed, StoppedBeforeStart
 from distrain.files import atomic
 from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
@@ -78,7 +78,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | StoppedBeforeStart):
             self._undo()
         os.close(self._lock)
 

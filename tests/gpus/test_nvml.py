@@ -1,5 +1,7 @@
 """GPUs by NVIDIA's own binding, against a stand-in of the driver's library."""
 
+import os
+
 import pytest
 from stand_in import with_stand_in
 
@@ -103,7 +105,8 @@ def test_without_a_counter_energy_is_power_times_time(libraries):
 
 
 def see(rank, driver, names):
-    from distrain.gpus.nvml import Nvml, visible
+    from distrain.gpus.nvml import Nvml
+    from distrain.gpus.visible import visible
 
     driver.says(gpus=3, **A, **B, **MIG)
     nvml = Nvml()
@@ -140,6 +143,102 @@ def test_cuda_visible_devices_and_mig(libraries):
         "temperature_c": 50,
     }
     assert (index, energy_j) == (2, None)
+
+
+def choose(rank, driver, cases):
+    from distrain.gpus.nvml import Nvml
+    from distrain.gpus.visible import candidates, environment_for, most_ranks
+    from distrain.launch.gpus import count_gpus
+
+    found = []
+    for gpus, order, names, num in cases:
+        says = {"gpu0_uuid": "GPU-0", "gpu0_name": "A", "gpu1_uuid": "GPU-1", "gpu1_name": "A"}
+        if gpus == "mixed":
+            says["gpu1_name"] = "B"
+        if gpus == "one in MIG mode":
+            says |= {"gpu1_mig": 1, "gpu1_mig0.uuid": "MIG-1", "gpu1_mig1.uuid": "MIG-2"}
+        driver.says(gpus=2, **says)
+        for name, value in (("CUDA_VISIBLE_DEVICES", names), ("CUDA_DEVICE_ORDER", order)):
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        nvml = Nvml()
+        devices = nvml.gpus()
+        usable = candidates(devices)
+        assert count_gpus() == most_ranks(usable)
+        chosen = usable[-num:] if num else usable
+        found.append(
+            (
+                [gpu.uuid for gpu in usable],
+                most_ranks(usable),
+                environment_for(chosen, devices).get("CUDA_VISIBLE_DEVICES"),
+            )
+        )
+        nvml.close()
+    return found
+
+
+def test_what_ranks_can_use_and_how_they_see_it_alone(libraries):
+    mig = "one in MIG mode"
+    cases = {  # GPUs, CUDA_DEVICE_ORDER, CUDA_VISIBLE_DEVICES, how many of the last are chosen
+        ("same", None, None, 0): (["GPU-0", "GPU-1"], 2, None),  # as it is
+        ("same", None, None, 1): (["GPU-0", "GPU-1"], 2, "GPU-1"),
+        ("same", None, "1,0", 0): (["GPU-1", "GPU-0"], 2, None),
+        ("same", None, "1,0", 1): (["GPU-1", "GPU-0"], 2, "GPU-0"),
+        ("same", None, "", 0): ([], 0, None),
+        # CUDA may count mixed GPUs in another order than NVML
+        ("mixed", None, None, 0): (["GPU-0", "GPU-1"], 2, None),
+        ("mixed", None, "0", 0): (["GPU-0"], 1, "GPU-0"),
+        ("mixed", None, "GPU-0", 0): (["GPU-0"], 1, None),
+        ("mixed", "PCI_BUS_ID", "0", 0): (["GPU-0"], 1, None),
+        # whole GPUs first: CUDA would enumerate the MIG device alone
+        (mig, None, None, 0): (["GPU-0"], 1, "GPU-0"),
+        (mig, None, "1", 0): (["MIG-1"], 1, None),
+        (mig, None, "MIG-1,MIG-2", 1): (["MIG-1", "MIG-2"], 1, "MIG-2"),
+    }
+    [found] = with_stand_in(libraries, choose, list(cases))
+    assert dict(zip(cases, found, strict=True)) == cases
+
+
+def use(rank, driver):
+    from distrain.gpus.idle import use_of
+    from distrain.gpus.nvml import Nvml
+
+    found = []
+    for values in (
+        {"processes": f"{os.getpid()}:5"},  # this process does not count
+        {"processes": "999999998:1073741824 999999999"},
+        {"memory_used": 2**30, "memory_total": 8 * 2**30},
+        {"memory_used": 2**30 + 2**20, "memory_total": 8 * 2**30},
+        {"memory_used": 2 * 2**30, "memory_total": 100 * 2**30},
+        {"lost": 1},
+    ):
+        driver.says(gpus=1, gpu0_uuid="GPU-0", gpu0_name="A")
+        nvml = Nvml()
+        [[gpu]] = nvml.gpus()
+        says = {f"gpu0_{name}": value for name, value in values.items()}
+        driver.says(gpus=1, gpu0_uuid="GPU-0", gpu0_name="A", **says)
+        found.append(use_of(gpu))
+        if "999999998" in str(values):
+            found.append(gpu.processes())
+        nvml.close()
+    return found
+
+
+@pytest.mark.parametrize("old", [False, True])  # that of old drivers is another function
+def test_when_a_gpu_is_idle(libraries, old):
+    memory = "memory in use by an unknown process"
+    assert with_stand_in(libraries, use, old=old) == [
+        [
+            "",
+            "used by process 999999998 and process 999999999",
+            {999999998: 1024.0, 999999999: 0.0},
+            "",
+            memory,
+            "",
+            "does not respond",
+        ]
+    ]
 
 
 def lose(rank, driver):

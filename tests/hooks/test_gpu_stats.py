@@ -271,7 +271,7 @@ model: {_target_: watts.Fit}
 data: {batch_size: 8, train: {_target_: watts.Points}}
 trainer: {max_iter: 25, window: 10}
 hooks: {gpu: {period_s: 0.01}}
-launch: {ranks: 2}
+launch: {ranks: 2, share: true}    # the driver says that memory is in use
 """
 
 
@@ -303,6 +303,7 @@ def test_the_command_shows_what_the_driver_says(libraries, tmp_path):
             "PYTHONPATH": str(ROOT),
             "LD_LIBRARY_PATH": str((libraries / "new" / LIBRARY).parent),
             "NVML_STAND_IN": str(driver),
+            "DISTRAIN_LEASES": str(tmp_path / "leases"),
             "CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1",  # nothing for CUDA, wherever this runs
         },
         capture_output=True,

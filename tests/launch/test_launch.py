@@ -552,31 +552,6 @@ def test_a_rank_does_not_start_ranks(monkeypatch, variables, who):
 # GPUs
 
 
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [
-        (None, 8),
-        ("", 0),
-        ("-1", 0),
-        ("0,1", 2),
-        (" 3, 1 ", 2),
-        ("0,9,1", 1),
-        ("GPU-8f2c,MIG-a1", 2),
-    ],
-)
-def test_gpus_are_counted_without_cuda(monkeypatch, visible, expected):
-    pynvml = pytest.importorskip("pynvml")
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 8)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.count_gpus() == expected
-    assert not torch.cuda.is_initialized()
-
-
 def test_no_driver_is_no_gpu(monkeypatch):
     pynvml = pytest.importorskip("pynvml")
 

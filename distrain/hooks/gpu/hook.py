@@ -158,7 +158,7 @@ def _gpus_of_ranks(nvml: Nvml, ranks: dict[int, tuple[int, str | None]]) -> dict
         ranks: of this node, by local rank: the rank, and the UUID of its CUDA device. Ranks on
             the CPU take the visible GPUs in their order, as they would with CUDA.
     """
-    from distrain.gpus.nvml import visible
+    from distrain.gpus.visible import visible
 
     gpus = nvml.gpus()
     by_uuid = {gpu.uuid.partition("-")[2]: gpu for devices in gpus for gpu in devices}

@@ -1,0 +1,101 @@
+"""Claim: the run that holds GPUs or waits for them, in the files of leases and tickets as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_MAX_BYTES = 64 << 10
+_MAX_CHARACTERS = 500
+_MAX_NUMBER = 2**40
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run that holds GPUs, or waits for some."""
+
+    run: str = "?"  # its folder
+    user: str = "?"
+    pid: int = 0  # of the command
+    since: float = 0.0  # seconds since 1970
+    nice: bool = False  # whether it steps aside for others
+    count: int = 0  # number of GPUs
+    gpus: tuple[str, ...] = ()  # UUIDs: those held, or those of which it waits for `count`
+    number: int = 0  # in the order of arrival; 0: it has not waited
+
+    def intersects(self, other: Claim) -> bool:
+        """Return whether a GPU is in both claims."""
+        return not {*self.gpus}.isdisjoint(other.gpus)
+
+    def text(self) -> str:
+        """Return a description: `alice (runs/digits, process 12, since 10:31, nice)`."""
+        since = time.strftime("%b %d %H:%M", time.localtime(self.since))
+        nice = ", nice" if self.nice else ""
+        return f"{self.user} ({self.run}, process {self.pid}, since {since}{nice})"
+
+
+def own_claim(run: str, gpus: Sequence[str], *, count: int, nice: bool) -> Claim:
+    """Return a claim of this process, from now on."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = f"uid {os.getuid()}"
+    return Claim(run, user, os.getpid(), time.time(), nice, count, tuple(gpus))
+
+
+def write(fd: int, claim: Claim) -> None:
+    """Replace the content of a file by a claim."""
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(dataclasses.asdict(claim)).encode(), 0)
+
+
+def read(fd: int) -> Claim:
+    """Return the claim in a file; fields that are missing or damaged have their defaults."""
+    try:
+        fields = json.loads(os.pread(fd, _MAX_BYTES, 0))
+    except (ValueError, RecursionError):
+        fields = {}
+    if not isinstance(fields, dict):
+        return Claim()
+    # any user can write the file: types are checked, control characters replaced
+    checked = {name: _CHECKED[name](value) for name, value in fields.items() if name in _CHECKED}
+    return Claim(**{name: value for name, value in checked.items() if value is not None})
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MAX_NUMBER else None
+
+
+def _number(value: object) -> float | None:
+    is_valid = type(value) in (int, float) and 0 <= value < _MAX_NUMBER  # type: ignore[operator]
+    return float(value) if is_valid else None  # type: ignore[arg-type]
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _names(value: object) -> tuple[str, ...] | None:
+    return tuple(map(_printable, value)) if isinstance(value, list) else None
+
+
+def _printable(value: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:_MAX_CHARACTERS])
+
+
+_CHECKED: dict[str, Callable[[object], Any]] = {
+    "run": _printable,
+    "user": _printable,
+    "pid": _whole,
+    "since": _number,
+    "nice": _flag,
+    "count": _whole,
+    "gpus": _names,
+    "number": _whole,
+}

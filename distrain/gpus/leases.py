@@ -1,0 +1,114 @@
+"""Leases: which run may use which GPU. Standard library only.
+
+A lease is a file per GPU, locked by the command of the run and by each of its ranks: it ends with
+the last of them, by `kill -9` too. The lock alone decides; the claim in the file is for people.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.errors import RunFailed
+from distrain.gpus import claim as claims
+from distrain.gpus.claim import Claim
+from distrain.gpus.shared_files import close, share, try_lock
+
+_TRIES = 10
+_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Leases:
+    """Leases of this process, until `close`.
+
+    Attributes:
+        claim: of the run; `gpus` are those held.
+        paths: of the files.
+        fds: descriptors that hold the locks.
+    """
+
+    claim: Claim
+    paths: tuple[str, ...]
+    fds: tuple[int, ...]
+
+    def close(self) -> None:
+        """Give the leases up; those of ranks that live go on."""
+        for fd in self.fds:
+            close(fd)
+
+
+def lease_path(folder: Path, uuid: str) -> Path:
+    """Return the file of a GPU; a MIG device of early drivers has slashes in its UUID."""
+    return folder / f"gpu-{uuid.replace('/', '_')}"
+
+
+def holder(folder: Path, uuid: str) -> Claim | None:
+    """Return the claim of the run that holds a GPU; None if it is free. Under the mutex.
+
+    Raises:
+        OSError: the file cannot be used.
+    """
+    path = lease_path(folder, uuid)
+    if not path.exists():
+        return None
+    fd = try_lock(path)
+    if fd is not None:
+        close(fd)
+        return None
+    with path.open("rb") as file:
+        return claims.read(file.fileno())
+
+
+def holders(folder: Path, uuids: Iterable[str]) -> dict[str, Claim]:
+    """Return the claims of the runs that hold GPUs, by UUID. Under the mutex."""
+    found = ((uuid, holder(folder, uuid)) for uuid in uuids)
+    return {uuid: claim for uuid, claim in found if claim is not None}
+
+
+def take(folder: Path, claim: Claim) -> Leases | None:
+    """Lease all GPUs of a claim, or none of them: None if one is held. Under the mutex."""
+    fds: list[int] = []
+    paths = [lease_path(folder, uuid) for uuid in claim.gpus]
+    try:
+        for path in paths:
+            fd = try_lock(path)
+            if fd is None:
+                break
+            fds.append(fd)
+            claims.write(fd, claim)
+            share(fd)
+        else:
+            return Leases(claim, tuple(map(str, paths)), tuple(fds))
+    except BaseException:
+        _close_all(fds)
+        raise
+    _close_all(fds)
+    return None
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        close(fd)
+
+
+def hold(paths: Sequence[str]) -> None:
+    """Hold leases of the run until this process ends: called by a rank.
+
+    Raises:
+        RunFailed: a lease is not shared with this process.
+    """
+    for path in paths:
+        for _ in range(_TRIES):
+            try:
+                fd = try_lock(Path(path), fcntl.LOCK_SH)
+            except OSError as error:
+                raise RunFailed(f"{path}: the lease of a GPU: {error.strerror}") from error
+            if fd is not None:
+                break
+            time.sleep(_PAUSE_S)  # another command may be trying a file that was removed
+        else:
+            raise RunFailed(f"{path}: the lease of this GPU has gone to another run")

@@ -1,0 +1,43 @@
+"""Processes of this machine, as far as they are seen from here (a container sees its own)."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+
+def owner(pid: int) -> str:
+    """Return the user of a process; "" if it is not seen."""
+    try:
+        uid = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return ""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def command(pid: int) -> str:
+    """Return the name of a process's program; "" if it is not seen."""
+    try:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def is_of(pid: int, ancestor: int) -> bool:
+    """Return whether a process is the given one, or a descendant of it."""
+    while pid > 1 and pid != ancestor:
+        pid = _parent(pid)
+    return pid == ancestor
+
+
+def _parent(pid: int) -> int:
+    """Return the parent of a process; 0 if it is not seen."""
+    try:
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0

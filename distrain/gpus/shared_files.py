@@ -1,0 +1,195 @@
+"""Locked files in a directory that all users of the machine share. Standard library only.
+
+A lock (flock) belongs to an open file: the kernel ends it with the last process that has the file
+open. A child process that is forked closes the files, so that it does not hold the locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from distrain.errors import ConfigError
+
+VARIABLE = "DISTRAIN_LEASES"
+"""Environment variable: the directory, in place of `folder`'s choice."""
+
+_NAME = "distrain-gpus"
+_PARENTS = ("/run/lock", "/tmp")
+_MODE = 0o1777
+_FILE_MODE = 0o666
+_MUTEX = "mutex"
+MUTEX_HEAD = 20
+"""Bytes at the beginning of the mutex file that belong to `mutex`."""
+_MUTEX_S = 30.0  # a process holds it for milliseconds
+_PAUSE_S = 0.01
+_OPEN_TRIES = 20  # another process is just creating the file or the directory
+
+_locked: set[int] = set()  # descriptors
+
+
+def folder_path() -> Path:
+    """Return the path of the directory of the leases, which need not exist."""
+    chosen = os.environ.get(VARIABLE)
+    return Path(chosen).absolute() if chosen else Path(_parent(), _NAME)
+
+
+def folder() -> Path:
+    """Return the directory of the leases, created if it is missing: sticky, writable for all.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    path = folder_path()
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            path.chmod(_MODE)  # mkdir applies the umask
+        found = path.lstat()
+    except OSError as error:
+        raise unusable(path, error) from error
+    is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path}: expected a directory, for the leases of GPUs; remove it")
+    if is_open and not found.st_mode & stat.S_ISVTX:  # others could remove the files of a holder
+        raise ConfigError(f"{path}: expected a sticky directory; its owner can: chmod 1777 {path}")
+    return path
+
+
+def _parent() -> str:
+    """Return the first parent that has the directory, or in which every user can create it."""
+    # by the mode, not by access: root must find the same as all others
+    for parent in _PARENTS:
+        with contextlib.suppress(OSError):
+            mode = os.stat(parent).st_mode
+            is_for_all = mode & stat.S_IWOTH and mode & stat.S_ISVTX
+            if is_for_all or os.path.isdir(os.path.join(parent, _NAME)):
+                return parent
+    return _PARENTS[-1]
+
+
+def unusable(path: str | os.PathLike[str], error: OSError) -> ConfigError:
+    """Return the error of a file or directory that cannot hold leases."""
+    return ConfigError(
+        f"{path}: the leases of GPUs cannot be kept here: {error.strerror}; {VARIABLE}=DIR names "
+        "another directory for all users, launch.share=true starts without leases"
+    )
+
+
+@contextlib.contextmanager
+def mutex(path: Path) -> Iterator[int]:
+    """Exclude all other processes from the directory `path` inside `with`; yield the descriptor.
+
+    The first 20 bytes of the file are the process id of the last holder; the rest is the caller's.
+
+    Raises:
+        ConfigError: a file cannot be used, or another process holds the mutex for long.
+    """
+    file = path / _MUTEX
+    deadline_s = time.monotonic() + _MUTEX_S
+    try:
+        while (fd := try_lock(file)) is None:
+            if time.monotonic() > deadline_s:
+                pid = file.read_text(errors="replace").partition("\n")[0].strip()
+                raise ConfigError(
+                    f"{file}: locked by another process for {_MUTEX_S:.0f} s, the last one was "
+                    f"{pid if pid.isdigit() else 'unknown'}; if it is stopped, continue or end it"
+                )
+            time.sleep(_PAUSE_S)
+        try:
+            os.pwrite(fd, f"{os.getpid():<{MUTEX_HEAD - 1}}\n".encode(), 0)
+            yield fd
+        finally:
+            close(fd)
+    except OSError as error:
+        raise unusable(error.filename or file, error) from error
+
+
+def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+    """Lock a file, which is created if it is missing; return its descriptor for `close`.
+
+    Args:
+        path: in the directory.
+        kind: LOCK_EX, or LOCK_SH for a lock that several processes hold.
+
+    Returns:
+        None if another process holds a lock that excludes this one.
+    """
+    while True:
+        fd = open_shared(path)
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                _locked.add(fd)
+                return fd
+        os.close(fd)  # it was removed meanwhile
+
+
+def share(fd: int) -> None:
+    """Turn an exclusive lock into one that other processes of the run can hold too."""
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def close(fd: int) -> None:
+    """Close a descriptor of `try_lock`; the lock ends with the last process that holds it."""
+    _locked.discard(fd)
+    os.close(fd)
+
+
+def open_shared(path: Path) -> int:
+    """Open a file for reading and writing, which any user may do; create it if it is missing."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    for last in range(_OPEN_TRIES - 1, -1, -1):
+        try:
+            # not with O_CREAT: in a sticky directory the kernel refuses that for files of other
+            # users (fs.protected_regular)
+            fd = os.open(path, flags)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                _create(path)
+            continue
+        except PermissionError:
+            if not last:
+                raise
+            time.sleep(_PAUSE_S)
+            continue
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        break
+    raise OSError(errno.ENXIO, "not a regular file", str(path))
+
+
+def _create(path: Path) -> None:
+    """Create an empty file that appears with its final mode, whatever the umask."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, _FILE_MODE)
+        os.link(draft, path)
+    finally:
+        os.close(fd)
+        draft.unlink(missing_ok=True)
+
+
+def _close_in_child() -> None:
+    for fd in _locked:
+        os.close(fd)
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,278 @@
+"""GPUs for the ranks of launch=local: idle ones are chosen and leased, or waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from distrain.errors import ConfigError, ExitCode, StoppedBeforeStart
+from distrain.gpus import queue
+from distrain.gpus.claim import Claim, own_claim
+from distrain.gpus.idle import uses_of
+from distrain.gpus.leases import Leases, hold
+from distrain.gpus.nvml import Gpu, NoDriver, Nvml
+from distrain.gpus.queue import Blocked
+from distrain.gpus.shared_files import folder
+from distrain.gpus.visible import candidates, environment_for, most_ranks
+from distrain.launch import Job
+from distrain.launch.stop import StopRequest
+from distrain.process.environment import RETURNS, environment
+
+POLL_S = 1.0
+"""Seconds between two looks of a waiting run, and of a nice one."""
+
+_TRIES = 3  # of a run that does not wait: the memory of the run before is freed with a delay
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class GpuRequest:
+    """GPUs that a run asks for.
+
+    Attributes:
+        ranks: one GPU each; None: all visible ones.
+        run_dir: of the run.
+        wait: whether it waits for them.
+        nice: whether it steps aside for others.
+        only_first: whether it can use the first visible GPU alone.
+    """
+
+    ranks: int | None
+    run_dir: str
+    wait: bool = False
+    nice: bool = False
+    only_first: bool = False
+
+
+@dataclass(frozen=True)
+class Grant:
+    """GPUs that a run has.
+
+    Attributes:
+        gpus: one per rank; empty where the ranks run on CPUs.
+        leases: of them; None without GPUs.
+        variables: with which the ranks see them alone.
+    """
+
+    gpus: Sequence[Gpu] = ()
+    leases: Leases | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def held_by(self, job: Job) -> Job:
+        """Return the job, of which each rank holds the leases."""
+        return job if self.leases is None else LeasedJob(job, self.leases.paths)
+
+    def names(self) -> str:
+        """Return ` on GPUs 0, 2`; "" without GPUs."""
+        return f" on {gpu_names(self.gpus)}" if self.gpus else ""
+
+
+@dataclass(frozen=True)
+class LeasedJob:
+    """A job whose ranks hold the leases of their run, too: they outlive a killed command."""
+
+    job: Job
+    paths: tuple[str, ...]
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of the run."""
+        return self.job.run_dir
+
+    def __call__(self) -> ExitCode:
+        """Hold the leases until this process ends, and run the job."""
+        hold(self.paths)
+        return self.job()
+
+
+def count_gpus() -> int:
+    """Return the number of ranks that the visible GPUs can take, without initialising CUDA."""
+    with _machine() as devices:
+        return most_ranks(candidates(devices))
+
+
+def run_leased(
+    run: Callable[[Grant], ExitCode], request: GpuRequest, stop: StopRequest
+) -> ExitCode:
+    """Return `run(grant)`, with the GPUs of the grant leased; run a nice run again when it returns.
+
+    Raises:
+        ConfigError: there are not enough GPUs, or not enough idle ones and it does not wait.
+        StoppedBeforeStart: a signal came while it waited for its first start.
+    """
+    returns = 0
+    while True:
+        try:
+            with environment({RETURNS: str(returns)} if returns else {}):
+                with lease(request, stop) as grant:
+                    code = run(grant)
+        except StoppedBeforeStart:
+            if not returns:
+                raise
+            return ExitCode.STOPPED  # its state is saved
+        if code != ExitCode.STOPPED or stop.signals or stop.since is None:
+            return code
+        stop.reset()
+        request = dataclasses.replace(request, wait=True, ranks=len(grant.gpus))
+        returns += 1
+
+
+@contextlib.contextmanager
+def lease(request: GpuRequest, stop: StopRequest) -> Iterator[Grant]:
+    """Lease the GPUs of a run until the end of the `with`; raises as `run_leased`."""
+    with _machine() as devices:
+        grant = _granted(devices, request, stop)
+    try:
+        if grant.leases is not None and request.nice:
+            stop.is_wanted = _Rivals(grant.leases.claim)
+        yield grant
+    finally:
+        stop.is_wanted = bool
+        if grant.leases is not None:
+            grant.leases.close()
+
+
+def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -> Grant:
+    found = candidates(devices)
+    if request.only_first:
+        found = found[:1]
+    if not found:
+        return Grant()
+    most = most_ranks(found)
+    count = request.ranks or most
+    if count > most:
+        why = "a process can use one MIG device" if found[0].is_mig else "one per visible GPU"
+        raise ConfigError(
+            f"launch.ranks={count}: expected at most {most}, {why}; CUDA_VISIBLE_DEVICES= starts "
+            "them on CPUs, launch.share=true without a look at the GPUs"
+        )
+    uuids = [gpu.uuid for gpu in found]
+    claim = own_claim(request.run_dir, uuids, count=count, nice=request.nice)
+    leases = _acquire(claim, found, request, stop)
+    chosen = [gpu for gpu in found if gpu.uuid in leases.claim.gpus]
+    return Grant(chosen, leases, environment_for(chosen, devices))
+
+
+def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopRequest) -> Leases:
+    path = folder()
+    ticket = queue.enter(path, claim) if request.wait else None
+    shown, num_looks, was_quiet = "", 0, stop.is_quiet
+    stop.is_quiet = True  # no rank has a state to save yet
+    try:
+        while True:
+            found = queue.try_claim(path, claim, uses := uses_of(gpus), ticket)
+            if isinstance(found, Leases):
+                ticket = None  # it has left the queue
+                return found
+            num_looks += 1
+            reasons = _reasons(found, gpus, uses)
+            if ticket is None and num_looks == _TRIES:
+                raise _refusal(claim, found, request, reasons)
+            place = len(found.ahead) + 1
+            num = place + len(found.behind)
+            line = f"waiting for {_idle(claim.count)}, place {place} of {num} in the queue{reasons}"
+            if ticket is not None and line != shown:
+                _log(line)
+                shown = line
+            time.sleep(POLL_S if ticket is not None else _RETRY_S)
+            if stop.since is not None:
+                raise StoppedBeforeStart("stopped while waiting for GPUs; nothing was started")
+    finally:
+        stop.is_quiet = was_quiet
+        if ticket is not None:
+            ticket.leave()
+
+
+def _refusal(claim: Claim, found: Blocked, request: GpuRequest, reasons: str) -> ConfigError:
+    ranks = "null" if request.ranks is None else request.ranks
+    fixes = ["launch.wait=true waits for them"]
+    if any(other.nice for other in found.holders.values()) and not claim.nice:
+        fixes = ["launch.wait=true waits for them, and nice runs step aside"]
+    if found.idle and not found.ahead:
+        fixes.append(f"launch.ranks={len(found.idle)} takes fewer")
+    fixes.append("launch.share=true runs alongside them")
+    num = len(found.ahead)
+    before = f"; {num} run{'s' * (num > 1)} wait{'s' * (num == 1)} for them" if num else ""
+    return ConfigError(
+        f"launch.ranks={ranks}: expected {_idle(claim.count)}, found {len(found.idle)} of "
+        f"{len(claim.gpus)}{reasons}{before}; {', '.join(fixes)}"
+    )
+
+
+def _idle(count: int) -> str:
+    return f"{count} idle GPU{'s' * (count > 1)}"
+
+
+def _reasons(found: Blocked, gpus: Sequence[Gpu], uses: Mapping[str, str]) -> str:
+    """Return why GPUs cannot be had: `; GPUs 0, 1: held by alice (...); GPU 2: ...`."""
+    by_reason: dict[str, list[Gpu]] = {}
+    for gpu in gpus:
+        held = found.holders.get(gpu.uuid)
+        reason = uses[gpu.uuid] if held is None else f"held by {held.text()}"
+        if reason:
+            by_reason.setdefault(reason, []).append(gpu)
+    return "".join(f"; {gpu_names(same)}: {why}" for why, same in by_reason.items())
+
+
+def gpu_names(gpus: Sequence[Gpu]) -> str:
+    """Return `GPUs 0, 2`, numbered as by nvidia-smi."""
+    return f"GPU{'s' * (len(gpus) > 1)} {', '.join(gpu.label for gpu in gpus)}"
+
+
+class _Rivals:
+    """Whether another run needs the GPUs of a nice one; looks once per POLL_S.
+
+    Two looks in a row have to agree: the memory of a run that has just ended is freed with a delay.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._next_s = 0.0
+        self._num_looks = 0
+
+    def __call__(self) -> bool:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + POLL_S
+        try:
+            rivals = queue.rivals(folder(), self._claim)
+            rival = rivals and queue.steps_aside(folder(), self._claim, _uses_of_all())
+        except ConfigError as error:  # must not end a run that trains
+            _log(f"launch.nice=true: {error}; the run goes on, and looks no more")
+            self._next_s = float("inf")
+            return False
+        self._num_looks = self._num_looks + 1 if rival else 0
+        if not rival or self._num_looks < 2:
+            return False
+        _log(f"stepping aside for {rival.text()}: the ranks save their state and stop")
+        return True
+
+
+def _log(text: str) -> None:
+    print(f"distrain: {text}", file=sys.stderr, flush=True)
+
+
+def _uses_of_all() -> dict[str, str]:
+    with _machine() as devices:
+        return uses_of([gpu for on_card in devices for gpu in on_card])
+
+
+@contextlib.contextmanager
+def _machine() -> Iterator[list[list[Gpu]]]:
+    """Yield the devices of each GPU, with NVML open; none where there is no NVIDIA driver."""
+    nvml = None
+    try:
+        try:
+            nvml = Nvml()
+            devices = nvml.gpus()
+        except NoDriver:
+            devices = []
+        yield devices
+    finally:
+        if nvml is not None:
+            nvml.close()
