@@ -14,7 +14,7 @@ class State(str, Enum):
 
     __str__ = str.__str__
 
-    QUEUED = "queued"  # the job waits in the queue for its first attempt
+    QUEUED = "queued"  # the job waits for its first attempt, or the command for idle GPUs
     RUNNING = "running"  # a process or a job trains
     PREEMPTED = "preempted"  # preempted, lost or out of time, and queued again
     STOPPED = "stopped"  # on request, state saved: `resume` continues it

@@ -1,4 +1,4 @@
-"""python -m distrain.runs: a table of runs; show, diff, plot, stop and resume them."""
+"""python -m distrain.runs: a table of runs; show, diff, plot, stop and resume them; GPUs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _COMMANDS = """commands:
   plot RUN... --scalar NAME -o PNG scalars of several runs in one picture
   stop RUN                         save its state and stop it
   resume RUN [KEY=VALUE...]        continue it by the command of its last start
+  gpus                             GPUs of this machine: who holds them, who waits for them
 
 A RUN is a folder, or a run's name below --folder (runs). Exit status: 0, 1 if a run that was asked
 to stop failed instead, 2 for a mistake."""
@@ -125,6 +126,19 @@ def _resume(argv: Sequence[str]) -> int:
     return resume(resolve_run(options.run, options.folder), options.overrides)
 
 
+def _gpus(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m distrain.runs gpus",
+        description="The GPUs of this machine: the runs that hold them, other processes on them, "
+        "and the runs that wait for them.",
+    )
+    parser.add_argument("--json", action="store_true", help="all fields, for programs")
+    options = parser.parse_args(argv)
+    from distrain.runs.gpus import show_gpus  # imports the binding of NVML
+
+    return show_gpus(as_data=options.json)
+
+
 def _of_run(command: str, description: str, *, nargs: str | None = None) -> _Parser:
     """Return the parser of a command about runs."""
     parser = _Parser(prog=f"python -m distrain.runs {command}", description=description)
@@ -140,6 +154,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plot": _plot,
     "stop": _stop,
     "resume": _resume,
+    "gpus": _gpus,
 }
 
 

@@ -55,6 +55,9 @@ def stop(path: Path, *, wait: bool) -> int:
     except KeyboardInterrupt:
         print(f"\n{path}: was asked to stop; not waited for", file=sys.stderr)
         return 128 + signal.SIGINT
+    if not path.exists():
+        print(escaped(f"{path}: stopped while it waited for its start; nothing of it is left"))
+        return 0
     print(escaped(f"{path}: {run.state} at {_progress(run)}" + (f": {run.why}" if run.why else "")))
     return 0 if run.state in (State.STOPPED, State.FINISHED) else int(ExitCode.FAILED)
 

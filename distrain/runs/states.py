@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distrain.errors import ExitCode
+from distrain.gpus.queue import announced
+from distrain.gpus.shared_files import folder_path
 from distrain.launch.client import JobClient, JobStatus, State
 from distrain.redact import masked_text
 from distrain.runfolder import lock
@@ -48,8 +52,16 @@ def status_of(files: Files, of_job: JobStatus | None = None) -> JobStatus:
         return JobStatus(of_job.state, lines[0] if lines else "")
     if holder is not None:
         process = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        if _waits_for_gpus(holder):
+            return JobStatus(State.QUEUED, f"{process} waits for idle GPUs")
         return JobStatus(State.RUNNING, process)
     return _by_files(files)
+
+
+def _waits_for_gpus(holder: Mapping[str, Any]) -> bool:
+    """Return whether the process that holds a run's lock waits in this machine's queue for GPUs."""
+    is_here = holder.get("host") == socket.gethostname()
+    return is_here and holder.get("pid") in announced(folder_path())
 
 
 def _by_files(files: Files) -> JobStatus:

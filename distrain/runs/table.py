@@ -157,30 +157,40 @@ def as_text(summaries: Sequence[Summary], metric: str) -> str:
 
 
 def fitted(
-    rows: Sequence[Sequence[str]], width: int
+    rows: Sequence[Sequence[str]],
+    width: int,
+    *,
+    columns: Sequence[str] = COLUMNS,
+    first_left_out: Sequence[str] = _FIRST_LEFT_OUT,
+    cut: str = COLUMNS[0],
 ) -> tuple[list[list[str]], list[int], list[str]]:
     """Return the rows that fit into a width, the columns kept, and the names of those left out.
 
-    No cell is cut but a name: it keeps its ends, and at least 16 characters.
+    No cell is cut but those of one column: they keep their ends, and at least 16 characters.
 
     Args:
-        rows: the titles and the cells of all columns; a row of one cell is the title of a sweep.
+        rows: the titles and the cells of all columns; a row of one cell is a title.
         width: of the terminal, in characters.
+        columns: names.
+        first_left_out: names of columns, the least important first.
+        cut: name of the column that is cut.
     """
     full = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[i]) for row in full) for i in range(len(COLUMNS))]
-    kept = list(range(len(COLUMNS)))
-    for column in _FIRST_LEFT_OUT:
-        others = sum(widths[i] + 2 for i in kept if i)
-        if min(widths[0], _MIN_NAME) + others <= width:
+    widths = [max(len(row[i]) for row in full) for i in range(len(columns))]
+    kept, long = list(range(len(columns))), columns.index(cut)
+    for column in first_left_out:
+        others = sum(widths[i] + 2 for i in kept if i != long)
+        if min(widths[long], _MIN_NAME) + others <= width:
             break
-        kept.remove(COLUMNS.index(column))
-    room = max(_MIN_NAME, width - sum(widths[i] + 2 for i in kept if i))
-    cut = [
-        [shortened(row[0], room if len(row) > 1 else width), *(row[i] for i in kept[1:] if row[1:])]
+        kept.remove(columns.index(column))
+    room = max(_MIN_NAME, width - sum(widths[i] + 2 for i in kept if i != long))
+    fit = [
+        [shortened(row[i], room if i == long else width) for i in kept]
+        if len(row) > 1
+        else [shortened(row[0], width)]
         for row in rows
     ]
-    return cut, kept, [name for i, name in enumerate(COLUMNS) if i not in kept]
+    return fit, kept, [name for i, name in enumerate(columns) if i not in kept]
 
 
 def shortened(name: str, width: int) -> str:
