@@ -116,7 +116,7 @@ class Command:
             write.send((type(error), str(error)))
         sys.stdout.flush()
 
-    def result(self, timeout_s: float = 30):
+    def result(self, timeout_s: float = 120):
         """Return what the function returned, or type and text of what it raised."""
         assert self._read.poll(timeout_s), "the command hangs"
         try:
