@@ -237,7 +237,8 @@ class RunFolder:
             return
         if find_all(self.path / CHECKPOINTS, with_trained=True):
             return
-        for path in self.path.iterdir():
+        # the lock last: to others the run is active until nothing of it is left
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == LOCK_FILE):
             if path.name in self._others:
                 continue
             if path.is_dir() and not path.is_symlink():

@@ -17,6 +17,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import ACTIVE, State
 from distrain.progress import waiting
 from distrain.redact import MASK, masked_overrides
+from distrain.run_layout import CONFIG_FILE
 from distrain.runfolder import lock
 from distrain.runs.escape import escaped
 from distrain.runs.records import Start
@@ -55,7 +56,7 @@ def stop(path: Path, *, wait: bool) -> int:
     except KeyboardInterrupt:
         print(f"\n{path}: was asked to stop; not waited for", file=sys.stderr)
         return 128 + signal.SIGINT
-    if not path.exists():
+    if not (path / CONFIG_FILE).exists():
         print(escaped(f"{path}: stopped while it waited for its start; nothing of it is left"))
         return 0
     print(escaped(f"{path}: {run.state} at {_progress(run)}" + (f": {run.why}" if run.why else "")))

@@ -150,6 +150,7 @@ def said(console, text):
 
 def test_a_nice_run_that_stepped_aside_has_the_bits_of_one_that_did_not(shared, tmp_path):
     start, runs = shared
+    straight, _ = start("straight", "launch.share=true")
     nice, console = start("nice", "launch.nice=true", "launch.watchdog_s=0", PAUSED_UNTIL="go")
     said(console, "starting 1 rank on GPU 0")
     waiting, waiting_console = start("waiting", "launch.nice=true", "launch.wait=true")
@@ -161,7 +162,7 @@ def test_a_nice_run_that_stepped_aside_has_the_bits_of_one_that_did_not(shared, 
     assert [(gpu["uuid"], gpu["state"]) for gpu in found["gpus"]] == [("GPU-0", "nice")]
     assert [claim["pid"] for claim in found["queue"]] == [waiting.pid]
     states = {each["name"]: each["state"] for each in json.loads(runs("--json").stdout)}
-    assert states == {"nice": "running", "waiting": "queued"}
+    assert (states["nice"], states["waiting"]) == ("running", "queued")
     stopped = runs("stop", "waiting")
     assert (stopped.returncode, waiting.wait(60)) == (0, 75)
     gone = "stopped while it waited for its start; nothing of it is left"
@@ -181,7 +182,6 @@ def test_a_nice_run_that_stepped_aside_has_the_bits_of_one_that_did_not(shared, 
     assert other.wait(120) == 0
     assert nice.wait(120) == 0
     assert "continuing after iteration" in console.read_text()
-    straight, _ = start("straight", "launch.share=true")
     assert straight.wait(120) == 0
     same = runs("runs/nice", "runs/straight", module="checkpoint")
     assert same.returncode == 0, same.stdout
@@ -189,6 +189,13 @@ def test_a_nice_run_that_stepped_aside_has_the_bits_of_one_that_did_not(shared, 
     assert len(parts) == 2
     assert all(line.endswith("=") for line in parts)
     assert runs("gpus").stdout.splitlines()[1].split()[-1] == "idle"
+
+    with (tmp_path / "says").open("a") as file:
+        file.write("0.processes 999999999:5\n")
+    evaluated = runs("runs/nice", module="evaluate")
+    assert evaluated.returncode == 2
+    assert "GPU 0: used by process 999999999; launch.wait=true" in evaluated.stderr
+    assert not [*(tmp_path / "runs/nice/evaluations").iterdir()]
 
 
 def test_without_a_driver_the_command_says_so(tmp_path):
