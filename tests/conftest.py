@@ -19,6 +19,9 @@ INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a t
     "test_tensorboard_in_browser.py",
     "test_nvml.py",
     "test_gpu_stats.py",
+    "test_leases.py",
+    "test_runs_gpus.py",
+    "test_shared_machine.py",
 }
 
 
