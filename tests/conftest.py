@@ -98,7 +98,8 @@ def signal_state():
     """Return the handler of each signal, and whether it is blocked: commands inherit them."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     named = {number for number in signal.valid_signals() if isinstance(number, signal.Signals)}
-    named -= {signal.SIGCHLD}  # torch's loader sets a handler for good
+    # torch's loader sets a handler for good, pytest-timeout one for each test
+    named -= {signal.SIGCHLD, signal.SIGALRM}
     return {number: (signal.getsignal(number), number in blocked) for number in named}
 
 

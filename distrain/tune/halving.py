@@ -119,6 +119,10 @@ def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list
     for argument in rest:
         if argument.lstrip("+").partition("=")[0] in taken:
             raise ConfigError(f"{argument}: expected --folder, --rungs, --metric or --mode")
+        if argument.lstrip("+").startswith("checkpoint.mirror="):
+            raise ConfigError(
+                "checkpoint.mirror: expected none, as the runs of a search would share its place"
+            )
     fixed, swept = swept_values(rest)
     if not swept:
         raise ConfigError("expected at least one key with several values, as optim.lr=0.1,0.01")

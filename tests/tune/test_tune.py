@@ -103,6 +103,7 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
             ["trainer.max_iter=9"],
             "trainer.max_iter=9: expected --folder, --rungs",
         ),
+        (["checkpoint.mirror=file:///m"], "checkpoint.mirror: expected none"),
         ([], "expected at least one key with several values"),
         (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): expected a list of values"),
     ],
