@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from distrain.files.open_regular import open_regular
 from distrain.files.retry import is_definite, retried
@@ -178,17 +178,24 @@ def verify(path: str, *, contents: bool = True) -> dict[str, Any]:
 
 
 def _check_file(path: str, entry: dict[str, Any], *, contents: bool) -> None:
-    def check(file: Any) -> None:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry["bytes"]:
-            raise CheckpointDamaged(f"{path} has {size} bytes, not {entry['bytes']}")
-        digest = hashlib.sha256()
-        while contents and (chunk := file.read(1 << 20)):
-            digest.update(chunk)
-        if contents and digest.hexdigest() != entry["sha256"]:
-            raise CheckpointDamaged(f"{path} was altered: its sha256 is another")
+    _with_file(path, lambda file: check_open_file(file, path, entry, contents=contents))
 
-    _with_file(path, check)
+
+def check_open_file(
+    file: BinaryIO, path: str, entry: dict[str, Any], *, contents: bool = True
+) -> None:
+    """Raise CheckpointDamaged if an open file differs from its manifest's entry; reads all of it.
+
+    Without `contents`, only its size is compared. `path` is for the error.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size != entry["bytes"]:
+        raise CheckpointDamaged(f"{path} has {size} bytes, not {entry['bytes']}")
+    digest = hashlib.sha256()
+    while contents and (chunk := file.read(1 << 20)):
+        digest.update(chunk)
+    if contents and digest.hexdigest() != entry["sha256"]:
+        raise CheckpointDamaged(f"{path} was altered: its sha256 is another")
 
 
 def _with_file(path: str, use: Callable[[Any], T]) -> T:

@@ -162,11 +162,7 @@ class Place:
         self._check_size(path, len(data))
 
     def put(self, local: str, path: str) -> None:
-        """Upload a file, and check its size.
-
-        Raises:
-            FileNotFoundError: there is no such local file.
-        """
+        """Upload a file, and check its size; FileNotFoundError if there is no local file."""
         size = os.stat(local).st_size
         with self._errors("upload", path):
             self._make_folder(path)

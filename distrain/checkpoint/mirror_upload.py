@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.mirror_status import MirrorStatus, write_status
@@ -136,34 +137,48 @@ class Uploader:
         """Upload a checkpoint, its manifest last; files that are there already are left.
 
         Returns:
-            Whether it is there; not if it is damaged, or was deleted meanwhile.
+            Whether it is there; not if it is damaged, or was deleted before it was open.
         """
-        iteration, path, manifest = one
+        iteration, path, _ = one
         name = os.path.basename(path)
         try:
-            fmt.verify(path)
-            raw = read_file(os.path.join(path, fmt.MANIFEST_FILE))
-            before = there.get(name, Stored(name, {}))
-            entries = (before.manifest or {"files": {}})["files"]
-            changed = [
-                file
-                for file, entry in manifest["files"].items()
-                if entries.get(file) != entry or before.sizes.get(file) != entry["bytes"]
-            ]
-            if changed and fmt.MANIFEST_FILE in before.sizes:
-                self._place.remove_file(f"{name}/{fmt.MANIFEST_FILE}")
-            for file in changed:
-                self._place.put(os.path.join(path, file), f"{name}/{file}")
-            self._place.write(f"{name}/{fmt.MANIFEST_FILE}", raw)
+            with _opened(path) as (raw, files):
+                manifest = fmt.parse_manifest(raw, os.path.join(path, fmt.MANIFEST_FILE))
+                for file, entry in manifest["files"].items():
+                    fmt.check_open_file(files[file], os.path.join(path, file), entry)
+                self._put(name, raw, manifest, files, before=there.get(name, Stored(name, {})))
         except (FileNotFoundError, fmt.CheckpointDamaged) as error:
             if os.path.isdir(path):
                 self._damaged.add(self._key(one))
                 self._report({"event": "damaged", "why": str(error)})
-            return False  # else retention deleted it meanwhile
+            return False  # else retention deleted it before it was open
         self.status.uploaded += 1
         self.status.why = ""
         self._report({"event": "uploaded", "iteration": iteration})
         return True
+
+    def _put(
+        self,
+        name: str,
+        raw: bytes,
+        manifest: dict[str, Any],
+        files: dict[str, BinaryIO],
+        *,
+        before: Stored,
+    ) -> None:
+        """Upload the open files that differ from those there before, then the manifest."""
+        entries = (before.manifest or {"files": {}})["files"]
+        changed = [
+            file
+            for file, entry in manifest["files"].items()
+            if entries.get(file) != entry or before.sizes.get(file) != entry["bytes"]
+        ]
+        if changed and fmt.MANIFEST_FILE in before.sizes:
+            self._place.remove_file(f"{name}/{fmt.MANIFEST_FILE}")
+        for file in changed:
+            # this path leads to the content of a deleted file, too
+            self._place.put(f"/proc/self/fd/{files[file].fileno()}", f"{name}/{file}")
+        self._place.write(f"{name}/{fmt.MANIFEST_FILE}", raw)
 
     def _prune(self, there: list[Stored], *, newest: int, pending: set[int]) -> None:
         """Delete what is no longer kept in the mirror, and half uploads.
@@ -207,6 +222,27 @@ class Uploader:
     @staticmethod
     def _key(one: tuple[int, str, dict[str, Any]]) -> str:
         return f"{Path(one[1]).name} {sorted(one[2]['files'].items())}"
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[bytes, dict[str, BinaryIO]]]:
+    """Yield the manifest and the open files of a checkpoint.
+
+    Retention may delete it during its upload, which takes longer than the next saves where the
+    store is slow: open files keep their content.
+
+    Raises:
+        FileNotFoundError: it, or a file of it, does not exist.
+    """
+    with contextlib.ExitStack() as opened:
+        # of one folder, even if another takes its name meanwhile
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, folder)
+        files: dict[str, BinaryIO] = {}
+        for name in (fmt.MANIFEST_FILE, *fmt.FILES):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            files[name] = opened.enter_context(open(fd, "rb"))
+        yield files.pop(fmt.MANIFEST_FILE).read(fmt.MAX_MANIFEST_BYTES), files
 
 
 def refuse_other(there: list[Stored], run_id: str | None, url: str) -> None:

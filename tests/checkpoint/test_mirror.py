@@ -1,6 +1,7 @@
 """The mirror of checkpoints: half of one never counts, what is kept, whose it is, what fails."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -222,6 +223,32 @@ def test_later_ones_of_the_place_neither_count_nor_go(place: Place, tmp_path: Pa
     assert complete(place) == [40]
     stored = place.checkpoints()[0].raw
     assert stored == (path_of(tmp_path / "other", 40) / fmt.MANIFEST_FILE).read_bytes()
+
+
+def test_retention_deletes_a_checkpoint_during_its_upload(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with saves that are faster than uploads, of which none would ever be complete."""
+    folder = tmp_path / "checkpoints"
+    store = checkpoints(folder, 10)
+    real = Place.put
+
+    def put(self: Place, local: str, path: str) -> None:
+        if path.startswith("iter_0000000010"):
+            shutil.rmtree(path_of(folder, 10), ignore_errors=True)
+        real(self, local, path)
+
+    monkeypatch.setattr(Place, "put", put)
+    work = uploader(place, folder, [])
+    work.step()
+    assert iterations_in(folder) == []
+    assert complete(place) == [10]
+    assert download(place, tmp_path / "new")[0] == "iter_0000000010"
+    assert identical(CheckpointStore(tmp_path / "new").load(10), small_state(10))
+    store.save(20, small_state(20), world_size=1)
+    while not work.step():
+        pass
+    assert complete(place) == [10, 20]
 
 
 def test_the_newest_comes_first_and_the_others_are_counted(place: Place, tmp_path: Path) -> None:
