@@ -83,7 +83,7 @@ class InlineWriter:
     def send(self, request: dict[str, Any]) -> None:
         self._answers.append(perform(request, self._staging_fd))
 
-    def answer(self, *, wait: bool) -> dict[str, Any]:
+    def receive(self, *, wait_s: float | None) -> dict[str, Any]:
         return self._answers.pop(0)
 
     def close(self) -> None:

@@ -16,15 +16,15 @@ from typing import Any
 from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import iteration_of
 from distrain.checkpoint.mirror_client import MirrorProcess
+from distrain.checkpoint.mirror_process import MAX_BACKOFF_S
 from distrain.checkpoint.retention import read_run_id
 
 _log = logging.getLogger("distrain")
 
 POLL_S = 5.0
-"""Longest time between two values of `Fetch.wait`."""
+"""Seconds between two values of the generators of `Fetch`, at most."""
 
 STALL_S = 1800.0  # without an event, as while a download is verified, a fetch has failed
-MAX_BACKOFF_S = 60.0  # between starts of a mirror process that dies
 _WARN_EVERY = 10  # failures in a row
 
 
@@ -58,11 +58,8 @@ class Mirror:
         self.why = ""
         self._url = url
         old = [iteration_of(path.name) for path in find_all(folder)]
-        self._task = {
-            **{"work": "follow", "url": url, "folder": os.fspath(folder), "keep": keep},
-            "old": old,
-        }
-        self._process = MirrorProcess(**self._task)
+        self._task = {"url": url, "folder": os.fspath(folder), "keep": keep, "old": old}
+        self._process = MirrorProcess(work="follow", **self._task)
         self._is_settled, self._is_closed = threading.Event(), threading.Event()
         self._finishes = False
         self._thread = threading.Thread(target=self._listen, name="distrain-mirror", daemon=True)
@@ -85,14 +82,14 @@ class Mirror:
         """End the process; an upload that is cut off does not count."""
         self._is_closed.set()
         self._thread.join()
-        self._process.close()
+        self._process.kill()
 
     def _listen(self) -> None:
         """Log the events of the process; start it again if it died."""
         num_deaths = 0
         while not self._is_closed.is_set():
             try:
-                event = self._process.event(wait_s=0.2)
+                event = self._process.receive(wait_s=0.2)
             except (EOFError, ValueError) as death:
                 self._failed(str(death), num_deaths + 1)
                 self._is_closed.wait(min(2.0**num_deaths, MAX_BACKOFF_S))
@@ -105,9 +102,9 @@ class Mirror:
     def _restart(self) -> None:
         if self._is_closed.is_set():
             return
-        self._process.close()
+        self._process.kill()
         try:
-            self._process = MirrorProcess(**self._task)
+            self._process = MirrorProcess(work="follow", **self._task)
         except OSError as error:
             self._failed(str(error), 1)
             return
@@ -140,9 +137,8 @@ class Mirror:
             _log.error(
                 "checkpoint.mirror: %s; nothing more is uploaded, training goes on", event["why"]
             )
-        elif kind == "settled":
             self._is_settled.set()
-        if kind == "refused":
+        elif kind == "settled":
             self._is_settled.set()
 
     def _failed(self, why: str, number: int) -> None:
@@ -207,7 +203,7 @@ class Fetch:
         moved = time.monotonic()
         while True:
             try:
-                event = self._process.event(wait_s=POLL_S)
+                event = self._process.receive(wait_s=POLL_S)
             except EOFError as death:
                 raise MirrorUnreadable(str(death)) from death
             if event is None:
@@ -233,4 +229,4 @@ class Fetch:
 
     def close(self) -> None:
         """End the process."""
-        self._process.close()
+        self._process.kill()

@@ -259,7 +259,7 @@ class FullDisk(HookBase):
         if self.trainer.iter_done == self.after:
             self.checkpoints.wait()
             writer = self.checkpoints._requests.writer
-            resource.prlimit(writer._process.pid, resource.RLIMIT_FSIZE, (0, 0))
+            resource.prlimit(writer.pid, resource.RLIMIT_FSIZE, (0, 0))
 """
 
 
