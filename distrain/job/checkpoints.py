@@ -29,6 +29,7 @@ from distrain.runfolder.changes import changed_keys, check_changes
 Conf = dict[str, Any]
 
 _MIRROR_KEYS = ("mirror", "mirror_wait")
+_GRACE_S = 120.0  # of launchers without launch.grace_s
 _FRACTION_OF_GRACE = 0.5  # of launch.grace_s, for uploads after a stop request
 _ERRORS: dict[str, type[Exception]] = {
     each.__name__: each for each in (ConfigError, RunFailed, RunRefused)
@@ -52,11 +53,8 @@ class RunMirror:
     """
 
     def __init__(self, conf: Conf, run_dir: str) -> None:
-        settings = conf["checkpoint"]
         self._conf, self._run_dir = conf, run_dir
         self._url = mirror_of(conf)
-        self._wait_s = float(settings.get("mirror_wait", 0.0))
-        self._keep = {"last": settings.get("keep_last", 3), "every": settings.get("keep_every")}
         self._folder = Path(run_dir, CHECKPOINTS)
         self._mirror: Mirror | None = None
 
@@ -159,7 +157,9 @@ class RunMirror:
             return
         if self._url.startswith("memory:"):
             logger.warning("checkpoint.mirror=%s ends with its process: for trials only", self._url)
-        self._mirror = Mirror(self._url, self._folder, keep=self._keep)
+        settings = self._conf["checkpoint"]
+        keep = {"last": settings["keep_last"], "every": settings["keep_every"]}
+        self._mirror = Mirror(self._url, self._folder, keep=keep)
 
     def finish(self, outcome: ExitCode) -> None:
         """Wait for the uploads, on rank 0, at most `checkpoint.mirror_wait`; report what is left.
@@ -169,9 +169,10 @@ class RunMirror:
         if self._mirror is None:
             return
         mirror, pulse = self._mirror, heartbeat.current()
-        grace_s = float((self._conf.get("launch") or {}).get("grace_s") or 120.0)
-        stopped_s = min(self._wait_s, _FRACTION_OF_GRACE * grace_s)
-        deadline = time.monotonic() + (stopped_s if outcome is ExitCode.STOPPED else self._wait_s)
+        grace_s = float((self._conf.get("launch") or {}).get("grace_s") or _GRACE_S)
+        wait_s = float(self._conf["checkpoint"]["mirror_wait"])
+        stopped_s = min(wait_s, _FRACTION_OF_GRACE * grace_s)
+        deadline = time.monotonic() + (stopped_s if outcome is ExitCode.STOPPED else wait_s)
         with stop_signals() as stop, waiting("uploading checkpoints to the mirror"):
 
             def is_over() -> bool:

@@ -91,7 +91,7 @@ def names_at(s3, place="runs/tiny/"):
 
 
 def stopped_then_elsewhere(rank, folder, url):
-    mirror = {"mirror": url, "mirror_wait": 200}
+    mirror = {"mirror": url, "mirror_wait": 200, "keep_last": 3, "keep_every": None}
     first = {**conf_of(stop={"after": 6, "crash": False}, period=None), "checkpoint": mirror}
     code, before = train(first, folder / "one")
     assert code == ExitCode.STOPPED
