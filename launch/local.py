@@ -73,7 +73,7 @@ class LocalLauncher(RankOptions, Launcher):
         return run_leased(lambda grant: self._run(job, grant, stop), request, stop)
 
     def _run(self, job: Job, grant: Grant, stop: StopRequest) -> ExitCode:
-        """Run the ranks on the GPUs of a grant; without any, on what torch finds."""
+        """Run the ranks on the GPUs of a grant; without any, on those that torch finds."""
         if self.in_process:
             with environment(only_rank_env()):
                 return ExitCode(job())

@@ -13,12 +13,13 @@ import select
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 from distrain.checkpoint.writer_process import IGNORED_SIGNALS, NICE
 
 LOOK_S = 1.0  # between looks at the local folder
-MAX_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 60.0  # between attempts, and between starts of a process that dies
 MAX_LAST_BACKOFF_S = 5.0  # while the end of the run waits
 FETCH_TRIES = 3
 
@@ -41,7 +42,7 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
 
     uploader, num_failures = None, 0
     while True:
-        # read before the step: what is published after it is uploaded by another one
+        # read before the step: a checkpoint published after it needs another step
         is_last = finish.is_set()
         try:
             if uploader is None:
@@ -62,7 +63,7 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
             wait_s = min(2.0 ** (num_failures - 1), limit_s)
             report({"event": "failed", "why": why, "number": num_failures, "retry_s": wait_s})
             if is_last:
-                threading.Event().wait(wait_s)
+                time.sleep(wait_s)
             else:
                 finish.wait(wait_s)
             continue
@@ -77,7 +78,7 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
 
 
 def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
-    """Report what a mirror holds; after `go`, download its newest valid checkpoint."""
+    """Report the checkpoints of a mirror; after `go`, download its newest valid one."""
     from distrain.checkpoint.mirror_fetch import fetch
     from distrain.checkpoint.mirror_store import RUN_FILE, Place, one_line
     from distrain.checkpoint.mirror_upload import OtherRun, refuse_other
@@ -111,7 +112,7 @@ def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
             is_last = number == FETCH_TRIES
             report({"event": "unreadable" if is_last else "progress", "why": why})
             if not is_last:
-                threading.Event().wait(2.0 ** (number - 1))
+                time.sleep(2.0 ** (number - 1))
 
 
 def main(arguments: list[str]) -> None:

@@ -60,7 +60,7 @@ class MirrorStatus:
 
 
 def write_status(run_dir: str | os.PathLike[str], status: MirrorStatus) -> None:
-    """Write the record; errors are ignored, and a folder that is gone is not created."""
+    """Write the record; errors are ignored, and a removed folder stays removed."""
     status.time = time.time()
     with contextlib.suppress(OSError):
         data = json.dumps(asdict(status)).encode() + b"\n"

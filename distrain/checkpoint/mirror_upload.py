@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from distrain.checkpoint import format as fmt
@@ -114,14 +113,12 @@ class Uploader:
 
     def _missing(self, own: Own, there: list[Stored]) -> Own:
         """Return the local checkpoints that are to be uploaded, the newest first."""
-        same = {stored.iteration for stored in there if not stored.why_not}
-        manifests = {stored.iteration: stored.manifest for stored in there if not stored.why_not}
+        complete = {stored.iteration: stored.manifest for stored in there if not stored.why_not}
         lasting = lasting_of(own, self._keep["every"])
         return [
             one
             for place, one in enumerate(own)
-            if (place == 0 or one[0] in lasting)
-            and not (one[0] in same and manifests[one[0]] == one[2])
+            if (place == 0 or one[0] in lasting) and complete.get(one[0]) != one[2]
         ]
 
     def _count_skipped(self, own: Own, there: list[Stored], missing: Own) -> None:
@@ -181,7 +178,7 @@ class Uploader:
         self._place.write(f"{name}/{fmt.MANIFEST_FILE}", raw)
 
     def _prune(self, there: list[Stored], *, newest: int, pending: set[int]) -> None:
-        """Delete what is no longer kept in the mirror, and half uploads.
+        """Delete checkpoints that the mirror no longer keeps, and half uploads.
 
         Checkpoints after `newest` neither count nor are deleted, see `retention.prune`.
         """
@@ -221,7 +218,7 @@ class Uploader:
 
     @staticmethod
     def _key(one: tuple[int, str, dict[str, Any]]) -> str:
-        return f"{Path(one[1]).name} {sorted(one[2]['files'].items())}"
+        return f"{os.path.basename(one[1])} {sorted(one[2]['files'].items())}"
 
 
 @contextlib.contextmanager

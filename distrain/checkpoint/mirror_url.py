@@ -1,4 +1,4 @@
-"""URLs of checkpoint mirrors: which stores there are, and what they need."""
+"""URLs of checkpoint mirrors: the stores available, and the libraries they need."""
 
 from __future__ import annotations
 

@@ -111,4 +111,4 @@ def hold(paths: Sequence[str]) -> None:
                 break
             time.sleep(_PAUSE_S)  # another command may be trying a file that was removed
         else:
-            raise RunFailed(f"{path}: the lease of this GPU has gone to another run")
+            raise RunFailed(f"{path}: another run holds the lease of this GPU")

@@ -36,7 +36,7 @@ def environment_for(chosen: Sequence[Gpu], gpus: Sequence[Sequence[Gpu]]) -> dic
         gpus: from `Nvml.gpus`.
     """
     names = os.environ.get(VARIABLE)
-    # unless told otherwise CUDA counts the fastest GPU first, NVML by PCI bus as nvidia-smi does
+    # by default CUDA counts the fastest GPU first, NVML in the order of the PCI bus
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     is_mixed = len({gpu.name for on_card in gpus for gpu in on_card}) > 1
     is_ambiguous = bool(names and names.strip()[:1].isdigit() and is_mixed and not by_bus)

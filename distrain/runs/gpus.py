@@ -22,10 +22,7 @@ from distrain.runs.escape import escaped
 from distrain.runs.table import ago, fitted
 from distrain.text import table
 
-COLUMNS = (
-    *("gpu", "name", "memory", "busy", "state", "user", "process", "since"),
-    "run",
-)
+COLUMNS = ("gpu", "name", "memory", "busy", "state", "user", "process", "since", "run")
 _QUEUE_COLUMNS = ("place", "wants", "state", "user", "process", "since", "run")
 _FIRST_LEFT_OUT = ("name", "busy", "since", "memory", "process", "wants")
 _RIGHT = ("memory", "busy", "place")
@@ -33,7 +30,7 @@ _RIGHT = ("memory", "busy", "place")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU or MIG device, and who uses it.
+    """A GPU or MIG device, and its users.
 
     Attributes:
         gpu: see `Gpu.label`.
@@ -141,7 +138,7 @@ def as_text(
 
 def _rows(device: Device, now_s: float) -> list[list[str]]:
     """Return a row of the device, and one per process on it that is not of the holder."""
-    # what is used by processes has a row for each of them
+    # each process on it has a row of its own, in place of the text
     who = ["", "", "", "" if device.others else device.use]
     if device.holder is not None:
         who = _who(device.holder, now_s)

@@ -135,7 +135,7 @@ def test_a_rank_does_not_share_the_lease_of_another_run(place, monkeypatch):
     monkeypatch.setattr(leases, "_PAUSE_S", 0.0)
     path = leases.lease_path(place, "a")
     fd = try_lock(path)
-    with pytest.raises(RunFailed, match="the lease of this GPU has gone to another run"):
+    with pytest.raises(RunFailed, match="another run holds the lease of this GPU"):
         leases.hold([str(path)])
     close(fd)
 
