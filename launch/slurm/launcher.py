@@ -23,7 +23,7 @@ from distrain.errors import ConfigError, ExitCode
 from distrain.launch import Job, Launcher
 from distrain.launch.slurm import code_snapshot, queue, script
 from distrain.launch.slurm.attempts import prepare
-from distrain.launch.slurm.client import SlurmClient
+from distrain.launch.slurm.client import SlurmClient, log_name
 from distrain.launch.slurm.task import NodeOptions
 from distrain.runfolder.attempts import JOB_FOLDER
 
@@ -118,6 +118,7 @@ class SlurmLauncher(NodeOptions, Launcher):
         job_ids = [str(job.job_id) for job in submitted]
         for job_id, run_dir in zip(job_ids, runs, strict=True):
             prepare(run_dir, job_id=job_id)
+            _link_log(run_dir / log_name(job_id), folder)
         return job_ids
 
     def plan(self, job: Job) -> str:
@@ -165,6 +166,13 @@ class SlurmLauncher(NodeOptions, Launcher):
             available = queue.node_kinds(self.partition)
             return ConfigError(f"launch: no such nodes ({asked}); available: {available}")
         return ConfigError(f"launch=slurm: SLURM refuses the job: {text}")
+
+
+def _link_log(log: Path, folder: Path) -> None:
+    """Let the log that an element of an array writes in `folder` be found in its run folder."""
+    if log.parent != folder:
+        with contextlib.suppress(FileExistsError):
+            log.symlink_to(os.path.relpath(folder / log.name, log.parent))
 
 
 def _submit_folder(runs: Sequence[Path]) -> Path:
