@@ -53,7 +53,7 @@ class Command:
     """One command, with one run or those of a sweep.
 
     Args:
-        argv: the arguments.
+        argvs: the arguments; of several, each has one run, and those are submitted together.
         is_last: the process ends after `run`: signals remain requests to stop after it, so that
             none of them changes the exit code.
 
@@ -62,11 +62,11 @@ class Command:
         crash: an unexpected exception (a bug in distrain).
     """
 
-    def __init__(self, argv: Sequence[str], *, is_last: bool = False) -> None:
+    def __init__(self, *argvs: Sequence[str], is_last: bool = False) -> None:
         self.codes: list[ExitCode] = []
         self.crash: Exception | None = None
-        self._argv = argv
-        self._secrets = secrets_of(argv)
+        self._argvs, self._argv = argvs, argvs[0]
+        self._secrets = secrets_of([each for argv in argvs for each in argv])
         self._is_last = is_last
         self._stop = StopRequest(is_quiet=True)  # around and between the runs
         self._wants_trace = os.environ.get(_FULL_ERROR) == "1"
@@ -76,6 +76,19 @@ class Command:
 
     def run(self) -> ExitCode:
         """Run the command; return the most severe exit code of its runs."""
+        for argv in self._argvs:
+            self._compose(argv)
+        with self._open:
+            self._submit()
+        if not self._is_last:
+            self._stop.__exit__(None, None, None)
+        if self.crash is not None:
+            raise self.crash
+        return worst(self.codes)
+
+    def _compose(self, argv: Sequence[str]) -> None:
+        """Let Hydra read the arguments, and start the run, or those of the sweep."""
+        self._argv = sys.argv[1:] = list(argv)
         try:
             # with this variable Hydra raises exceptions instead of exiting
             with environment({_FULL_ERROR: "1"}), folder_of_processes() as scratch:
@@ -86,13 +99,6 @@ class Command:
                 start(lambda cfg: self._one(cfg))()
         except Exception as error:
             self.codes.append(self._report_error(explain(error), error))
-        with self._open:
-            self._submit()
-        if not self._is_last:
-            self._stop.__exit__(None, None, None)
-        if self.crash is not None:
-            raise self.crash
-        return worst(self.codes)
 
     def _one(self, cfg: DictConfig) -> float | None:
         """Start one run; catch its exceptions, so that a sweep goes on.
@@ -179,6 +185,7 @@ class Command:
         `on_claim` is called after the folder is claimed, if iterations are left.
         """
         conf, weights = job.conf, job.conf["init"]["weights"]
+        is_one_of_many = bool(name) or len(self._argvs) > 1
         folder = RunFolder(job.run_dir)
         with contextlib.ExitStack() as opened:
             opened.enter_context(folder)
@@ -190,13 +197,13 @@ class Command:
             )
             if weights and folder.is_new and not os.path.exists(weights):
                 raise ConfigError(f"init.weights={weights}: there is no such file or folder")
-            for notice in [f"run {folder.path}"] * bool(name) + folder.notices:
+            for notice in [f"run {folder.path}"] * is_one_of_many + folder.notices:
                 print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:
                 done = f"all {folder.done_iter} iterations are done"
                 print(f"{folder.path}: {done}; trainer.max_iter=... extends the run")
                 return ExitCode.FINISHED
-            if name and not launcher.waits:
+            if is_one_of_many and not launcher.waits:
                 self._submissions.append((launcher, job))
                 self._open.push(opened.pop_all())
                 return ExitCode.FINISHED
@@ -248,18 +255,18 @@ def _storage_of(job: TrainJob) -> Iterator[None]:
         raise RunFailed(f"{error.filename}: {error.strerror}") from error
 
 
-def main() -> None:
-    """Run the command line; exit with its code."""
+def main(*argvs: Sequence[str]) -> None:
+    """Run the command line, or a `Command` of several; exit with its code."""
     stdio.protect()
     os.umask(os.umask(0o077) | 0o002)  # a user who can write to a run folder can run code in it
     import_from_here()
-    sys.argv[1:] = readable(from_here(sys.argv[1:]))
-    script = completion.script(sys.argv[1:])
+    read = [readable(from_here(argv)) for argv in argvs or [sys.argv[1:]]]
+    script = completion.script(read[0])
     if script is not None:
         print(script, end="")
         return
     try:
-        code = int(Command(sys.argv[1:], is_last=True).run())
+        code = int(Command(*read, is_last=True).run())
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     stop.ignore()

@@ -77,8 +77,13 @@ def _summary(name: str, files: Files, status: JobStatus, now: float) -> Summary:
 
 def summarize_one(path: Path) -> Summary:
     """Return the summary of one run."""
-    (summary,), _ = _summaries([path], [str(path)])
+    (summary,) = summaries([path])
     return summary
+
+
+def summaries(paths: Sequence[Path]) -> list[Summary]:
+    """Return the summaries of runs; a scheduler is asked once."""
+    return _summaries(paths, [str(path) for path in paths])[0]
 
 
 def _step_s(files: Files) -> float | None:

@@ -1,4 +1,4 @@
-"""`python -m distrain.tune ... launch=slurm launch.follow=true`: each run is a job."""
+"""`python -m distrain.tune ... launch=slurm`: the runs of a rung are one job array."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from dev_cluster import Cluster, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-TUNE = ("--metric", "eval/accuracy", "--rungs", "4,8", "--keep", "0.5", "--parallel", "2")
-RUNS = ("+experiment=digits", "hooks.eval.period=4", "optim.lr=0.1,0.0001")
-JOBS = ("launch=slurm", "launch.ranks=1", "launch.follow=true")
+TUNE = ("--metric", "eval/accuracy", "--rungs", "4,8", "--keep", "0.5")
+RUNS = ("+experiment=digits", "hooks.eval.period=4", "optim.lr=0.1,0.0001,nan")
+JOBS = ("launch=slurm", "launch.ranks=1")
 WORDS = [sys.executable, "-m", "distrain.tune", *TUNE, *RUNS, *JOBS]
 
 
 def jobs_of(user: int) -> list[str]:
-    words = ["squeue", "--noheader", "--format=%i", "--user", str(user)]
+    words = ["squeue", "--noheader", "--array", "--format=%i", "--user", str(user)]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -31,10 +31,17 @@ def test_a_killed_command_continues_beside_its_jobs(cluster: Cluster, tmp_path: 
 
     done = subprocess.run([*WORDS, *folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    table = [line.split() for line in done.stdout.splitlines()[-2:]]
-    assert [row[1] for row in table] == ["8", "4"]
-    logs = sorted(path.parts[-3] for path in tmp_path.glob("*/slurm/*_0_log.out"))
-    assert logs == ["optim.lr=0.0001", "optim.lr=0.1", "optim.lr=0.1"]  # no job trained twice
+    table = [line.split(maxsplit=2) for line in done.stdout.splitlines()[-3:]]
+    assert [row[1] for row in table] == ["8", "4", "0"]
+    assert table[2][0] == "optim.lr=nan" and table[2][2].strip() == "not started"
+    assert "optim.lr=nan: expected a number" in (tmp_path / "jobs.log").read_text()
+    jobs = sorted((path.parts[-3], path.name) for path in tmp_path.glob("*/slurm/*_0_log.out"))
+    names, logs = zip(*jobs, strict=True)
+    assert names == ("optim.lr=0.0001", "optim.lr=0.1", "optim.lr=0.1")  # no job trained twice
+    arrays = [log.partition("_")[0] for log in logs if log.count("_") == 3]  # 1_0_0_log.out
+    assert len(arrays) == 2 and len(set(arrays)) == 1, logs  # the runs of the first rung
+    for path in tmp_path.glob("*/slurm/*_0_log.out"):
+        assert "of 8 iterations" in path.read_text(), path  # of an array's element, too
 
 
 def test_a_stop_ends_the_jobs_with_their_state_saved(cluster: Cluster, tmp_path: Path) -> None:

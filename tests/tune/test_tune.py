@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from distrain.cli.sweep import check_objective, swept_values
 from distrain.errors import ConfigError
 from distrain.runfolder.objective import objective
+from distrain.tune.training import _job_arguments
 
 DIGITS = ["+experiment=digits", "launch.in_process=true", "hooks.eval.period=4"]
 
@@ -70,7 +71,8 @@ TUNE = ["--metric", "eval/accuracy", "--rungs", "4,8", "--keep", "0.5", "--folde
 
 
 def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
-    arguments = [*TUNE, *DIGITS, "optim.lr=0.1,0.0001"]
+    mirror = f"checkpoint.mirror=file://{tmp_path}/mirror/${{run.name}}"
+    arguments = [*TUNE, *DIGITS, mirror, "optim.lr=0.1,0.0001"]
     words = [sys.executable, "-m", "distrain.tune", *arguments]
     killed = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in killed.stdout:
@@ -92,6 +94,18 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
     compared = command(*words, module="distrain.checkpoint", cwd=tmp_path).stdout
     same = {line.split()[0] for line in compared.splitlines() if line.endswith("=")}
     assert {"model", "optimizer", "schedule", "histories", "stream", "rng"} <= same, compared
+    mirrored = {path.parent.name for path in tmp_path.glob("mirror/*/*/iter_*8")}
+    assert mirrored == {"optim.lr=0.1"}, "each run has a place of its own"
+
+
+def test_what_to_tell_a_launcher_that_submits():
+    slurm = {"_target_": "distrain.launch.slurm.SlurmLauncher", "follow": True}
+    assert _job_arguments(slurm, None) == ["launch.follow=false"]
+    limited = _job_arguments({**slurm, "array_parallelism": None}, 3)
+    assert limited == ["launch.follow=false", "launch.array_parallelism=3"]
+    with pytest.raises(ConfigError, match="--parallel 3: .*SlurmLauncher has no limit of jobs"):
+        _job_arguments(slurm, 3)
+    assert _job_arguments({"_target_": "distrain.launch.local.LocalLauncher"}, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -103,9 +117,9 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
             ["trainer.max_iter=9"],
             "trainer.max_iter=9: expected --folder, --rungs",
         ),
-        (["checkpoint.mirror=file:///m"], "checkpoint.mirror: expected none"),
         ([], "expected at least one key with several values"),
         (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): expected a list of values"),
+        (["optim.lrr=1,2"], "optim.lrr: no such key; did you mean optim.lr?"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
