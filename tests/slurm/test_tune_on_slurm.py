@@ -33,13 +33,15 @@ def test_a_killed_command_continues_beside_its_jobs(cluster: Cluster, tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split(maxsplit=2) for line in done.stdout.splitlines()[-3:]]
     assert [row[1] for row in table] == ["8", "4", "0"]
-    assert table[2][0] == "optim.lr=nan" and table[2][2].strip() == "not started"
+    assert table[2][0] == "optim.lr=nan"
+    assert table[2][2].strip() == "not started"
     assert "optim.lr=nan: expected a number" in (tmp_path / "jobs.log").read_text()
     jobs = sorted((path.parts[-3], path.name) for path in tmp_path.glob("*/slurm/*_0_log.out"))
     names, logs = zip(*jobs, strict=True)
     assert names == ("optim.lr=0.0001", "optim.lr=0.1", "optim.lr=0.1")  # no job trained twice
     arrays = [log.partition("_")[0] for log in logs if log.count("_") == 3]  # 1_0_0_log.out
-    assert len(arrays) == 2 and len(set(arrays)) == 1, logs  # the runs of the first rung
+    assert len(arrays) == 2, logs  # the runs of the first rung
+    assert len(set(arrays)) == 1, logs
     for path in tmp_path.glob("*/slurm/*_0_log.out"):
         assert "of 8 iterations" in path.read_text(), path  # of an array's element, too
 
