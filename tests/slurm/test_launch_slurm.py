@@ -191,8 +191,10 @@ def test_without_slurm_it_says_what_is_missing(
 def test_without_a_controller_the_plan_shows_the_script(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(re.sub(r"(?m)^SlurmctldPort=.*", "SlurmctldPort=1", cluster.conf.read_text()))
     with monkeypatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+        patch.setenv("SLURM_CONF", str(conf))
         text = LAUNCHER.plan(Count(str(tmp_path / "run")))
     assert "#SBATCH --nodes=2" in text
     assert "# not tested, SLURM does not answer: " in text
