@@ -94,6 +94,10 @@ ATTRIBUTES = {
         "loader workers end unreported",
     ),
     "_workers": (lambda: iter(DataLoader([1], num_workers=1)), "loader workers are killed"),
+    "_next_data": (
+        lambda: iter(DataLoader([1], num_workers=1)),
+        "a batch without a profiler range",
+    ),
     "_shutdown_workers": (
         lambda: iter(DataLoader([1], num_workers=1)),
         "loader workers end with the loader",
@@ -106,6 +110,10 @@ IN_SOURCE = {
         "torch.nn.parallel:DistributedDataParallel",
         "DDP with delayed parameters takes torch's own forward",
     ),
+    "_opid": ("multiprocessing.queues:Queue", "a loader's items are sent without a thread"),
+    "_sem": ("multiprocessing.queues:Queue", "a loader's items are sent without a thread"),
+    "_reader": ("multiprocessing.queues:Queue", "polled without a selector for each batch"),
+    "_poll": ("multiprocessing.queues:Queue", "replaced: it makes a selector for each batch"),
     "_pcontext": (
         "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent",
         "processes of the ranks",

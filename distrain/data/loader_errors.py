@@ -5,15 +5,10 @@ from __future__ import annotations
 import pickle
 import re
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
-from typing import Any
 
 from torch.utils.data import get_worker_info
-from typing_extensions import override
 
-from distrain.data.ring import Ring, SlotBatch
 from distrain.errors import add_note
 
 SHM_HINT = (
@@ -60,29 +55,3 @@ def _survives_pickle(error: Exception) -> bool:
         return str(pickle.loads(pickle.dumps(error))) == str(error)
     except Exception:  # any of the user's class
         return False
-
-
-class ResultQueue(Queue):  # type: ignore[type-arg]
-    """Queue of batches; an error is sent in place of a batch that cannot be pickled.
-
-    Args:
-        maxsize: of items, 0 is unlimited.
-        ctx: context of the processes.
-        rings: of the processes, by number.
-    """
-
-    def __init__(self, maxsize: int, *, ctx: Any, rings: Sequence[Ring]) -> None:
-        super().__init__(maxsize, ctx=ctx)
-        self._rings = rings
-
-    @override
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Return the next item; a batch in a ring is taken from it."""
-        item = super().get(block, timeout)
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], SlotBatch):
-            return item[0], self._rings[item[1].worker].receive(item[1])
-        return item
-
-    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:
-        # multiprocessing prints the error and drops the batch: training would hang
-        self.put((item[0], worker_error(error)))

@@ -233,10 +233,11 @@ def _slot_bytes(memory: mmap.mmap, number: int, size: int) -> np.ndarray[Any, An
 
 
 def _tensor_at(slot: np.ndarray[Any, Any], place: _Place) -> Tensor:
-    size = math.prod(place.shape) * place.dtype.itemsize
     # a storage of its own per tensor: torch.save of one does not write the others
-    values = torch.from_numpy(slot[place.offset : place.offset + size])
-    return values.view(place.dtype).view(place.shape)
+    values = torch.frombuffer(
+        slot, dtype=place.dtype, count=math.prod(place.shape), offset=place.offset
+    )
+    return values.view(place.shape)
 
 
 def _release(memory: mmap.mmap, number: int, owner: int) -> None:

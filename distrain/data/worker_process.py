@@ -12,7 +12,7 @@ from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
-from distrain.data.loader_errors import ResultQueue
+from distrain.data.loader_queue import LoaderQueue
 from distrain.data.ring import Ring
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -54,9 +54,9 @@ class WorkerContext(ForkContext):
         super().__init__()
         self._rings = rings
 
-    def Queue(self, maxsize: int = 0) -> ResultQueue:
-        """Return the queue of a loader's batches."""
-        return ResultQueue(maxsize, ctx=self, rings=self._rings)
+    def Queue(self, maxsize: int = 0) -> LoaderQueue:
+        """Return a queue of a loader: of its batches, or of the items of one process."""
+        return LoaderQueue(maxsize, ctx=self, rings=self._rings)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -213,6 +214,20 @@ def test_workers_of_unseeded_samples_draw_differently_by_rank_and_seed() -> None
 
 
 # loader processes
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "has_thread"), [(3, False), (30_000, True)])
+def test_items_that_fit_into_a_pipe_are_sent_without_a_thread(size: int, has_thread: bool) -> None:
+    items = [MicroBatch(np.zeros(size, int), np.arange(i, i + size) % 6) for i in range(8)]
+    mixed = [*items[:4], ITEM, *items[4:]]  # a small one does not overtake a large one
+    fetch = Fetch(Told(), seed=None, collate=None)
+    batches = WorkerBatches(fetch, mixed, workers=1, seed=0)
+    firsts = [next(batches)[0].item() for _ in mixed]
+    assert firsts == [0, 1, 2, 3, 4, 4, 5, 0, 1]
+    names = [thread.name for thread in threading.enumerate()]
+    assert ("QueueFeederThread" in names) == has_thread, names
+    batches.close()
 
 
 @pytest.mark.ranks
