@@ -19,6 +19,15 @@ from distrain.runfolder.objective import Mode
 from distrain.text import table
 from distrain.tune.training import Search, Trainer, Trial
 
+_OPTIONS = {
+    "run.dir": "--folder",
+    "trainer.max_iter": "--rungs, whose last one is the length of a whole run",
+    "trainer.max_epochs": "--rungs, whose last one is the length of a whole run",
+    "sweep.metric": "--metric",
+    "sweep.mode": "--mode",
+}
+"""Key that a search sets -> its option."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser; other arguments are for `python -m distrain`."""
@@ -29,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Successive halving: train all combinations of the values up to the first "
         "rung, continue the best of them to the next one, and so on. The last rung is the length "
         "of a whole run. The same command again continues where it was interrupted.",
-        epilog="Exit status: 0 done, 1 all runs failed, 2 a wrong argument, 75 interrupted.",
+        epilog="Exit status: 0 done, 1 all runs failed, 2 a wrong argument or a run that cannot "
+        "start, 75 interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("--metric", required=True, help="scalar to compare, as eval/accuracy")
@@ -77,10 +87,9 @@ def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list
         raise ConfigError(f"--keep {options.keep}: expected a number between 0 and 1")
     if options.parallel is not None and options.parallel < 1:
         raise ConfigError(f"--parallel {options.parallel}: expected at least 1")
-    taken = ("run.dir", "trainer.max_iter", "trainer.max_epochs", "sweep.metric", "sweep.mode")
     for argument in rest:
-        if argument.lstrip("+").partition("=")[0] in taken:
-            raise ConfigError(f"{argument}: expected --folder, --rungs, --metric or --mode")
+        if option := _OPTIONS.get(argument.lstrip("+").partition("=")[0]):
+            raise ConfigError(f"{argument}: expected {option}")
     fixed, swept = swept_values(rest)
     if not swept:
         raise ConfigError("expected at least one key with several values, as optim.lr=0.1,0.01")
@@ -101,7 +110,14 @@ def run(search: Search, trials: list[Trial], trainer: Trainer) -> int:
     for number, rung in enumerate(search.rungs, 1):
         print(f"rung {number} of {len(search.rungs)}: {len(alive)} runs to {rung} iterations")
         if not trainer.train(alive, rung):
+            print("distrain.tune: stopped, run again to continue", file=sys.stderr)
             return ExitCode.STOPPED
+        if refused := sum(trial.is_refused for trial in alive):
+            print(_table(search, trials))
+            raise ConfigError(
+                f"{refused} of {len(alive)} runs could not start; none is promoted without them: "
+                "the same command tries again, without their values it continues without them"
+            )
         alive = [trial for trial in alive if not trial.error]
         if not alive:
             break
@@ -124,5 +140,5 @@ def _table(search: Search, trials: Sequence[Trial]) -> str:
     rows = [["run", "iterations", search.metric]]
     for trial in ordered:
         value = "-" if trial.value is None else f"{trial.value:.6g}"
-        rows.append([trial.path.name, str(trial.rung), trial.error or value])
+        rows.append([trial.path.name, str(trial.rung), trial.error[:100] or value])
     return table(rows, right=[1])

@@ -66,6 +66,7 @@ class Trial:
     rung: int = 0
     value: float | None = None
     error: str = ""
+    is_refused: bool = False  # it could not start
 
     @property
     def iterations(self) -> int:
@@ -91,9 +92,11 @@ class Trainer:
         self._search = search
         self._processes: list[subprocess.Popen[bytes]] = []
         self._mirror: str | None = None
+        self._waits_for_gpus = False
         conf = self._compose(trials[0])
         self._mirror = mirror_of(conf)
         self._job_arguments = _job_arguments(conf["launch"], search.parallel)
+        self._waits_for_gpus = "wait" in conf["launch"]
 
     def _compose(self, trial: Trial) -> dict[str, Any]:
         """Return the configuration of a trial, with its interpolations."""
@@ -146,7 +149,8 @@ class Trainer:
                 self._processes.remove(process)
             if code not in (ExitCode.FINISHED, ExitCode.STOPPED) and not self.is_stopped:
                 lines = log.read_text(errors="replace").strip().splitlines()
-                trial.error = f"exit code {code}: {lines[-1] if lines else ''}"[:100]
+                trial.error = f"exit code {code}: {lines[-1] if lines else ''}"
+                trial.is_refused = code == ExitCode.BAD_CONFIG
         self._compare(trial, rung, log)
 
     def _as_jobs(self, trials: Sequence[Trial], rung: int) -> None:
@@ -193,11 +197,11 @@ class Trainer:
         if self.is_stopped and iterations < rung:
             return
         if iterations < rung and not trial.error:
-            trial.error = "not started"
-            if trial.path.exists():
+            trial.error, trial.is_refused = "not started", not trial.path.exists()
+            if not trial.is_refused:
                 run = summarize_one(trial.path)
                 why = f": {run.why}" if run.why else ""
-                trial.error = f"{run.state} at {iterations} of {rung}{why}"[:100]
+                trial.error = f"{run.state} at {iterations} of {rung}{why}"
         if trial.error:
             print(f"{trial.path.name}: {trial.error}; {log}", file=sys.stderr)
             return
@@ -216,10 +220,12 @@ class Trainer:
         if self._mirror:  # a place of its own for each trial, as in a sweep
             place = f"{self._mirror.rstrip('/')}/{trial.path.name}"
             mirror = [f"checkpoint.mirror={quoted(place)}"]
+        gpus = ["launch.wait=true"] * self._waits_for_gpus  # refused ones would lose to the others
         return [
             *self._search.arguments,
             *trial.overrides,
             *mirror,
+            *gpus,
             *(f"run.dir={quoted(str(trial.path))}", f"trainer.max_iter={self._search.rungs[-1]}"),
             *(f"{_HOOK}._target_=distrain.hooks.StopAt", f"{_HOOK}.iterations=[{stops}]"),
         ]

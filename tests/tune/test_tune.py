@@ -24,6 +24,14 @@ def command(*arguments, module="distrain", **options):
     return subprocess.run(words, capture_output=True, text=True, check=False, **options)
 
 
+def test_no_run_is_promoted_while_another_cannot_start(tmp_path):
+    arguments = [*TUNE, *DIGITS, "optim.lr=nan,0.1"]
+    done = command(*arguments, module="distrain.tune", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 of 2 runs could not start; none is promoted without them" in done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()[-2:]] == ["4", "0"]
+
+
 def test_optuna_maximizes_the_metric_and_counts_a_failed_run(tmp_path):
     done = command(
         *("-m", *DIGITS, "trainer.max_iter=4", "hydra/sweeper=optuna", "run.name=search"),
@@ -115,7 +123,7 @@ def test_what_to_tell_a_launcher_that_submits():
         (["--keep", "1"], "--keep 1.0: expected a number between 0 and 1"),
         (
             ["trainer.max_iter=9"],
-            "trainer.max_iter=9: expected --folder, --rungs",
+            "trainer.max_iter=9: expected --rungs, whose last one is the length",
         ),
         ([], "expected at least one key with several values"),
         (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): expected a list of values"),
