@@ -1,4 +1,4 @@
-"""Aligned text tables."""
+"""Aligned text tables, and counts of things."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example: `counted(1, "rank")` is `1 rank`, `counted(2, "rank")` is `2 ranks`.
+    """
+    return f"{number} {noun}" + "s" * (number != 1)

@@ -17,6 +17,7 @@ from distrain.launch.options import RankOptions
 from distrain.launch.stop import StopRequest
 from distrain.process.environment import env_int, environment
 from distrain.run_layout import LOGS
+from distrain.text import counted
 
 _DEFAULT_RANKS = 2
 
@@ -78,11 +79,9 @@ class LocalLauncher(RankOptions, Launcher):
             with environment(only_rank_env()):
                 return ExitCode(job())
         ranks = len(grant.gpus) or self._num_ranks()
-        plural = "s" if ranks > 1 else ""
+        starting = f"distrain: starting {counted(ranks, 'rank')}{grant.names()}"
         # importing torch, which comes next, prints nothing for seconds
-        print(
-            f"distrain: starting {ranks} rank{plural}{grant.names()}", file=sys.stderr, flush=True
-        )
+        print(starting, file=sys.stderr, flush=True)
         options = self.with_start_method()
         from distrain.launch.agent import run_node
 

@@ -29,6 +29,7 @@ from distrain.process.environment import env_int, restart_count
 from distrain.run_layout import LOGS
 from distrain.runfolder.epoch_file import write_epoch
 from distrain.runfolder.watch import FolderWatch
+from distrain.text import counted
 from distrain.trainer.numerics import numerics
 from distrain.trainer.trainer import Trainer
 
@@ -162,5 +163,6 @@ def _log_resume(start_iter: int, state: Conf, ranks: Topology) -> None:
         before = len(state["rng"]["ranks"])
         change = "" if before == ranks.world_size else f" (before: {before})"
         log.logger.info(
-            "continuing after iteration %d on %d ranks%s", start_iter, ranks.world_size, change
+            "continuing after iteration %d on %s%s",
+            *(start_iter, counted(ranks.world_size, "rank"), change),
         )

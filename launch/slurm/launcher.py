@@ -26,6 +26,7 @@ from distrain.launch.slurm.attempts import prepare
 from distrain.launch.slurm.client import SlurmClient, log_name
 from distrain.launch.slurm.task import NodeOptions
 from distrain.runfolder.attempts import JOB_FOLDER
+from distrain.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class SlurmLauncher(NodeOptions, Launcher):
         """Submit jobs, several as one job array; otherwise as `start`."""
         job_ids = self.submit(jobs)
         runs = [Path(job.run_dir).absolute() for job in jobs]
-        size = f"{self.nodes} nodes x {self.ranks_per_node} ranks"
+        size = f"{counted(self.nodes, 'node')} x {counted(self.ranks_per_node, 'rank')}"
         for job_id, run_dir in zip(job_ids, runs, strict=True):
             print(f"job {job_id} ({size}): {run_dir}", flush=True)
         if not self.follow:
