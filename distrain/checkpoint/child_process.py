@@ -78,8 +78,10 @@ class ChildProcess:
         """
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
+        ready = select.poll()  # select() fails for descriptors from 1024 on
+        ready.register(fd, select.POLLIN)
         while b"\n" not in self._pending:
-            if wait_s is not None and not select.select([fd], [], [], wait_s)[0]:
+            if wait_s is not None and not ready.poll(1000 * wait_s):
                 return None
             data = os.read(fd, 1 << 16)
             if not data:
