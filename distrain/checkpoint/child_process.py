@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrain.checkpoint.writer_process import IGNORED_SIGNALS
+
+_KILL_S = 5.0  # longest wait for a killed process to end
 
 
 class ChildProcess:
@@ -101,14 +104,20 @@ class ChildProcess:
     def kill(self) -> None:
         """Kill the process, and release it as `end` does."""
         self._process.kill()
-        self.end()
+        # one that waits for a file server which hangs ends when the server answers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.end(timeout_s=_KILL_S)
 
-    def end(self) -> None:
-        """Close the pipes, and wait until the process has ended."""
+    def end(self, *, timeout_s: float | None = None) -> None:
+        """Close the pipes, and wait until the process has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not within `timeout_s`.
+        """
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()
-        self._process.wait()
         if self._errors >= 0:
             os.close(self._errors)
             self._errors = -1
+        self._process.wait(timeout_s)

@@ -2,10 +2,12 @@
 
 import os
 import resource
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from distrain.checkpoint import child_process
 from distrain.checkpoint.child_process import ChildProcess
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
@@ -36,3 +38,18 @@ def test_answers_arrive_with_more_than_1024_open_files() -> None:
         assert child.receive(wait_s=30.0) == {"a": 1}
     finally:
         child.kill()
+
+
+def test_a_process_that_no_signal_ends_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for a file server which hangs."""
+    monkeypatch.setattr(child_process, "_KILL_S", 0.1)
+    child = ChildProcess("sleeper", "import time; time.sleep(60)", [])
+    process = child._process
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "kill", lambda: None)
+        started = time.monotonic()
+        child.kill()
+        assert time.monotonic() - started < 10
+    assert process.poll() is None
+    process.kill()
+    process.wait()
