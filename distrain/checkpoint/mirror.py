@@ -5,6 +5,7 @@ Nothing here touches the store: the mirror process does. Training never waits fo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -56,12 +57,13 @@ class Mirror:
     def __init__(self, url: str, folder: str | Path, *, keep: dict[str, Any]) -> None:
         self.uploaded = self.skipped = self.failed = 0
         self.why = ""
-        self._url = url
+        self._url, self._finishes = url, False
         old = [iteration_of(path.name) for path in find_all(folder)]
         self._task = {"url": url, "folder": os.fspath(folder), "keep": keep, "old": old}
-        self._process = MirrorProcess(work="follow", **self._task)
+        self._process: MirrorProcess | None = None
+        with contextlib.suppress(OSError):  # `_listen` tries again
+            self._start()
         self._is_settled, self._is_closed = threading.Event(), threading.Event()
-        self._finishes = False
         self._thread = threading.Thread(target=self._listen, name="distrain-mirror", daemon=True)
         self._thread.start()
 
@@ -72,7 +74,8 @@ class Mirror:
             until: called about ten times per second; true ends the wait.
         """
         self._finishes = True
-        self._process.go_on()
+        if process := self._process:
+            process.go_on()
         while not self._is_settled.wait(0.1):
             if until():
                 break
@@ -82,34 +85,33 @@ class Mirror:
         """End the process; an upload that is cut off does not count."""
         self._is_closed.set()
         self._thread.join()
-        self._process.kill()
+        self._kill()
+
+    def _start(self) -> MirrorProcess:
+        self._process = process = MirrorProcess(work="follow", **self._task)
+        if self._finishes:
+            process.go_on()
+        return process
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
     def _listen(self) -> None:
-        """Log the events of the process; start it again if it died."""
-        num_deaths = 0
+        """Log the events of the process; start it again if it died, or could not be started."""
+        num_failures = 0
         while not self._is_closed.is_set():
             try:
-                event = self._process.receive(wait_s=0.2)
-            except (EOFError, ValueError) as death:
-                self._failed(str(death), num_deaths + 1)
-                self._is_closed.wait(min(2.0**num_deaths, MAX_BACKOFF_S))
-                num_deaths += 1
-                self._restart()
+                event = (self._process or self._start()).receive(wait_s=0.2)
+            except (EOFError, ValueError, OSError) as error:
+                num_failures += 1
+                self._failed(str(error), num_failures)
+                self._kill()
+                self._is_closed.wait(min(2.0 ** (num_failures - 1), MAX_BACKOFF_S))
                 continue
             if event is not None:
                 self._take(event)
-
-    def _restart(self) -> None:
-        if self._is_closed.is_set():
-            return
-        self._process.kill()
-        try:
-            self._process = MirrorProcess(work="follow", **self._task)
-        except OSError as error:
-            self._failed(str(error), 1)
-            return
-        if self._finishes:
-            self._process.go_on()
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -139,6 +141,7 @@ class Mirror:
             )
             self._is_settled.set()
         elif kind == "settled":
+            self.why = ""
             self._is_settled.set()
 
     def _failed(self, why: str, number: int) -> None:

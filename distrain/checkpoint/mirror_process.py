@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from distrain.checkpoint.writer_process import IGNORED_SIGNALS, NICE
@@ -115,6 +116,20 @@ def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
                 time.sleep(2.0 ** (number - 1))
 
 
+def _or_exit(
+    work: Callable[[dict[str, Any], threading.Event], None],
+    task: dict[str, Any],
+    signalled: threading.Event,
+) -> None:
+    """Carry out a task; an error that it does not handle, as of an import, ends the process."""
+    try:
+        work(task, signalled)
+    except BaseException as error:
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def main(arguments: list[str]) -> None:
     """Carry out a task in a thread; each line of the input is the signal to go on, or to finish.
 
@@ -130,7 +145,7 @@ def main(arguments: list[str]) -> None:
     task = json.loads(arguments[0])
     work = {"follow": follow, "fetch": fetch_newest}[task["work"]]
     signalled = threading.Event()
-    threading.Thread(target=work, args=(task, signalled), daemon=True).start()
+    threading.Thread(target=_or_exit, args=(work, task, signalled), daemon=True).start()
     while True:
         # forked loader workers may hold the pipe open after the parent died
         if select.select([0], [], [], 1.0)[0]:
