@@ -91,13 +91,13 @@ def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
             refuse_other(there, task["run_id"], place.url)
             if not go.is_set():
                 newer = [each.iteration for each in there if each.iteration > task["newer_than"]]
-                has_manifest = [each for each in there if each.raw]
+                num = sum(not each.is_half for each in there)
                 run_yaml = (place.read(RUN_FILE) or b"").decode(errors="replace")
                 report(
                     {
                         "event": "found",
                         "newer": newer,
-                        "num": len(has_manifest),
+                        "num": num,
                         "run_yaml": run_yaml,
                     }
                 )

@@ -46,7 +46,7 @@ class Stored:
         name: of its folder.
         sizes: bytes of each file.
         manifest: None if it is missing or damaged.
-        raw: bytes of the manifest's file.
+        raw: bytes of a valid manifest's file.
         why_not: file and reason if it cannot be valid.
     """
 
@@ -60,6 +60,11 @@ class Stored:
     def iteration(self) -> int:
         """Iteration in its name."""
         return fmt.iteration_of(self.name) or 0
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is half an upload: its manifest is missing."""
+        return fmt.MANIFEST_FILE not in self.sizes
 
 
 class Place:
@@ -95,18 +100,19 @@ class Place:
         """Return all checkpoints, also half uploads, newest first."""
         names = [os.path.basename(path.rstrip("/")) for path in self._list("")]
         found = [name for name in names if fmt.iteration_of(name) is not None]
-        return [self._stored(name) for name in sorted(found, reverse=True)]
+        there = [self._stored(name) for name in found]
+        return sorted(there, key=lambda stored: stored.iteration, reverse=True)
 
     def _stored(self, name: str) -> Stored:
         sizes = {os.path.basename(path): size for path, size in self._list(name).items()}
         if fmt.MANIFEST_FILE not in sizes:
             return Stored(name, sizes, why_not=f"{self.url}/{name} is half an upload")
         path = f"{name}/{fmt.MANIFEST_FILE}"
-        raw = self.read(path)
+        raw = self.read(path) or b""
         try:
-            manifest = fmt.parse_manifest(raw or b"", f"{self.url}/{path}")
+            manifest = fmt.parse_manifest(raw, f"{self.url}/{path}")
         except fmt.CheckpointDamaged as error:
-            return Stored(name, sizes, raw=raw or b"", why_not=str(error))
+            return Stored(name, sizes, why_not=str(error))
         why_not = ""
         if manifest["iteration"] != fmt.iteration_of(name):
             why_not = f"{self.url}/{name} holds iteration {manifest['iteration']}"
@@ -114,7 +120,7 @@ class Place:
             if sizes.get(file) != entry["bytes"]:
                 size = sizes.get(file, "no")
                 why_not = f"{self.url}/{name}/{file} has {size} bytes, not {entry['bytes']}"
-        return Stored(name, sizes, manifest, raw or b"", why_not)
+        return Stored(name, sizes, manifest, raw, why_not)
 
     def _list(self, name: str) -> dict[str, int]:
         """Return the paths in a folder with their sizes; empty if there is none."""
@@ -149,7 +155,8 @@ class Place:
         """Return the content of a small file; None if there is none."""
         try:
             with self._errors("read", path, passing=FileNotFoundError):
-                data: bytes = self._fs.cat_file(f"{self._root}/{path}", end=fmt.MAX_MANIFEST_BYTES)
+                with self._fs.open(f"{self._root}/{path}", "rb") as file:
+                    data: bytes = file.read(fmt.MAX_MANIFEST_BYTES)
                 return data
         except FileNotFoundError:
             return None

@@ -190,7 +190,7 @@ class Uploader:
         lasting = lasting_of(own, self._keep["every"])
         kept = 0
         for stored in there:
-            if fmt.MANIFEST_FILE not in stored.sizes:  # half an upload of a killed process
+            if stored.is_half:  # of a killed process
                 if stored.iteration not in pending:
                     self._place.remove(stored)
             elif stored.manifest is None or stored.iteration > newest:

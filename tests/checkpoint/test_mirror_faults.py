@@ -1,16 +1,38 @@
 """Faults of the mirror: its process, its store and its place; training goes on, nothing is lost."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_cases import checkpoints, iterations_in
+from s3_server import BUCKET, S3Server, s3_server
 
+from distrain.checkpoint import format as fmt
 from distrain.checkpoint import mirror as mirror_module
 from distrain.checkpoint import mirror_client
 from distrain.checkpoint.mirror import Fetch, Mirror, MirrorUnreadable
+from distrain.checkpoint.mirror_store import Place
 
 KEEP = {"last": 3, "every": None}
+URL = f"s3://{BUCKET}/runs/mine"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """Return the server, without faults and objects."""
+    server.clear()
+    for key in server.objects():
+        server.delete(key)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server
 
 
 def finish(mirror: Mirror) -> bool:
@@ -18,6 +40,16 @@ def finish(mirror: Mirror) -> bool:
         return mirror.finish(lambda: False)
     finally:
         mirror.close()
+
+
+def fetched(folder: Path, url: str = URL) -> Fetch:
+    fetch = Fetch(url, folder, newer_than=-1)
+    try:
+        list(fetch.look())
+        list(fetch.download())
+    finally:
+        fetch.close()
+    return fetch
 
 
 def test_a_process_that_cannot_be_started_is_a_failure_that_is_retried(
@@ -73,3 +105,24 @@ def test_a_library_that_cannot_be_imported_is_reported_at_once(
         assert "ModuleNotFoundError" in mirror.why
     finally:
         mirror.close()
+
+
+@pytest.mark.parametrize("size", [0, fmt.MAX_MANIFEST_BYTES + 10])
+def test_an_empty_or_huge_manifest_is_a_damaged_checkpoint(
+    s3: S3Server, tmp_path: Path, size: int
+) -> None:
+    """S3 has no ranges of an empty object."""
+    checkpoints(tmp_path / "run", 10)
+    s3.put("runs/mine/iter_0000000020/manifest.json", b" " * size)
+    s3.put("runs/mine/run.yaml", b"")
+    fetch = fetched(tmp_path / "new")
+    assert (fetch.name, fetch.newer, fetch.num) == ("", [20], 1), "no reason to begin at 0"
+    assert finish(Mirror(URL, tmp_path / "run", keep=KEEP))
+    assert fetched(tmp_path / "new").name == "iter_0000000010"
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    place = Place(f"file://{tmp_path}")
+    for number in (9_999_999_999, 10_000_000_000):
+        (tmp_path / f"iter_{number}").mkdir()
+    assert [each.iteration for each in place.checkpoints()] == [10_000_000_000, 9_999_999_999]
