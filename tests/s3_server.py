@@ -46,7 +46,7 @@ class S3Server:
             kind: "500", "403", "cut" (half of the body, at most 1 MB, is read, then the connection
                 "hold" (no answer until the faults are cleared), "slow" (0.2 s per request).
             method: of the requests; "" for all.
-            path: regular expression.
+            path: regular expression, of path and query.
             times: number of requests that fail.
         """
         fault = {"kind": kind, "method": method, "path": path, "times": times}
@@ -140,7 +140,8 @@ class _Faulty:
         path = environ["PATH_INFO"]
         if path.startswith("/__"):
             return self._control(path, environ, start)
-        kind, cleared = self._fault_of(environ["REQUEST_METHOD"], path)
+        target = f"{path}?{environ['QUERY_STRING']}"
+        kind, cleared = self._fault_of(environ["REQUEST_METHOD"], target)
         if kind == "hold":
             cleared.wait()
         elif kind == "slow":
@@ -168,11 +169,11 @@ class _Faulty:
             start("200 OK", [("Content-Type", "application/json")])
             return [json.dumps({"num": self._num}).encode()]
 
-    def _fault_of(self, method: str, path: str) -> tuple[str, threading.Event]:
+    def _fault_of(self, method: str, target: str) -> tuple[str, threading.Event]:
         with self._lock:
             for fault in self._faults:
                 is_of_method = fault["method"] in ("", method)
-                if fault["times"] > 0 and is_of_method and re.search(fault["path"], path):
+                if fault["times"] > 0 and is_of_method and re.search(fault["path"], target):
                     fault["times"] -= 1
                     self._num += 1
                     return fault["kind"], self._cleared

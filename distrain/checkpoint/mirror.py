@@ -57,7 +57,7 @@ class Mirror:
     def __init__(self, url: str, folder: str | Path, *, keep: dict[str, Any]) -> None:
         self.uploaded = self.skipped = self.failed = 0
         self.why = ""
-        self._url, self._finishes = url, False
+        self._url, self._finishes, self._has_kept = url, False, False
         old = [iteration_of(path.name) for path in find_all(folder)]
         self._task = {"url": url, "folder": os.fspath(folder), "keep": keep, "old": old}
         self._process: MirrorProcess | None = None
@@ -132,6 +132,14 @@ class Mirror:
         elif kind == "recovered":
             self.why = ""
             _log.info("checkpoint.mirror: works again after %d failures", event["number"])
+        elif kind == "kept":
+            if not self._has_kept:
+                _log.warning(
+                    "checkpoint.mirror: old checkpoints and parts are left there: %s; tried again "
+                    "after later uploads, uploads go on",
+                    event["why"],
+                )
+            self._has_kept = True
         elif kind == "damaged":
             _log.warning("checkpoint.mirror: not uploaded: %s", event["why"])
         elif kind == "refused":

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.mirror_status import MirrorStatus, write_status
-from distrain.checkpoint.mirror_store import RUN_FILE, Place, Stored
+from distrain.checkpoint.mirror_store import RUN_FILE, Place, Stored, StoreError
 from distrain.checkpoint.retention import lasting_of, list_own, read_run_id
 from distrain.files.retry import read_file
 
@@ -67,22 +67,22 @@ class Uploader:
         if run_id is None:  # no checkpoint yet
             self._done = signature
             return True
-        if not self._has_aborted:
-            self._place.abort_uploads()  # of an earlier process: this one has none yet
-            self._has_aborted = True
         own = [one for one in list_own(self._folder, run_id) if self._key(one) not in self._damaged]
         there = self._place.checkpoints()
         refuse_other(there, run_id, self._place.url)
         self._write_run_file()
         missing = self._missing(own, there)
         self._note(there, missing)
+        # before uploads: where these fail, as on a full disk, halves would pile up
+        self._remove_halves(there, pending={one[0] for one in missing})
         if missing:
             if not self._upload(missing[0], {stored.name: stored for stored in there}):
                 return False
             there = self._place.checkpoints()
+            self._check_is_there(missing[0], there)
             missing = missing[1:]
         self._count_skipped(own, there, missing)
-        self._prune(there, newest=own[0][0] if own else -1, pending={one[0] for one in missing})
+        self._prune(there, newest=own[0][0] if own else -1)
         self._note(there, missing)
         if missing:
             return False
@@ -136,7 +136,7 @@ class Uploader:
         Returns:
             Whether it is there; not if it is damaged, or was deleted before it was open.
         """
-        iteration, path, _ = one
+        path = one[1]
         name = os.path.basename(path)
         try:
             with _opened(path) as (raw, files):
@@ -149,10 +149,16 @@ class Uploader:
                 self._damaged.add(self._key(one))
                 self._report({"event": "damaged", "why": str(error)})
             return False  # else retention deleted it before it was open
+        return True
+
+    def _check_is_there(self, one: tuple[int, str, dict[str, Any]], there: list[Stored]) -> None:
+        """Check that an uploaded checkpoint is complete: another process may have deleted files."""
+        name = os.path.basename(one[1])
+        if not any(stored.name == name and not stored.why_not for stored in there):
+            raise StoreError(f"upload {name}: it is not complete there")
         self.status.uploaded += 1
         self.status.why = ""
-        self._report({"event": "uploaded", "iteration": iteration})
-        return True
+        self._report({"event": "uploaded", "iteration": one[0]})
 
     def _put(
         self,
@@ -177,10 +183,21 @@ class Uploader:
             self._place.put(f"/proc/self/fd/{files[file].fileno()}", f"{name}/{file}")
         self._place.write(f"{name}/{fmt.MANIFEST_FILE}", raw)
 
-    def _prune(self, there: list[Stored], *, newest: int, pending: set[int]) -> None:
-        """Delete checkpoints that the mirror no longer keeps, and half uploads.
+    def _remove_halves(self, there: list[Stored], *, pending: set[int]) -> None:
+        """Delete what killed processes left of their uploads."""
+        with self._tolerated():
+            if not self._has_aborted:
+                self._place.abort_uploads()  # this process has none yet
+                self._has_aborted = True
+        with self._tolerated():
+            for stored in there:
+                if stored.is_half and stored.iteration not in pending:
+                    self._place.remove(stored)
 
-        Checkpoints after `newest` neither count nor are deleted, see `retention.prune`.
+    def _prune(self, there: list[Stored], *, newest: int) -> None:
+        """Delete checkpoints that the mirror no longer keeps.
+
+        Those after `newest` neither count nor are deleted, see `retention.prune`.
         """
         own: Own = [
             (stored.iteration, stored.name, stored.manifest)
@@ -189,16 +206,22 @@ class Uploader:
         ]
         lasting = lasting_of(own, self._keep["every"])
         kept = 0
-        for stored in there:
-            if stored.is_half:  # of a killed process
-                if stored.iteration not in pending:
+        with self._tolerated():
+            for stored in there:
+                if stored.manifest is None or stored.iteration > newest:
+                    continue  # a damaged manifest does not say whose it is
+                if kept < self._keep["last"] and not stored.why_not:
+                    kept += 1
+                elif stored.iteration not in lasting:
                     self._place.remove(stored)
-            elif stored.manifest is None or stored.iteration > newest:
-                continue  # a damaged manifest does not say whose it is
-            elif kept < self._keep["last"] and not stored.why_not:
-                kept += 1
-            elif stored.iteration not in lasting:
-                self._place.remove(stored)
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Report a failed deletion, as without the permission: uploads matter more."""
+        try:
+            yield
+        except StoreError as error:
+            self._report({"event": "kept", "why": str(error)})
 
     def _note(self, there: list[Stored], missing: Own) -> None:
         complete = [stored.iteration for stored in there if not stored.why_not]

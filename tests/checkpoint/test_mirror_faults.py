@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from checkpoint_cases import checkpoints, iterations_in
+from checkpoint_cases import checkpoints, iterations_in, small_state
 from s3_server import BUCKET, S3Server, s3_server
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import mirror as mirror_module
 from distrain.checkpoint import mirror_client
 from distrain.checkpoint.mirror import Fetch, Mirror, MirrorUnreadable
-from distrain.checkpoint.mirror_store import Place
+from distrain.checkpoint.mirror_store import Place, StoreError
+from distrain.checkpoint.mirror_upload import Uploader
 
 KEEP = {"last": 3, "every": None}
 URL = f"s3://{BUCKET}/runs/mine"
@@ -126,3 +128,71 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for number in (9_999_999_999, 10_000_000_000):
         (tmp_path / f"iter_{number}").mkdir()
     assert [each.iteration for each in place.checkpoints()] == [10_000_000_000, 9_999_999_999]
+
+
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "iter_"), ("GET", r"^/bucket/?\?uploads")])
+def test_a_store_that_deletes_nothing_gets_every_checkpoint(
+    s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, path: str
+) -> None:
+    """As one of which the run may not list multipart uploads, or that keeps all objects."""
+    keep = {"last": 1, "every": None}
+    store = checkpoints(tmp_path / "run", 10)
+    assert finish(Mirror(URL, tmp_path / "run", keep=keep))
+    s3.fault("403", method=method, path=path)
+    for iteration in (20, 30):
+        store.save(iteration, small_state(iteration), world_size=1)
+        store.wait()
+        mirror = Mirror(URL, tmp_path / "run", keep=keep)
+        assert finish(mirror), mirror.why
+        assert (mirror.uploaded, mirror.failed) == (1, 0)
+    assert "are left there: " in caplog.text
+    assert s3.num_faults() > 0
+    found = sorted({key.split("/")[2] for key in s3.objects("runs/mine/iter")})
+    left = [10, 20] if method == "DELETE" else []
+    assert found == [fmt.folder_name(iteration) for iteration in (*left, 30)]
+
+
+def test_uploads_that_fail_leave_one_half_at_most(tmp_path: Path) -> None:
+    """As on a full disk, which halves of them would keep full."""
+    store = checkpoints(tmp_path / "run")
+    place = Place(f"file://{tmp_path}/place")
+    work = Uploader(place, str(tmp_path / "run"), keep=KEEP, report=lambda event: None)
+    for iteration in (10, 20, 30):
+        store.save(iteration, small_state(iteration), world_size=1)
+        store.wait()
+        with (
+            mock.patch.object(Place, "write", side_effect=StoreError("no space left")),
+            pytest.raises(StoreError),
+        ):
+            work.step()
+        assert iterations_in(tmp_path / "place") == [iteration]
+    while not work.step():
+        pass
+    assert [each.why_not for each in place.checkpoints()] == [""]
+
+
+def test_files_that_another_process_deletes_during_an_upload_are_uploaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a second process of the run, which takes the files for half an upload."""
+    checkpoints(tmp_path / "run", 10)
+    place = Place(f"file://{tmp_path}/place")
+    events: list[str] = []
+    work = Uploader(
+        place, str(tmp_path / "run"), keep=KEEP, report=lambda event: events.append(event["event"])
+    )
+    real = Place.write
+
+    def write(self: Place, path: str, data: bytes) -> None:
+        (half,) = self.checkpoints()
+        self.remove(half)
+        real(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write", write)
+        with pytest.raises(StoreError, match="iter_0000000010: it is not complete there"):
+            work.step()
+    while not work.step():
+        pass
+    assert events == ["uploaded"]
+    assert [each.why_not for each in place.checkpoints()] == [""]
