@@ -76,13 +76,13 @@ class S3Server:
         self._call(f"/{BUCKET}/{key}?uploads", data=b"", method="POST")
 
     def get(self, key: str) -> bytes:
-        return self._call(f"/{BUCKET}/{key}")
+        return self._call(f"/{BUCKET}/{urllib.parse.quote(key)}")
 
     def put(self, key: str, data: bytes) -> None:
-        self._call(f"/{BUCKET}/{key}", data=data, method="PUT")
+        self._call(f"/{BUCKET}/{urllib.parse.quote(key)}", data=data, method="PUT")
 
     def delete(self, key: str) -> None:
-        self._call(f"/{BUCKET}/{key}", method="DELETE")
+        self._call(f"/{BUCKET}/{urllib.parse.quote(key)}", method="DELETE")
 
     def _call(self, path: str, *, data: bytes | None = None, method: str | None = None) -> bytes:
         request = urllib.request.Request(self.endpoint + path, data=data, method=method)

@@ -82,10 +82,11 @@ def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
     """Report the checkpoints of a mirror; after `go`, download its newest valid one."""
     from distrain.checkpoint.mirror_fetch import fetch
     from distrain.checkpoint.mirror_store import RUN_FILE, Place, one_line
-    from distrain.checkpoint.mirror_upload import OtherRun, refuse_other
+    from distrain.checkpoint.mirror_upload import OtherRun, refuse_other, refuse_run_folder
 
     for number in range(1, FETCH_TRIES + 1):
         try:
+            refuse_run_folder(task["url"])
             place = Place(task["url"])
             there = place.checkpoints()
             refuse_other(there, task["run_id"], place.url)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec.core
+import fsspec
 from fsspec.callbacks import Callback
 
 from distrain.checkpoint import format as fmt
@@ -81,7 +81,9 @@ class Place:
         scheme = url.partition("://")[0]
         with self._errors("open"):
             options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})}
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+            # not url_to_fs, to which `::` in a path joins two URLs
+            self._fs = fsspec.filesystem(scheme, **options)
+            self._root = self._fs._strip_protocol(self.url)
         self._is_s3 = scheme == "s3"
 
     @contextlib.contextmanager

@@ -12,12 +12,13 @@ from distrain.checkpoint.mirror_status import MirrorStatus, write_status
 from distrain.checkpoint.mirror_store import RUN_FILE, Place, Stored, StoreError
 from distrain.checkpoint.retention import lasting_of, list_own, read_run_id
 from distrain.files.retry import read_file
+from distrain.run_layout import CONFIG_FILE, STARTS_FILE
 
 Own = list[tuple[int, str, dict[str, Any]]]  # iteration, path or name, and manifest; newest first
 
 
 class OtherRun(Exception):
-    """The mirror holds checkpoints of another run; nothing there is touched."""
+    """The mirror is that of another run, or in a run folder; nothing there is touched."""
 
 
 class Uploader:
@@ -283,3 +284,19 @@ def refuse_other(there: list[Stored], run_id: str | None, url: str) -> None:
         raise OtherRun(
             f"{url}: holds checkpoints of another run ({', '.join(sorted(others))}){here}"
         )
+
+
+def refuse_run_folder(url: str) -> None:
+    """Check that a mirror is outside of run folders: it would be lost with them, or replace files.
+
+    Raises:
+        OtherRun: it is a run folder, or in one.
+    """
+    scheme, _, path = url.partition("://")
+    if scheme != "file":
+        return
+    path = os.path.realpath(path)
+    while path != os.path.dirname(path):
+        if all(os.path.exists(os.path.join(path, name)) for name in (CONFIG_FILE, STARTS_FILE)):
+            raise OtherRun(f"{url}: expected a place outside of run folders; {path} is one")
+        path = os.path.dirname(path)

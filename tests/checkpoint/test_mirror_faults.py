@@ -196,3 +196,22 @@ def test_files_that_another_process_deletes_during_an_upload_are_uploaded_again(
         pass
     assert events == ["uploaded"]
     assert [each.why_not for each in place.checkpoints()] == [""]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b%20c/ünï", "runs//x", "a::b", "x/../y", "star*[1]", "end/", "iter_0000000001"]
+)
+@pytest.mark.parametrize("scheme", ["s3", "file"])
+def test_a_place_has_the_name_of_its_url(
+    s3: S3Server, tmp_path: Path, scheme: str, name: str
+) -> None:
+    checkpoints(tmp_path / "run", 10)
+    url = f"s3://{BUCKET}/{name}" if scheme == "s3" else f"file://{tmp_path}/{name}"
+    work = Uploader(Place(url), str(tmp_path / "run"), keep=KEEP, report=lambda event: None)
+    while not work.step():
+        pass
+    assert [each.why_not for each in Place(url).checkpoints()] == [""]
+    if scheme == "file":
+        assert iterations_in(Path(f"{tmp_path}/{name}")) == [10]
+    else:
+        assert Place(f"s3://{BUCKET}/a").checkpoints() == []

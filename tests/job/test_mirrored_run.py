@@ -226,6 +226,12 @@ def test_a_place_that_cannot_be_that_of_this_run(folder, command):
     code, output = command("run.name=third", "resume=must", url=f"file://{folder}/empty")
     assert code == 2, output
     assert "resume=must: expected a checkpoint" in output
+    before = (folder / "runs" / "other" / "run.yaml").read_bytes()
+    for name in ("other", "other/checkpoints", "other/mirror", "fourth"):
+        code, output = command("run.name=fourth", url=f"file://{folder}/runs/{name}")
+        assert code == 2, output
+        assert "expected a place outside of run folders" in output
+    assert (folder / "runs" / "other" / "run.yaml").read_bytes() == before
 
 
 def refused(rank, folder, url):
