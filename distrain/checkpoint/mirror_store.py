@@ -77,7 +77,7 @@ class Place:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         scheme = url.partition("://")[0]
         with self._errors("open"):
             options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})}

@@ -14,9 +14,10 @@ LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "file": "fsspec", "memo
 
 
 def mirror_of(conf: Mapping[str, Any]) -> str | None:
-    """Return `checkpoint.mirror` of a configuration; None where it is null, or not there."""
+    """Return `checkpoint.mirror` without slashes at its end; None where it is null or missing."""
     settings = conf.get("checkpoint")
-    return settings.get("mirror") if isinstance(settings, Mapping) else None
+    url = settings.get("mirror") if isinstance(settings, Mapping) else None
+    return url.rstrip("/") if isinstance(url, str) else None
 
 
 def check_url(key: str, url: str) -> None:

@@ -145,7 +145,7 @@ class Command:
         if name:
             conf["run"]["dir"] = os.path.join(conf["run"]["dir"], name)
             if mirror := mirror_of(conf):
-                conf["checkpoint"]["mirror"] = f"{mirror.rstrip('/')}/{name}"
+                conf["checkpoint"]["mirror"] = f"{mirror}/{name}"
         if weights := conf["init"]["weights"]:
             conf["init"]["weights"] = os.path.abspath(weights)
         self._job = job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))

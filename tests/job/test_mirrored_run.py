@@ -174,9 +174,10 @@ def test_what_is_left_is_uploaded_by_the_same_command(s3, folder, command):
     assert code == 0, output
     assert "(1 uploads, 0 skipped, 0 failures)" in output
     assert "iter_0000000030/manifest.json" in " ".join(s3.objects())
-    code, output = command(environment=s3.environment)
+    code, output = command(url=f"{URL}/", environment=s3.environment)
     assert code == 0, output
-    assert "all 30 iterations are done" in output, "no rank is started for nothing"
+    assert "all 30 iterations are done" in output
+    assert "checkpoints are in" not in output, "no rank is started for nothing"
 
 
 def test_kill_9_in_the_middle_of_an_upload(s3, folder, command):
