@@ -51,6 +51,9 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
                 uploader = Uploader(
                     place, task["folder"], keep=task["keep"], old=task["old"], report=report
                 )
+            elif num_failures:
+                # the files of the store's library may have new credentials
+                uploader.reconnect(Place(task["url"]))
             is_done = uploader.step()
         except OtherRun as error:
             report({"event": "refused", "why": str(error)})

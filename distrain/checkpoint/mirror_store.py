@@ -82,7 +82,7 @@ class Place:
         with self._errors("open"):
             options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})}
             # not url_to_fs, to which `::` in a path joins two URLs
-            self._fs = fsspec.filesystem(scheme, **options)
+            self._fs = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
             self._root = self._fs._strip_protocol(self.url)
         self._is_s3 = scheme == "s3"
 

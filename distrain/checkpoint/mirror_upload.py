@@ -90,6 +90,10 @@ class Uploader:
         self._done = signature
         return self._signature() == signature
 
+    def reconnect(self, place: Place) -> None:
+        """Go on with a new connection to the same place."""
+        self._place = place
+
     def failed(self, why: str) -> None:
         """Record a failed step."""
         self.status.failed += 1

@@ -1,5 +1,6 @@
 """Faults of the mirror: its process, its store and its place; training goes on, nothing is lost."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from s3_server import BUCKET, S3Server, s3_server
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import mirror as mirror_module
-from distrain.checkpoint import mirror_client
+from distrain.checkpoint import mirror_client, mirror_process
 from distrain.checkpoint.mirror import Fetch, Mirror, MirrorUnreadable
 from distrain.checkpoint.mirror_store import Place, StoreError
 from distrain.checkpoint.mirror_upload import Uploader
@@ -121,6 +122,30 @@ def test_an_empty_or_huge_manifest_is_a_damaged_checkpoint(
     assert (fetch.name, fetch.newer, fetch.num) == ("", [20], 1), "no reason to begin at 0"
     assert finish(Mirror(URL, tmp_path / "run", keep=KEEP))
     assert fetched(tmp_path / "new").name == "iter_0000000010"
+
+
+def test_after_a_failure_credentials_are_read_again(s3: S3Server, tmp_path: Path) -> None:
+    """As those in a file that another program renews."""
+    checkpoints(tmp_path / "run", 10)
+    used: list[Any] = []
+    real = Place.checkpoints
+
+    def expired(self: Place) -> Any:
+        used.append(self._fs)
+        if used[0] is self._fs:
+            raise StoreError("ExpiredToken")
+        return real(self)
+
+    task = {"url": URL, "folder": str(tmp_path / "run"), "keep": KEEP, "old": []}
+    finished = threading.Event()
+    finished.set()
+    events: list[dict[str, Any]] = []
+    with (
+        mock.patch.object(Place, "checkpoints", expired),
+        mock.patch.object(mirror_process, "report", events.append),
+    ):
+        mirror_process.follow(task, finished)
+    assert [event["event"] for event in events] == ["failed", "uploaded", "recovered", "settled"]
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
