@@ -22,7 +22,7 @@ from distrain.checkpoint.retention import read_run_id
 
 _log = logging.getLogger("distrain")
 
-POLL_S = 5.0
+POLL_S = 1.0
 """Seconds between two values of the generators of `Fetch`, at most."""
 
 STALL_S = 1800.0  # without an event, as while a download is verified, a fetch has failed

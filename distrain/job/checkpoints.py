@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError, ExitCode, RunFailed, RunRefused
 from distrain.files.retry import unreadable
 from distrain.heartbeat import Phase
-from distrain.job.stop_signals import stop_signals
+from distrain.job.stop_signals import StopRequest, stop_signals
 from distrain.log import logger
 from distrain.process.environment import restart_count
 from distrain.progress import waiting
@@ -28,6 +29,7 @@ from distrain.runfolder.changes import changed_keys, check_changes
 
 Conf = dict[str, Any]
 
+_STOPPED = "stopped"
 _MIRROR_KEYS = ("mirror", "mirror_wait")
 _GRACE_S = 120.0  # of launchers without launch.grace_s
 _FRACTION_OF_GRACE = 0.5  # of launch.grace_s, for uploads after a stop request
@@ -66,8 +68,11 @@ class RunMirror:
             self._mirror.close()
             self._mirror = None
 
-    def fetch(self) -> None:
+    def fetch(self, stop: StopRequest) -> bool:
         """Make the newest valid checkpoint of the mirror a local one, if it is newer. A collective.
+
+        Returns:
+            Whether the run goes on; not if its stop was requested on rank 0 meanwhile.
 
         Raises:
             ConfigError: the mirror holds another run, or this run with another configuration.
@@ -75,7 +80,7 @@ class RunMirror:
             RunRefused: neither has a valid checkpoint, but the mirror has damaged ones.
         """
         if self._url is None:
-            return
+            return True
         pulse = heartbeat.current()
         if not topology().is_main:
             while True:
@@ -86,8 +91,14 @@ class RunMirror:
         else:
             kind, text = "", ""
             try:
-                with waiting("looking for checkpoints in the mirror"):
-                    for _ in self._fetch(self._url):
+                with (
+                    waiting("looking for checkpoints in the mirror"),
+                    contextlib.closing(self._fetch(self._url)) as steps,
+                ):
+                    for _ in steps:
+                        if stop.requested:
+                            kind = _STOPPED
+                            break
                         broadcast_from_main(["wait", ""])
                         pulse.beat(Phase.START)
             except tuple(_ERRORS.values()) as error:
@@ -95,10 +106,16 @@ class RunMirror:
             except OSError as error:
                 kind, text = RunFailed.__name__, unreadable(self._folder, error)
             broadcast_from_main([kind, text])
+        if kind == _STOPPED:
+            if topology().is_main:
+                clear_leftovers(self._folder)
+                logger.info("stopped before the first step; run it again")
+            return False
         if kind:
             raise _ERRORS[kind](text)
+        return True
 
-    def _fetch(self, url: str) -> Iterator[None]:
+    def _fetch(self, url: str) -> Generator[None, None, None]:
         """Fetch on rank 0; yields while it waits."""
         clear_leftovers(self._folder)
         local = newest_valid(self._folder)

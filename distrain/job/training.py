@@ -68,7 +68,8 @@ def _train(conf: Conf, run_dir: str, mirror: RunMirror) -> ExitCode:
         ),
     ):
         checkpoints = open_store(conf["checkpoint"], run_dir)
-        mirror.fetch()
+        if not mirror.fetch(stop):
+            return ExitCode.STOPPED
         strategy = build_strategy(settings)
         is_new = _is_new(conf, checkpoints)
         model = build_model(conf, ranks=ranks, strategy=strategy, is_new=is_new)

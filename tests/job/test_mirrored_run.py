@@ -207,6 +207,19 @@ def test_kill_9_in_the_middle_of_an_upload(s3, folder, command):
     assert half not in names_at(s3)
 
 
+def test_a_stop_request_ends_the_wait_for_the_mirror(s3, folder):
+    s3.fault("hold", method="GET", path="^/bucket")
+    process = start(folder, f"checkpoint.mirror={URL}", environment=s3.environment)
+    until(lambda: s3.num_faults() > 0)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    output = "".join(process.communicate(timeout=60))
+    assert process.returncode == 75, output
+    assert "stopped before the first step; run it again" in output
+    assert not psutil.wait_procs(children, timeout=60)[1], "an orphan"
+    assert not (folder / "runs" / "tiny" / "checkpoints").exists()
+
+
 def test_a_place_that_cannot_be_that_of_this_run(folder, command):
     url = f"file://{folder}/place"
     code, output = command("trainer.max_iter=10", url=url)
