@@ -56,7 +56,7 @@ class Mirror:
 
     def __init__(self, url: str, folder: str | Path, *, keep: dict[str, Any]) -> None:
         self.uploaded = self.skipped = self.failed = 0
-        self.why = ""
+        self.why, self.is_refused = "", False
         self._url, self._finishes, self._has_kept = url, False, False
         old = [iteration_of(path.name) for path in find_all(folder)]
         self._task = {"url": url, "folder": os.fspath(folder), "keep": keep, "old": old}
@@ -143,7 +143,7 @@ class Mirror:
         elif kind == "damaged":
             _log.warning("checkpoint.mirror: not uploaded: %s", event["why"])
         elif kind == "refused":
-            self.why = event["why"]
+            self.why, self.is_refused = event["why"], True
             _log.error(
                 "checkpoint.mirror: %s; nothing more is uploaded, training goes on", event["why"]
             )

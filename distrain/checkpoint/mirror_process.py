@@ -56,6 +56,8 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
                 uploader.reconnect(Place(task["url"]))
             is_done = uploader.step()
         except OtherRun as error:
+            if uploader is not None:
+                uploader.failed(str(error))
             report({"event": "refused", "why": str(error)})
             return
         except Exception as error:

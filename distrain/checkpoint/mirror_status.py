@@ -23,7 +23,8 @@ class MirrorStatus:
 
     Attributes:
         url: of the mirror.
-        newest: iteration of the newest checkpoint that is complete there; -1 without one.
+        newest: iteration of the newest checkpoint that is complete there; -1 without one, None if
+            the place was not read in this start.
         pending: iterations that are still to be uploaded, newest first.
         uploaded: number of uploads of this start.
         skipped: number of checkpoints that a newer one overtook, of this start.
@@ -33,7 +34,7 @@ class MirrorStatus:
     """
 
     url: str
-    newest: int = -1
+    newest: int | None = None
     pending: tuple[int, ...] = ()
     uploaded: int = 0
     skipped: int = 0
@@ -48,8 +49,11 @@ class MirrorStatus:
 
     def line(self) -> str:
         """Return the state as a line of text."""
-        newest = f"iteration {self.newest}" if self.newest >= 0 else "nothing"
-        parts = [f"{self.url}: {newest} is there"]
+        there = "not read since the last start"
+        if self.newest is not None:
+            newest = f"iteration {self.newest}" if self.newest >= 0 else "nothing"
+            there = f"{newest} is there"
+        parts = [f"{self.url}: {there}"]
         if self.pending:
             parts.append(f"to be uploaded: {', '.join(map(str, self.pending))}")
         counts = [("uploads", self.uploaded), ("skipped", self.skipped), ("failures", self.failed)]

@@ -31,6 +31,7 @@ Conf = dict[str, Any]
 
 _STOPPED = "stopped"
 _MIRROR_KEYS = ("mirror", "mirror_wait")
+_QUIET_S = 2.0  # after which a wait for uploads is logged
 _GRACE_S = 120.0  # of launchers without launch.grace_s
 _FRACTION_OF_GRACE = 0.5  # of launch.grace_s, for uploads after a stop request
 _ERRORS: dict[str, type[Exception]] = {
@@ -130,7 +131,7 @@ class RunMirror:
                 )
             if not fetch.newer:
                 return
-            self._check_same(fetch.run_yaml)
+            self._check_same(fetch.run_yaml, is_new=local is None)
             yield from fetch.download()
         except MirrorRefused as error:
             fix = "give another one, as checkpoint.mirror=s3://bucket/runs/${run.name}"
@@ -155,17 +156,23 @@ class RunMirror:
                 "run with run.name=... and another checkpoint.mirror"
             )
 
-    def _check_same(self, run_yaml: str) -> None:
-        """Check that the mirrored run has this configuration, as a local run folder is checked."""
+    def _check_same(self, run_yaml: str, *, is_new: bool) -> None:
+        """Check that the mirrored run has this configuration, and this name on a new disk."""
         try:
             frozen = yaml.safe_load(run_yaml)
         except yaml.YAMLError:
             frozen = None
         if not isinstance(frozen, dict):
             return  # a checkpoint that does not fit is refused when it is loaded
+        place, name = f"checkpoint.mirror={self._url}", self._conf["run"]["name"]
+        its_name = (frozen.get("run") or {}).get("name", name)
+        if is_new and its_name != name:
+            raise ConfigError(
+                f"{place}: expected an empty place, or one of the run {name}; it holds the run "
+                f"{its_name}: run.name={its_name} continues that"
+            )
         changed = changed_keys(frozen, self._conf)
-        where = Path(self._run_dir)
-        for notice in check_changes(where, changed, self._conf.get("allow_changes", ())):
+        for notice in check_changes(place, changed, self._conf.get("allow_changes", ())):
             logger.info("%s", notice)
 
     def start(self) -> None:
@@ -181,24 +188,25 @@ class RunMirror:
     def finish(self, outcome: ExitCode) -> None:
         """Wait for the uploads, on rank 0, at most `checkpoint.mirror_wait`; report what is left.
 
-        After a stop request, half of `launch.grace_s` at most: then the ranks are killed.
+        A run that was stopped waits for half of `launch.grace_s` at most, as the ranks are killed
+        after that; with `launch.nice` not at all, as another run waits for its GPUs. A stop request
+        to a finished run ends the wait.
         """
         if self._mirror is None:
             return
         mirror, pulse = self._mirror, heartbeat.current()
-        grace_s = float((self._conf.get("launch") or {}).get("grace_s") or _GRACE_S)
-        wait_s = float(self._conf["checkpoint"]["mirror_wait"])
-        stopped_s = min(wait_s, _FRACTION_OF_GRACE * grace_s)
-        deadline = time.monotonic() + (stopped_s if outcome is ExitCode.STOPPED else wait_s)
+        wait_s = self._wait_s(is_stopped=outcome is ExitCode.STOPPED)
+        begun, is_told = time.monotonic(), False
         with stop_signals() as stop, waiting("uploading checkpoints to the mirror"):
 
             def is_over() -> bool:
-                nonlocal deadline
+                nonlocal is_told
                 pulse.beat(Phase.END)
-                if stop.requested:
-                    deadline = min(deadline, time.monotonic() + stopped_s)
-                    stop.requested = False
-                return time.monotonic() >= deadline
+                waited_s = time.monotonic() - begun
+                if waited_s > _QUIET_S and not is_told:
+                    is_told = True
+                    logger.info("waiting for uploads, checkpoint.mirror_wait=%.0f s", wait_s)
+                return waited_s >= wait_s or (stop.requested and outcome is not ExitCode.STOPPED)
 
             is_done = mirror.finish(is_over)
         counts = f"{mirror.uploaded} uploads, {mirror.skipped} skipped, {mirror.failed} failures"
@@ -206,10 +214,20 @@ class RunMirror:
             logger.info("checkpoints are in %s (%s)", self._url, counts)
         else:
             logger.warning(
-                "checkpoint.mirror=%s: the newest checkpoint is not there (%s): %s; it is in %s, "
-                "and the same command uploads it",
+                "checkpoint.mirror=%s: the newest checkpoint is not there (%s): %s; it is in %s%s",
                 self._url,
                 counts,
                 mirror.why or "the upload did not end in time",
                 self._folder,
+                "" if mirror.is_refused else ", and the same command uploads it",
             )
+
+    def _wait_s(self, *, is_stopped: bool) -> float:
+        """Return the longest wait for uploads at the end."""
+        wait_s = float(self._conf["checkpoint"]["mirror_wait"])
+        if not is_stopped:
+            return wait_s
+        launch = self._conf.get("launch") or {}
+        if launch.get("nice"):
+            return 0.0
+        return min(wait_s, _FRACTION_OF_GRACE * float(launch.get("grace_s") or _GRACE_S))

@@ -43,11 +43,11 @@ def changed_keys(frozen: Mapping[str, Any], conf: Mapping[str, Any]) -> dict[str
     return {key: list(values) for key, values in differences(before, masked(conf)).items()}
 
 
-def check_changes(run_dir: Path, changed: Changed, permitted: Sequence[str]) -> list[str]:
+def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> list[str]:
     """Return a notice per change that the user should know of.
 
     Args:
-        run_dir: folder of the run.
+        place: of the frozen configuration, as key and value.
         changed: old and new value by dotted key.
         permitted: `allow_changes`.
 
@@ -65,9 +65,7 @@ def check_changes(run_dir: Path, changed: Changed, permitted: Sequence[str]) -> 
         if not _is_fixed(refused[0]):
             fix += f", or allow_changes=[{','.join(refused[:5])}]"
         listed = ", ".join(lines) + more
-        raise ConfigError(
-            f"run.dir={run_dir}: this run has another configuration ({listed}); {fix}"
-        )
+        raise ConfigError(f"{place}: this run has another configuration ({listed}); {fix}")
     return [
         f"{key}: {old} -> {new} from here on"
         for key, (old, new) in changed.items()

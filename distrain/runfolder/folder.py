@@ -203,7 +203,9 @@ class RunFolder:
             ConfigError: one of them may not change.
         """
         changed = changed_keys(frozen, conf)
-        self.notices += check_changes(self.path, changed, conf.get("allow_changes", ()))
+        self.notices += check_changes(
+            f"run.dir={self.path}", changed, conf.get("allow_changes", ())
+        )
         return changed
 
     def _write(self, name: str, text: str) -> None:
@@ -267,7 +269,7 @@ def _has_uploads_left(path: Path, mirror: str | None) -> bool:
     if mirror is None:
         return False
     status = read_status(path)
-    if status is None or status.url != mirror or status.is_behind:
+    if status is None or status.url != mirror or status.is_behind or status.newest is None:
         return True
     # that of an earlier start, where this one did not reach the store
     found = retried(lambda: find_all(path / CHECKPOINTS))

@@ -220,6 +220,18 @@ def test_a_stop_request_ends_the_wait_for_the_mirror(s3, folder):
     assert not (folder / "runs" / "tiny" / "checkpoints").exists()
 
 
+def test_a_stop_request_ends_the_last_wait(s3, folder):
+    s3.fault("hold", method="PUT", path="iter_0000000030/model")
+    process = start(folder, f"checkpoint.mirror={URL}", environment=s3.environment)
+    log = folder / "runs" / "tiny" / "logs" / "rank_0.log"
+    until(lambda: log.exists() and "waiting for uploads" in log.read_text())
+    process.send_signal(signal.SIGTERM)
+    output = "".join(process.communicate(timeout=60))
+    assert process.returncode == 0, output
+    assert "finished: 30 of 30" in output
+    assert "the newest checkpoint is not there" in output
+
+
 def test_a_place_that_cannot_be_that_of_this_run(folder, command):
     url = f"file://{folder}/place"
     code, output = command("trainer.max_iter=10", url=url)
@@ -230,9 +242,11 @@ def test_a_place_that_cannot_be_that_of_this_run(folder, command):
     assert code == 2, output
     assert "holds checkpoints of another run" in output
     assert iterations_in(folder / "place") == [10]
-    code, output = command("run.name=third", "optim.lr=0.01", url=url)
+    code, output = command("run.name=third", url=url)
     assert code == 2, output
-    assert "optim.lr: 0.05 -> 0.01" in output
+    assert (
+        f"{url}: expected an empty place, or one of the run third; it holds the run tiny" in output
+    )
     assert not (folder / "runs" / "third").exists(), "nothing is left of a mistake"
     code, output = command("run.name=third", "resume=never", url=url)
     assert code == 2, output
@@ -246,6 +260,12 @@ def test_a_place_that_cannot_be_that_of_this_run(folder, command):
         assert code == 2, output
         assert "expected a place outside of run folders" in output
     assert (folder / "runs" / "other" / "run.yaml").read_bytes() == before
+    lose_disk(folder)
+    code, output = command("optim.lr=0.01", url=url)
+    assert code == 2, output
+    assert f"checkpoint.mirror={url}: this run has another configuration" in output
+    assert "optim.lr: 0.05 -> 0.01" in output
+    assert not (folder / "runs" / "tiny").exists()
 
 
 def refused(rank, folder, url):
