@@ -19,6 +19,7 @@ from distrain.checkpoint.format import iteration_of
 from distrain.checkpoint.mirror_client import MirrorProcess
 from distrain.checkpoint.mirror_process import MAX_BACKOFF_S
 from distrain.checkpoint.retention import read_run_id
+from distrain.errors import RunFailed
 
 _log = logging.getLogger("distrain")
 
@@ -203,7 +204,8 @@ class Fetch:
         """Download the newest valid checkpoint; wait for `name`.
 
         Raises:
-            MirrorUnreadable: the store cannot be read, or the local folder not be written.
+            MirrorUnreadable: the store cannot be read.
+            RunFailed: the local folder cannot be written.
         """
         self._process.go_on()
         event = yield from self._until("fetched")
@@ -233,6 +235,11 @@ class Fetch:
             _log.warning("checkpoint passed over: %s", why)
         elif kind == "refused":
             raise MirrorRefused(why)
+        elif kind == "unwritable":
+            raise RunFailed(
+                f"the download from the mirror cannot be written: {why}; no checkpoint was "
+                "changed, run it again when it can be written"
+            )
         elif kind == "unreadable":
             raise MirrorUnreadable(why)
         elif why:

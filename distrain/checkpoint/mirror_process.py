@@ -86,7 +86,7 @@ def follow(task: dict[str, Any], finish: threading.Event) -> None:
 def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
     """Report the checkpoints of a mirror; after `go`, download its newest valid one."""
     from distrain.checkpoint.mirror_fetch import fetch
-    from distrain.checkpoint.mirror_store import RUN_FILE, Place, one_line
+    from distrain.checkpoint.mirror_store import RUN_FILE, Place, StoreError, one_line
     from distrain.checkpoint.mirror_upload import OtherRun, refuse_other, refuse_run_folder
 
     for number in range(1, FETCH_TRIES + 1):
@@ -116,6 +116,9 @@ def fetch_newest(task: dict[str, Any], go: threading.Event) -> None:
             return
         except Exception as error:
             why = str(error) if isinstance(error, OSError) else one_line(error)
+            if isinstance(error, OSError) and type(error) is not StoreError:
+                report({"event": "unwritable", "why": why})
+                return
             is_last = number == FETCH_TRIES
             report({"event": "unreadable" if is_last else "progress", "why": why})
             if not is_last:

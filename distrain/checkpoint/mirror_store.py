@@ -12,6 +12,7 @@ Only the mirror process imports this module: fsspec starts threads and draws ran
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from distrain.checkpoint import format as fmt
 from distrain.redact import masked_text
 
 RUN_FILE = "run.yaml"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of no reader
 _MAX_WHY = 300  # characters of a reason
 _OPTIONS: dict[str, dict[str, Any]] = {
     # 4 parts of 50 MB in memory instead of 10; the mirror process has retries of its own
@@ -36,6 +38,10 @@ _SECRET_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|CONNECTION_
 
 class StoreError(OSError):
     """An operation failed: nothing is known of the store's content. One line, without the URL."""
+
+
+class LocalDiskError(StoreError):
+    """The local disk is full or cannot be written; the text is its folder and the reason."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +204,15 @@ class Place:
 
         Raises:
             FileNotFoundError: it is not in the store.
+            LocalDiskError: the local file cannot be written.
         """
         with self._errors("download", path, passing=FileNotFoundError):
-            self._fs.get_file(f"{self._root}/{path}", local, callback=callback)
+            try:
+                self._fs.get_file(f"{self._root}/{path}", local, callback=callback)
+            except OSError as error:
+                if error.errno not in _DISK_ERRORS:
+                    raise
+                raise LocalDiskError(f"{os.path.dirname(local)}: {error.strerror}") from error
 
     def remove(self, stored: Stored) -> None:
         """Delete a checkpoint, its manifest first: no half of it counts as valid."""

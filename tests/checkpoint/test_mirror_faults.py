@@ -1,5 +1,6 @@
 """Faults of the mirror: its process, its store and its place; training goes on, nothing is lost."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from distrain.checkpoint import mirror_client, mirror_process
 from distrain.checkpoint.mirror import Fetch, Mirror, MirrorUnreadable
 from distrain.checkpoint.mirror_store import Place, StoreError
 from distrain.checkpoint.mirror_upload import Uploader
+from distrain.errors import RunFailed
 
 KEEP = {"last": 3, "every": None}
 URL = f"s3://{BUCKET}/runs/mine"
@@ -146,6 +148,22 @@ def test_after_a_failure_credentials_are_read_again(s3: S3Server, tmp_path: Path
     ):
         mirror_process.follow(task, finished)
     assert [event["event"] for event in events] == ["failed", "uploaded", "recovered", "settled"]
+
+
+def test_a_full_local_disk_is_not_a_store_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run went on from an older local checkpoint, or was to be run again with another store."""
+    url = f"file://{tmp_path}/place"
+    checkpoints(tmp_path / "run", 10)
+    assert finish(Mirror(url, tmp_path / "run", keep=KEEP))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    monkeypatch.setattr(mirror_client, "_CODE", limit + mirror_client._CODE)
+    with pytest.raises(
+        RunFailed, match="cannot be written: .*new.*: File too large; no checkpoint"
+    ):
+        fetched(tmp_path / "new", url)
+    assert os.listdir(tmp_path / "new") == []
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
