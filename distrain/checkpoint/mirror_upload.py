@@ -77,10 +77,11 @@ class Uploader:
         # before uploads: where these fail, as on a full disk, halves would pile up
         self._remove_halves(there, pending={one[0] for one in missing})
         if missing:
-            if not self._upload(missing[0], {stored.name: stored for stored in there}):
+            raw = self._upload(missing[0], {stored.name: stored for stored in there})
+            if raw is None:
                 return False
             there = self._place.checkpoints()
-            self._check_is_there(missing[0], there)
+            self._check_is_there(missing[0], raw, there)
             missing = missing[1:]
         self._count_skipped(own, there, missing)
         self._prune(there, newest=own[0][0] if own else -1)
@@ -135,11 +136,13 @@ class Uploader:
             self._report({"event": "skipped", "iterations": sorted(skipped)})
         self._seen |= skipped | complete
 
-    def _upload(self, one: tuple[int, str, dict[str, Any]], there: dict[str, Stored]) -> bool:
+    def _upload(
+        self, one: tuple[int, str, dict[str, Any]], there: dict[str, Stored]
+    ) -> bytes | None:
         """Upload a checkpoint, its manifest last; files that are there already are left.
 
         Returns:
-            Whether it is there; not if it is damaged, or was deleted before it was open.
+            Its manifest; None if it is damaged, or was deleted before it was open.
         """
         path = one[1]
         name = os.path.basename(path)
@@ -153,14 +156,21 @@ class Uploader:
             if os.path.isdir(path):
                 self._damaged.add(self._key(one))
                 self._report({"event": "damaged", "why": str(error)})
-            return False  # else retention deleted it before it was open
-        return True
+            return None  # else retention deleted it before it was open
+        return raw
 
-    def _check_is_there(self, one: tuple[int, str, dict[str, Any]], there: list[Stored]) -> None:
-        """Check that an uploaded checkpoint is complete: another process may have deleted files."""
+    def _check_is_there(
+        self, one: tuple[int, str, dict[str, Any]], raw: bytes, there: list[Stored]
+    ) -> None:
+        """Check an uploaded checkpoint: another process of the run may have replaced files of it.
+
+        With its manifest there, that process finds the other one's instead, and uploads again.
+        """
         name = os.path.basename(one[1])
-        if not any(stored.name == name and not stored.why_not for stored in there):
-            raise StoreError(f"upload {name}: it is not complete there")
+        if not any(
+            stored.name == name and stored.raw == raw and not stored.why_not for stored in there
+        ):
+            raise StoreError(f"upload {name}: another process has changed it there")
         self.status.uploaded += 1
         self.status.why = ""
         self._report({"event": "uploaded", "iteration": one[0]})

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from checkpoint_cases import checkpoints, iterations_in, small_state
+from checkpoint_cases import checkpoints, iterations_in, path_of, small_state
 from s3_server import BUCKET, S3Server, s3_server
 
 from distrain.checkpoint import format as fmt
@@ -214,10 +214,11 @@ def test_uploads_that_fail_leave_one_half_at_most(tmp_path: Path) -> None:
     assert [each.why_not for each in place.checkpoints()] == [""]
 
 
-def test_files_that_another_process_deletes_during_an_upload_are_uploaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("harm", ["delete", "replace"])
+def test_files_that_another_process_changes_during_an_upload_are_uploaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    """As a second process of the run, which takes the files for half an upload."""
+    """As a second process of the run: it removes half an upload, or uploads its own one."""
     checkpoints(tmp_path / "run", 10)
     place = Place(f"file://{tmp_path}/place")
     events: list[str] = []
@@ -228,17 +229,24 @@ def test_files_that_another_process_deletes_during_an_upload_are_uploaded_again(
 
     def write(self: Place, path: str, data: bytes) -> None:
         (half,) = self.checkpoints()
-        self.remove(half)
+        if harm == "delete":
+            self.remove(half)
         real(self, path, data)
+        if harm == "replace":
+            fields = fmt.parse_manifest(data, path)
+            other = fmt.render_manifest({**fields, "attempt": 7})
+            real(self, path, other)
 
     with monkeypatch.context() as patch:
         patch.setattr(Place, "write", write)
-        with pytest.raises(StoreError, match="iter_0000000010: it is not complete there"):
+        with pytest.raises(StoreError, match="another process has changed it there"):
             work.step()
     while not work.step():
         pass
     assert events == ["uploaded"]
-    assert [each.why_not for each in place.checkpoints()] == [""]
+    (stored,) = place.checkpoints()
+    assert stored.why_not == ""
+    assert stored.raw == (path_of(tmp_path / "run", 10) / fmt.MANIFEST_FILE).read_bytes()
 
 
 @pytest.mark.parametrize(
