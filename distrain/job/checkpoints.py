@@ -214,12 +214,12 @@ class RunMirror:
             logger.info("checkpoints are in %s (%s)", self._url, counts)
         else:
             logger.warning(
-                "checkpoint.mirror=%s: the newest checkpoint is not there (%s): %s; it is in %s%s",
+                "checkpoint.mirror=%s: checkpoints are missing there (%s): %s; they are in %s%s",
                 self._url,
                 counts,
                 mirror.why or "the upload did not end in time",
                 self._folder,
-                "" if mirror.is_refused else ", and the same command uploads it",
+                "" if mirror.is_refused else ", and the same command uploads them",
             )
 
     def _wait_s(self, *, is_stopped: bool) -> float:
