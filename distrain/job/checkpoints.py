@@ -60,6 +60,7 @@ class RunMirror:
         self._url = mirror_of(conf)
         self._folder = Path(run_dir, CHECKPOINTS)
         self._mirror: Mirror | None = None
+        self._stop = StopRequest()
 
     def __enter__(self) -> RunMirror:
         return self
@@ -80,6 +81,7 @@ class RunMirror:
             RunFailed: the mirror cannot be read, and no local checkpoint is valid.
             RunRefused: neither has a valid checkpoint, but the mirror has damaged ones.
         """
+        self._stop = stop
         if self._url is None:
             return True
         pulse = heartbeat.current()
@@ -188,15 +190,19 @@ class RunMirror:
     def finish(self, outcome: ExitCode) -> None:
         """Wait for the uploads, on rank 0, at most `checkpoint.mirror_wait`; report what is left.
 
-        A run that was stopped waits for half of `launch.grace_s` at most, as the ranks are killed
-        after that; with `launch.nice` not at all, as another run waits for its GPUs. A stop request
-        to a finished run ends the wait.
+        A run that was asked to stop waits until half of `launch.grace_s` is over, as the ranks are
+        killed after that; with `launch.nice` not at all, as another run waits for its GPUs. A
+        request during the wait ends it.
         """
         if self._mirror is None:
             return
         mirror, pulse = self._mirror, heartbeat.current()
-        wait_s = self._wait_s(is_stopped=outcome is ExitCode.STOPPED)
         begun, is_told = time.monotonic(), False
+        wait_s = float(self._conf["checkpoint"]["mirror_wait"])
+        # the last save may have taken some of the time
+        asked = self._stop.since or (begun if outcome is ExitCode.STOPPED else None)
+        if asked is not None:
+            wait_s = min(wait_s, asked + self._stopped_s() - begun)
         with stop_signals() as stop, waiting("uploading checkpoints to the mirror"):
 
             def is_over() -> bool:
@@ -206,7 +212,7 @@ class RunMirror:
                 if waited_s > _QUIET_S and not is_told:
                     is_told = True
                     logger.info("waiting for uploads, checkpoint.mirror_wait=%.0f s", wait_s)
-                return waited_s >= wait_s or (stop.requested and outcome is not ExitCode.STOPPED)
+                return waited_s >= wait_s or (stop.requested and asked is None)
 
             is_done = mirror.finish(is_over)
         counts = f"{mirror.uploaded} uploads, {mirror.skipped} skipped, {mirror.failed} failures"
@@ -222,12 +228,9 @@ class RunMirror:
                 "" if mirror.is_refused else ", and the same command uploads them",
             )
 
-    def _wait_s(self, *, is_stopped: bool) -> float:
-        """Return the longest wait for uploads at the end."""
-        wait_s = float(self._conf["checkpoint"]["mirror_wait"])
-        if not is_stopped:
-            return wait_s
+    def _stopped_s(self) -> float:
+        """Return the time from a stop request to the end of the wait for uploads."""
         launch = self._conf.get("launch") or {}
         if launch.get("nice"):
             return 0.0
-        return min(wait_s, _FRACTION_OF_GRACE * float(launch.get("grace_s") or _GRACE_S))
+        return _FRACTION_OF_GRACE * float(launch.get("grace_s") or _GRACE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,14 +14,19 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Signal handler; `requested` is whether a signal asked for a stop."""
+    """Signal handler; `since` is the `time.monotonic()` of the first stop request, else None."""
 
-    requested = False
+    since: float | None = None
     _trainer: Trainer | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asked for a stop."""
+        return self.since is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note the signal and request the trainer's stop."""
-        self.requested = True
+        self.since = self.since or time.monotonic()
         if self._trainer is not None:
             self._trainer.request_stop()
 
@@ -42,7 +48,7 @@ def stop_signals() -> Iterator[StopRequest]:
             continue
         outer = before[number] = signal.signal(number, stop)
         # a signal that the command's own handler has noted counts
-        stop.requested |= getattr(outer, "since", None) is not None
+        stop.since = stop.since or getattr(outer, "since", None)
     try:
         yield stop
     finally:

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from test_training import CONF, ROOT, TINY
 from distrain.checkpoint.mirror import Mirror
 from distrain.cli.command import Command
 from distrain.errors import ConfigError, ExitCode
+from distrain.job.checkpoints import RunMirror
 
 pytestmark = pytest.mark.ranks
 URL = f"s3://{BUCKET}/runs/tiny"
@@ -330,3 +333,17 @@ def test_a_run_without_checkpoints_needs_no_store(tmp_path):
         mirror.close()
     assert not (tmp_path / "x").exists()
     assert checkpoints(Path(tmp_path)).newest_valid() is None
+
+
+@pytest.mark.parametrize("outcome", [ExitCode.STOPPED, ExitCode.FINISHED])
+def test_the_last_save_counts_for_the_time_after_a_stop_request(tmp_path, monkeypatch, outcome):
+    """The ranks are killed `launch.grace_s` after the request, however long the save took."""
+    monkeypatch.setattr("distrain.checkpoint.mirror.MirrorProcess", mock.Mock(side_effect=OSError))
+    settings = {"mirror": f"file://{tmp_path}/x", "mirror_wait": 300, "keep_last": 1}
+    conf = {"checkpoint": {**settings, "keep_every": None}, "launch": {"grace_s": 40}}
+    with RunMirror(conf, str(tmp_path)) as mirror:
+        mirror._stop.since = time.monotonic() - 19.5
+        mirror.start()
+        started = time.monotonic()
+        mirror.finish(outcome)
+        assert time.monotonic() - started < 10
