@@ -23,13 +23,13 @@ VARIABLE = "DISTRAIN_LEASES"
 _NAME = "distrain-gpus"
 _PARENTS = ("/run/lock", "/tmp")
 _MODE = 0o1777
-_FILE_MODE = 0o666
+_FILE_MODE = 0o1666  # systemd removes files of /tmp after 10 days, but none with the sticky bit
 _MUTEX = "mutex"
 MUTEX_HEAD = 20
 """Bytes at the beginning of the mutex file that belong to `mutex`."""
 _MUTEX_S = 30.0  # a process holds it for milliseconds
 _PAUSE_S = 0.01
-_OPEN_TRIES = 20  # another process is just creating the file or the directory
+_OPEN_TRIES = 20  # another process may remove the file meanwhile
 
 _locked: set[int] = set()  # descriptors
 
@@ -48,18 +48,30 @@ def folder() -> Path:
     """
     path = folder_path()
     try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            path.chmod(_MODE)  # mkdir applies the umask
+        with contextlib.suppress(FileExistsError), _no_umask():
+            path.mkdir(_MODE)
         found = path.lstat()
     except OSError as error:
         raise unusable(path, error) from error
-    is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path}: expected a directory, for the leases of GPUs; remove it")
+    if found.st_uid == os.geteuid() and not os.environ.get(VARIABLE):
+        path.chmod(_MODE)  # Docker creates a missing directory that it mounts for root alone
+        return path
+    is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if is_open and not found.st_mode & stat.S_ISVTX:  # others could remove the files of a holder
         raise ConfigError(f"{path}: expected a sticky directory; its owner can: chmod 1777 {path}")
     return path
+
+
+@contextlib.contextmanager
+def _no_umask() -> Iterator[None]:
+    """Create files with their final mode at once: a process may be killed before a chmod."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _parent() -> str:
@@ -76,8 +88,9 @@ def _parent() -> str:
 
 def unusable(path: str | os.PathLike[str], error: OSError) -> ConfigError:
     """Return the error of a file or directory that cannot hold leases."""
+    fix = f"its owner can: chmod 1777 {folder_path()}; " if error.errno == errno.EACCES else ""
     return ConfigError(
-        f"{path}: the leases of GPUs cannot be kept here: {error.strerror}; {VARIABLE}=DIR names "
+        f"{path}: the leases of GPUs cannot be kept here: {error.strerror}; {fix}{VARIABLE}=DIR names "
         "another directory for all users, launch.share=true starts without leases"
     )
 
@@ -152,38 +165,20 @@ def close(fd: int) -> None:
 def open_shared(path: Path) -> int:
     """Open a file for reading and writing, which any user may do; create it if it is missing."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    for last in range(_OPEN_TRIES - 1, -1, -1):
+    for _ in range(_OPEN_TRIES):
         try:
             # not with O_CREAT: in a sticky directory the kernel refuses that for files of other
             # users (fs.protected_regular)
             fd = os.open(path, flags)
         except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):
-                _create(path)
-            continue
-        except PermissionError:
-            if not last:
-                raise
-            time.sleep(_PAUSE_S)
+            with contextlib.suppress(FileExistsError), _no_umask():
+                os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, _FILE_MODE))
             continue
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fd
         os.close(fd)
         break
     raise OSError(errno.ENXIO, "not a regular file", str(path))
-
-
-def _create(path: Path) -> None:
-    """Create an empty file that appears with its final mode, whatever the umask."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.fchmod(fd, _FILE_MODE)
-        os.link(draft, path)
-    finally:
-        os.close(fd)
-        draft.unlink(missing_ok=True)
 
 
 def _close_in_child() -> None:

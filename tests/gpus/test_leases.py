@@ -252,7 +252,7 @@ def test_any_user_can_use_the_files_whatever_the_umask(place):
     assert stat.S_IMODE(place.stat().st_mode) == 0o1777
     files = sorted(place.iterdir())
     assert [path.name for path in files] == ["gpu-a", "mutex", "ticket-0"]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o1666}
 
 
 @pytest.fixture
@@ -261,6 +261,40 @@ def public_folder():
     with tempfile.TemporaryDirectory(dir="/tmp") as path:
         os.chmod(path, 0o755)
         yield Path(path)
+
+
+def test_a_process_that_is_killed_leaves_no_file_that_others_cannot_use(place, monkeypatch):
+    """Whenever it is killed, what is there has its final mode: nothing is changed afterwards."""
+    monkeypatch.setattr(os, "fchmod", lambda *arguments: pytest.fail("a chmod after the creation"))
+    monkeypatch.setattr(os, "chmod", os.fchmod)
+    monkeypatch.setenv(shared_files.VARIABLE, str(place / "new"))
+    before = os.umask(0o077)
+    try:
+        found = folder()
+        close(try_lock(found / "gpu-a"))
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(found.stat().st_mode) == 0o1777
+    assert [path.name for path in found.iterdir()] == ["gpu-a"]  # no draft
+    assert stat.S_IMODE((found / "gpu-a").stat().st_mode) == 0o1666
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_a_directory_that_docker_created_for_root_is_opened_by_root(monkeypatch, public_folder):
+    monkeypatch.delenv(shared_files.VARIABLE)
+    monkeypatch.setattr(shared_files, "_PARENTS", (str(public_folder),))
+    path = public_folder / shared_files._NAME
+    path.mkdir(mode=0o755)
+
+    def as_nobody():
+        os.setuid(NOBODY)
+        with pytest.raises(ConfigError, match=f"denied; its owner can: chmod 1777 {path}; DIST"):
+            try_claim(folder(), claim("a"), IDLE)
+
+    Child(as_nobody).kill()
+    assert folder() == path
+    assert stat.S_IMODE(path.stat().st_mode) == 0o1777
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
