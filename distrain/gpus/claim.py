@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import getpass
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from distrain.gpus.processes import owner
 
 _MAX_BYTES = 64 << 10
 _MAX_CHARACTERS = 500
@@ -42,17 +43,16 @@ class Claim:
 
 def own_claim(run: str, gpus: Sequence[str], *, count: int, nice: bool) -> Claim:
     """Return a claim of this process, from now on."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = f"uid {os.getuid()}"
+    user = owner(os.getpid())  # not by $USER, which su and containers leave as it was
     return Claim(run, user, os.getpid(), time.time(), nice, count, tuple(gpus))
 
 
 def write(fd: int, claim: Claim) -> None:
     """Replace the content of a file by a claim."""
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(dataclasses.asdict(claim)).encode(), 0)
+    text = json.dumps(dataclasses.asdict(claim)).encode()
+    # in this order a full disk does not empty the file
+    os.pwrite(fd, text, 0)
+    os.ftruncate(fd, len(text))
 
 
 def read(fd: int) -> Claim:
