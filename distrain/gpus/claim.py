@@ -15,6 +15,7 @@ from distrain.gpus.processes import owner
 _MAX_BYTES = 64 << 10
 _MAX_CHARACTERS = 500
 _MAX_NUMBER = 2**40
+_SILENT_S = 60.0  # a waiting run looks once per second
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class Claim:
     count: int = 0  # number of GPUs
     gpus: tuple[str, ...] = ()  # UUIDs: those held, or those of which it waits for `count`
     number: int = 0  # in the order of arrival; 0: it has not waited
+    looked_s: float = 0.0  # last look of a waiting run, on the monotonic clock of the machine
 
     def intersects(self, other: Claim) -> bool:
         """Return whether a GPU is in both claims."""
         return not {*self.gpus}.isdisjoint(other.gpus)
+
+    def is_silent(self) -> bool:
+        """Return whether a waiting run has not looked for long: it is stopped (Ctrl-Z), or hangs."""
+        # one of an older version has no time
+        return 0.0 < self.looked_s < time.monotonic() - _SILENT_S
 
     def text(self) -> str:
         """Return a description: `alice (runs/digits, process 12, since 10:31, nice)`."""
@@ -98,4 +105,5 @@ _CHECKED: dict[str, Callable[[object], Any]] = {
     "count": _whole,
     "gpus": _names,
     "number": _whole,
+    "looked_s": _number,
 }

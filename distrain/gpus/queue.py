@@ -1,7 +1,7 @@
 """Queue for GPUs: runs wait in the order of their arrival, nice ones behind all others.
 
 A waiting run keeps a file locked that holds its claim, its ticket; an unlocked file is free for the
-next one. Only runs that want a GPU in common wait for each other. Standard library only.
+next one. A run takes no GPU that a run before it wants. Standard library only.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ class Ticket:
     path: Path
     fd: int
 
+    def write(self) -> None:
+        """Write the claim, as one of a run that looks now. Under the mutex."""
+        claims.write(self.fd, dataclasses.replace(self.claim, looked_s=time.monotonic()))
+
+    def is_lost(self) -> bool:
+        """Return whether the file has been removed: other runs do not see the ticket."""
+        try:
+            return not os.path.samestat(os.fstat(self.fd), self.path.lstat())
+        except FileNotFoundError:
+            return True
+
     def leave(self) -> None:
         """Leave the queue."""
         os.ftruncate(self.fd, 0)
@@ -45,7 +56,7 @@ class Blocked:
         ahead: claims of the runs that wait for one of its GPUs and are before it.
         behind: likewise, after it.
         holders: claims of the runs that hold its GPUs, by UUID.
-        idle: UUIDs of its GPUs that no run holds and no process uses.
+        idle: UUIDs of its GPUs that no run holds, no process uses and no run before it wants.
     """
 
     ahead: list[Claim]
@@ -55,20 +66,22 @@ class Blocked:
 
 
 def enter(folder: Path, claim: Claim) -> Ticket:
-    """Return a new ticket at the end of the queue.
+    """Return a new ticket at the end of the queue; in the place of a lost one with its claim.
 
     Raises:
         ConfigError: the directory cannot be used.
     """
     with mutex(folder) as counter:
-        number = max([_count(counter), *(other.number for other in waiting(folder))]) + 1
-        os.pwrite(counter, f"{number}\n".encode(), MUTEX_HEAD)
+        last = max([_count(counter), *(other.number for other in waiting(folder))])
+        number = claim.number or last + 1
+        os.pwrite(counter, f"{max(last, number)}\n".encode(), MUTEX_HEAD)
         claim = dataclasses.replace(claim, number=number)
         slot = 0
         while (fd := try_lock(path := folder / f"ticket-{slot}")) is None:
             slot += 1
-        claims.write(fd, claim)
-        return Ticket(claim, path, fd)
+        ticket = Ticket(claim, path, fd)
+        ticket.write()
+        return ticket
 
 
 def waiting(folder: Path, own: Ticket | None = None) -> list[Claim]:
@@ -102,7 +115,7 @@ def announced(folder: Path) -> set[int]:
 def try_claim(
     folder: Path, claim: Claim, uses: Mapping[str, str], ticket: Ticket | None = None
 ) -> Leases | Blocked:
-    """Lease the first idle GPUs of a claim if no run is before it; it leaves the queue then.
+    """Lease the first idle GPUs of a claim that no run before it wants; it leaves the queue then.
 
     Args:
         folder: of the leases.
@@ -115,12 +128,14 @@ def try_claim(
         ConfigError: the directory cannot be used.
     """
     with mutex(folder):
-        queue = [each for each in waiting(folder, ticket) if each.intersects(claim)]
+        if ticket is not None:
+            ticket.write()
+        queue = [each for each in _in_line(folder, ticket) if each.intersects(claim)]
         mine = (claim.nice, float("inf")) if ticket is None else _order(ticket.claim)
         ahead = [each for each in queue if _order(each) < mine]
         held = holders(folder, claim.gpus)
-        idle = [uuid for uuid in claim.gpus if uuid not in held and not uses[uuid]]
-        if not ahead and len(idle) >= claim.count:
+        idle = [uuid for uuid in _left_to(claim, ahead) if uuid not in held and not uses[uuid]]
+        if len(idle) >= claim.count:
             chosen = tuple(idle[: claim.count])
             number = 0 if ticket is None else ticket.claim.number
             own = dataclasses.replace(claim, gpus=chosen, since=time.time(), number=number)
@@ -137,6 +152,17 @@ def _order(claim: Claim) -> tuple[bool, float]:
     return claim.nice, claim.number
 
 
+def _left_to(claim: Claim, ahead: Iterable[Claim]) -> list[str]:
+    """Return the GPUs of a claim that no claim before it wants."""
+    wanted = {uuid for each in ahead for uuid in each.gpus}
+    return [uuid for uuid in claim.gpus if uuid not in wanted]
+
+
+def _in_line(folder: Path, own: Ticket | None = None) -> list[Claim]:
+    """Return `waiting` without silent runs: others pass them, but they keep their place."""
+    return [each for each in waiting(folder, own) if not each.is_silent()]
+
+
 def _count(counter: int) -> int:
     text = os.pread(counter, 30, MUTEX_HEAD).decode(errors="replace").strip()
     return int(text) if text.isdigit() else 0
@@ -149,7 +175,7 @@ def rivals(folder: Path, own: Claim) -> list[Claim]:
         ConfigError: the directory cannot be used.
     """
     with mutex(folder):
-        return [each for each in waiting(folder) if not each.nice and each.intersects(own)]
+        return [each for each in _in_line(folder) if not each.nice and each.intersects(own)]
 
 
 def steps_aside(folder: Path, own: Claim, uses: Mapping[str, str]) -> Claim | None:
@@ -167,15 +193,16 @@ def steps_aside(folder: Path, own: Claim, uses: Mapping[str, str]) -> Claim | No
         ConfigError: the directory cannot be used.
     """
     with mutex(folder):
-        queue = [each for each in waiting(folder) if not each.nice]
-        for index, rival in enumerate(queue):
-            is_first = not any(rival.intersects(other) for other in queue[:index])
-            if is_first and rival.intersects(own):
-                held = holders(folder, rival.gpus)
-                idle = [u for u in rival.gpus if u not in held and not uses.get(u, "unknown")]
+        queue = [each for each in _in_line(folder) if not each.nice]
+        for index, waits in enumerate(queue):
+            gpus = tuple(_left_to(waits, queue[:index]))
+            rival = dataclasses.replace(waits, gpus=gpus)
+            if rival.intersects(own):
+                held = holders(folder, gpus)
+                idle = [u for u in gpus if u not in held and not uses.get(u, "unknown")]
                 missing = rival.count - len(idle)
                 if _is_needed(own, rival, held.values(), missing):
-                    return rival
+                    return waits
     return None
 
 

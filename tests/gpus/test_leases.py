@@ -1,8 +1,11 @@
 """Leases of GPUs and the queue for them: one run per GPU, in order, also after kills."""
 
+import errno
 import json
 import multiprocessing
 import os
+import pwd
+import shutil
 import signal
 import stat
 import subprocess
@@ -196,6 +199,79 @@ def test_a_dead_run_has_no_place_and_numbers_grow(place):
     assert queue.announced(place) == {os.getpid()}
     later.leave()
     assert queue.announced(place) == set()
+
+
+def test_a_run_passes_one_that_waits_for_other_gpus(place):
+    """One with CUDA_VISIBLE_DEVICES=0 waits for a busy GPU 0: those that see all take the rest."""
+    busy = IDLE | {"a": "used by process 1"}
+    first = enter(place, claim("a", run="first"))
+    assert got(found := try_claim(place, claim("abc", 2), busy)) == "bc"
+    found.close()
+    blocked = try_claim(place, claim("abc", 3), IDLE)
+    assert (blocked.idle, blocked.ahead[0].run) == (["b", "c"], "first")  # a is not free for it
+    nice = take(place, claim("b", nice=True))
+    second = enter(place, claim("ab", 1, run="second"))
+    assert steps_aside(place, nice.claim, busy).run == "second"
+    nice.close()
+    assert got(found := try_claim(place, second.claim, IDLE, second)) == "b"
+    for each in (found.close, first.leave):
+        each()
+
+
+def test_a_stopped_run_keeps_its_place_but_lets_others_pass(place, monkeypatch):
+    stopped = Child(lambda: enter(place, claim("a", run="stopped")).claim)
+    later = enter(place, claim("a", run="later"))
+    assert isinstance(try_claim(place, later.claim, IDLE, later), Blocked)
+    nice = claim("a", nice=True)
+    assert [each.run for each in queue.rivals(place, nice)] == ["stopped", "later"]
+    later_s = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    assert isinstance(found := try_claim(place, later.claim, IDLE, later), Leases)
+    found.close()
+    assert queue.rivals(place, nice) == []  # a nice run does not step aside for it
+    assert queued(place) == ["stopped"]
+    back = queue.Ticket(stopped.result, place / "ticket-0", os.open(place / "ticket-0", os.O_RDWR))
+    back.write()  # it looks again
+    assert isinstance(try_claim(place, claim("a"), IDLE), Blocked)
+    stopped.kill()
+
+
+def test_a_full_disk_does_not_take_the_content_of_a_ticket(place, monkeypatch):
+    ticket = enter(place, claim("a", run="first"))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            ticket.write()
+    assert queued(place) == ["first"]
+    with (place / "ticket-0").open("rb") as file:
+        assert claims.read(file.fileno()).run == "first"
+    ticket.leave()
+
+
+def test_a_run_whose_ticket_was_removed_takes_its_place_again(place):
+    first, second = (enter(place, claim("a", run=run)) for run in ("first", "second"))
+    assert not first.is_lost()
+    shutil.rmtree(place)
+    assert first.is_lost()
+    new = enter(folder(), claim("a", run="new"))  # it has the file of the first
+    assert first.is_lost()
+    first.leave()
+    first = enter(folder(), first.claim)
+    assert isinstance(try_claim(place, first.claim, IDLE, first), Leases)
+    assert [each.run for each in try_claim(place, claim("a"), IDLE).ahead] == ["new"]
+    new.leave()
+    second.leave()
+
+
+def test_the_user_of_a_claim_is_that_of_the_process(monkeypatch):
+    monkeypatch.setenv("USER", "somebody-else")
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert own_claim("run", ["a"], count=1, nice=False).user == user
 
 
 def test_numbers_grow_past_those_that_wait_where_the_counter_is_lost(place):
