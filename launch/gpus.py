@@ -15,7 +15,7 @@ from distrain.gpus.claim import Claim, own_claim
 from distrain.gpus.idle import uses_of
 from distrain.gpus.leases import Leases, hold
 from distrain.gpus.nvml import Gpu, NoDriver, Nvml
-from distrain.gpus.queue import Blocked
+from distrain.gpus.queue import Blocked, Ticket
 from distrain.gpus.shared_files import folder
 from distrain.gpus.visible import candidates, environment_for, most_ranks
 from distrain.launch import Job
@@ -28,6 +28,8 @@ POLL_S = 1.0
 _TRIES = 3  # of a run that does not wait: the memory of the run before is freed with a delay
 _RETRY_S = 0.5
 
+_PATIENCE_S = 1.0  # for the mutex: the process that looks for rivals watches the ranks, too
+
 
 @dataclass(frozen=True)
 class GpuRequest:
@@ -39,6 +41,7 @@ class GpuRequest:
         wait: whether it waits for them.
         nice: whether it steps aside for others.
         only_first: whether it can use the first visible GPU alone.
+        is_back: whether it has stepped aside, and comes back.
     """
 
     ranks: int | None
@@ -46,6 +49,7 @@ class GpuRequest:
     wait: bool = False
     nice: bool = False
     only_first: bool = False
+    is_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def run_leased(
         if code != ExitCode.STOPPED or stop.signals or stop.since is None:
             return code
         stop.reset()
-        request = dataclasses.replace(request, wait=True, ranks=len(grant.gpus))
+        ranks = len(grant.gpus)
+        request = dataclasses.replace(request, wait=True, ranks=ranks, is_back=True)
         returns += 1
 
 
@@ -140,6 +145,11 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
     found = candidates(devices)
     if request.only_first:
         found = found[:1]
+    if not found and request.is_back:  # it must not continue on CPUs
+        raise ConfigError(
+            "launch.nice=true: the GPUs have vanished while the run waited; its state is saved: "
+            "start it again when nvidia-smi lists them"
+        )
     if not found:
         return Grant()
     most = most_ranks(found)
@@ -158,27 +168,32 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
 
 
 def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopRequest) -> Leases:
-    path = folder()
-    ticket = queue.enter(path, claim) if request.wait else None
+    ticket: Ticket | None = None
     shown, num_looks, was_quiet = "", 0, stop.is_quiet
     stop.is_quiet = True  # no rank has a state to save yet
     try:
         while True:
-            found = queue.try_claim(path, claim, uses := uses_of(gpus), ticket)
-            if isinstance(found, Leases):
-                ticket = None  # it has left the queue
-                return found
-            num_looks += 1
-            reasons = _reasons(found, gpus, uses)
-            if ticket is None and num_looks == _TRIES:
-                raise _refusal(claim, found, request, reasons)
-            place = len(found.ahead) + 1
-            num = place + len(found.behind)
-            line = f"waiting for {_idle(claim.count)}, place {place} of {num} in the queue{reasons}"
-            if ticket is not None and line != shown:
+            uses = uses_of(gpus)
+            try:
+                if request.wait:
+                    ticket = queue.enter(folder(), claim, ticket)
+                found = queue.try_claim(folder(), claim, uses, ticket)
+            except ConfigError as error:
+                if ticket is None and not request.is_back:
+                    raise
+                line = f"waiting for {_idle(claim.count)}; {error}"  # it may pass
+            else:
+                if isinstance(found, Leases):
+                    ticket = None  # it has left the queue
+                    return found
+                num_looks += 1
+                if not request.wait and num_looks == _TRIES:
+                    raise _refusal(claim, found, request, _reasons(found, gpus, uses))
+                line = _place(claim, found, _reasons(found, gpus, uses))
+            if request.wait and line != shown:
                 _log(line)
                 shown = line
-            time.sleep(POLL_S if ticket is not None else _RETRY_S)
+            time.sleep(POLL_S if request.wait else _RETRY_S)
             if stop.since is not None:
                 raise StoppedBeforeStart("stopped while waiting for GPUs; nothing was started")
     finally:
@@ -187,16 +202,25 @@ def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopR
             ticket.leave()
 
 
+def _place(claim: Claim, found: Blocked, reasons: str) -> str:
+    """Return the place of a waiting run in the queue, and why it waits."""
+    place = len(found.ahead) + 1
+    num = place + len(found.behind)
+    first = f"; first in the queue: {found.ahead[0].text()}" if found.ahead else ""
+    return f"waiting for {_idle(claim.count)}, place {place} of {num} in the queue{reasons}{first}"
+
+
 def _refusal(claim: Claim, found: Blocked, request: GpuRequest, reasons: str) -> ConfigError:
     ranks = "null" if request.ranks is None else request.ranks
     fixes = ["launch.wait=true waits for them"]
     if any(other.nice for other in found.holders.values()) and not claim.nice:
         fixes = ["launch.wait=true waits for them, and nice runs step aside"]
-    if found.idle and not found.ahead:
+    if found.idle:
         fixes.append(f"launch.ranks={len(found.idle)} takes fewer")
     fixes.append("launch.share=true runs alongside them")
     num = len(found.ahead)
     before = f"; {num} run{'s' * (num > 1)} wait{'s' * (num == 1)} for them" if num else ""
+    before += f", first: {found.ahead[0].text()}" if num else ""
     return ConfigError(
         f"launch.ranks={ranks}: expected {_idle(claim.count)}, found {len(found.idle)} of "
         f"{len(claim.gpus)}{reasons}{before}; {', '.join(fixes)}"
@@ -233,6 +257,7 @@ class _Rivals:
         self._claim = claim
         self._next_s = 0.0
         self._num_looks = 0
+        self._shown = ""
 
     def __call__(self) -> bool:
         now_s = time.monotonic()
@@ -240,12 +265,13 @@ class _Rivals:
             return False
         self._next_s = now_s + POLL_S
         try:
-            rivals = queue.rivals(folder(), self._claim)
-            rival = rivals and queue.steps_aside(folder(), self._claim, _uses_of_all())
+            rivals = queue.rivals(folder(), self._claim, _PATIENCE_S)
+            rival = rivals and queue.steps_aside(folder(), self._claim, _uses_of_all(), _PATIENCE_S)
         except ConfigError as error:  # must not end a run that trains
-            _log(f"launch.nice=true: {error}; the run goes on, and looks no more")
-            self._next_s = float("inf")
-            return False
+            rival = None
+            if str(error) != self._shown:
+                self._shown = str(error)
+                _log(f"launch.nice=true: {error}; the run goes on")
         self._num_looks = self._num_looks + 1 if rival else 0
         if not rival or self._num_looks < 2:
             return False

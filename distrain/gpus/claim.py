@@ -37,8 +37,8 @@ class Claim:
         return not {*self.gpus}.isdisjoint(other.gpus)
 
     def is_silent(self) -> bool:
-        """Return whether a waiting run has not looked for long: it is stopped (Ctrl-Z), or hangs."""
-        # one of an older version has no time
+        """Return whether a waiting run has not looked for long: it is stopped (Ctrl-Z) or hangs."""
+        # 0: of an older version
         return 0.0 < self.looked_s < time.monotonic() - _SILENT_S
 
     def text(self) -> str:

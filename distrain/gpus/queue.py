@@ -18,7 +18,7 @@ from pathlib import Path
 from distrain.gpus import claim as claims
 from distrain.gpus.claim import Claim
 from distrain.gpus.leases import Leases, holders, take
-from distrain.gpus.shared_files import MUTEX_HEAD, close, mutex, try_lock
+from distrain.gpus.shared_files import MUTEX_HEAD, MUTEX_S, close, mutex, try_lock
 
 _TICKET = re.compile(r"ticket-(\d{1,9})")
 
@@ -65,23 +65,32 @@ class Blocked:
     idle: list[str]
 
 
-def enter(folder: Path, claim: Claim) -> Ticket:
-    """Return a new ticket at the end of the queue; in the place of a lost one with its claim.
+def enter(folder: Path, claim: Claim, before: Ticket | None = None) -> Ticket:
+    """Return a new ticket at the end of the queue.
+
+    Args:
+        folder: of the leases.
+        claim: of the run.
+        before: ticket of the run. It is returned; where its file has been removed, a new one in its
+            place.
 
     Raises:
         ConfigError: the directory cannot be used.
     """
+    if before is not None and not before.is_lost():
+        return before
     with mutex(folder) as counter:
         last = max([_count(counter), *(other.number for other in waiting(folder))])
-        number = claim.number or last + 1
+        number = last + 1 if before is None else before.claim.number
         os.pwrite(counter, f"{max(last, number)}\n".encode(), MUTEX_HEAD)
-        claim = dataclasses.replace(claim, number=number)
         slot = 0
         while (fd := try_lock(path := folder / f"ticket-{slot}")) is None:
             slot += 1
-        ticket = Ticket(claim, path, fd)
+        ticket = Ticket(dataclasses.replace(claim, number=number), path, fd)
         ticket.write()
-        return ticket
+    if before is not None:
+        before.leave()
+    return ticket
 
 
 def waiting(folder: Path, own: Ticket | None = None) -> list[Claim]:
@@ -168,17 +177,19 @@ def _count(counter: int) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def rivals(folder: Path, own: Claim) -> list[Claim]:
+def rivals(folder: Path, own: Claim, patience_s: float = MUTEX_S) -> list[Claim]:
     """Return the claims of runs that wait for a GPU of a nice run and are not nice themselves.
 
     Raises:
         ConfigError: the directory cannot be used.
     """
-    with mutex(folder):
+    with mutex(folder, patience_s):
         return [each for each in _in_line(folder) if not each.nice and each.intersects(own)]
 
 
-def steps_aside(folder: Path, own: Claim, uses: Mapping[str, str]) -> Claim | None:
+def steps_aside(
+    folder: Path, own: Claim, uses: Mapping[str, str], patience_s: float = MUTEX_S
+) -> Claim | None:
     """Return the claim for which a nice run gives its GPUs up, so that it can begin; else None.
 
     Of several nice runs those give up that began last, as many as are needed; none does where the
@@ -188,11 +199,12 @@ def steps_aside(folder: Path, own: Claim, uses: Mapping[str, str]) -> Claim | No
         folder: of the leases.
         own: claim of the nice run, with the GPUs that it holds.
         uses: as in `try_claim`, of all GPUs of the machine.
+        patience_s: limit of the wait for the mutex.
 
     Raises:
         ConfigError: the directory cannot be used.
     """
-    with mutex(folder):
+    with mutex(folder, patience_s):
         queue = [each for each in _in_line(folder) if not each.nice]
         for index, waits in enumerate(queue):
             gpus = tuple(_left_to(waits, queue[:index]))

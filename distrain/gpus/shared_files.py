@@ -27,7 +27,8 @@ _FILE_MODE = 0o1666  # systemd removes files of /tmp after 10 days, but none wit
 _MUTEX = "mutex"
 MUTEX_HEAD = 20
 """Bytes at the beginning of the mutex file that belong to `mutex`."""
-_MUTEX_S = 30.0  # a process holds it for milliseconds
+MUTEX_S = 30.0
+"""Limit of the wait for the mutex, which a process holds for milliseconds."""
 _PAUSE_S = 0.01
 _OPEN_TRIES = 20  # another process may remove the file meanwhile
 
@@ -90,13 +91,13 @@ def unusable(path: str | os.PathLike[str], error: OSError) -> ConfigError:
     """Return the error of a file or directory that cannot hold leases."""
     fix = f"its owner can: chmod 1777 {folder_path()}; " if error.errno == errno.EACCES else ""
     return ConfigError(
-        f"{path}: the leases of GPUs cannot be kept here: {error.strerror}; {fix}{VARIABLE}=DIR names "
-        "another directory for all users, launch.share=true starts without leases"
+        f"{path}: the leases of GPUs cannot be kept here: {error.strerror}; {fix}{VARIABLE}=DIR "
+        "names another directory for all users, launch.share=true starts without leases"
     )
 
 
 @contextlib.contextmanager
-def mutex(path: Path) -> Iterator[int]:
+def mutex(path: Path, patience_s: float = MUTEX_S) -> Iterator[int]:
     """Exclude all other processes from the directory `path` inside `with`; yield the descriptor.
 
     The first 20 bytes of the file are the process id of the last holder; the rest is the caller's.
@@ -105,13 +106,13 @@ def mutex(path: Path) -> Iterator[int]:
         ConfigError: a file cannot be used, or another process holds the mutex for long.
     """
     file = path / _MUTEX
-    deadline_s = time.monotonic() + _MUTEX_S
+    deadline_s = time.monotonic() + patience_s
     try:
         while (fd := try_lock(file)) is None:
             if time.monotonic() > deadline_s:
                 pid = file.read_text(errors="replace").partition("\n")[0].strip()
                 raise ConfigError(
-                    f"{file}: locked by another process for {_MUTEX_S:.0f} s, the last one was "
+                    f"{file}: locked by another process for {patience_s:g} s, the last one was "
                     f"{pid if pid.isdigit() else 'unknown'}; if it is stopped, continue or end it"
                 )
             time.sleep(_PAUSE_S)

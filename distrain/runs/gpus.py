@@ -154,7 +154,8 @@ def _rows(device: Device, now_s: float) -> list[list[str]]:
 def _queue_row(place: int, claim: Claim, labels: dict[str, str], now_s: float) -> list[str]:
     gpus = [labels[uuid] for uuid in claim.gpus if uuid in labels]
     wants = f"{claim.count} of {','.join(gpus)}"
-    return [str(place), wants, "nice" if claim.nice else "", *_who(claim, now_s)]
+    state = "silent" if claim.is_silent() else "nice" if claim.nice else ""
+    return [str(place), wants, state, *_who(claim, now_s)]
 
 
 def _who(claim: Claim, now_s: float) -> list[str]:

@@ -259,8 +259,8 @@ def test_a_run_whose_ticket_was_removed_takes_its_place_again(place):
     assert first.is_lost()
     new = enter(folder(), claim("a", run="new"))  # it has the file of the first
     assert first.is_lost()
-    first.leave()
-    first = enter(folder(), first.claim)
+    first = enter(folder(), first.claim, first)
+    assert enter(folder(), first.claim, first) is first
     assert isinstance(try_claim(place, first.claim, IDLE, first), Leases)
     assert [each.run for each in try_claim(place, claim("a"), IDLE).ahead] == ["new"]
     new.leave()
@@ -436,9 +436,7 @@ def test_a_directory_or_file_that_cannot_be_trusted_is_refused(tmp_path, monkeyp
     assert "\n" not in str(caught.value)
 
 
-def test_a_mutex_that_is_held_for_long_names_its_holder(place, monkeypatch):
-    monkeypatch.setattr(shared_files, "_MUTEX_S", 0.1)
-
+def test_a_mutex_that_is_held_for_long_names_its_holder(place):
     def hold():
         entered.append(mutex(place))
         entered[0].__enter__()
@@ -447,7 +445,7 @@ def test_a_mutex_that_is_held_for_long_names_its_holder(place, monkeypatch):
 
     holder = Child(hold)
     with pytest.raises(ConfigError, match=f"the last one was {holder.pid}; if it is stopped"):
-        try_claim(place, claim("a"), IDLE)
+        queue.rivals(place, claim("a"), 0.1)
     holder.kill()
     try_claim(place, claim("a"), IDLE).close()
 

@@ -197,14 +197,51 @@ def test_runs_wait_in_order_and_one_that_is_stopped_leaves_the_queue(machine):
     assert not (third.folder / "logs").exists()
     assert "the ranks save" not in (third.folder / "console").read_text()
     assert fourth.said("place 2 of 2 in the queue")
+    assert fourth.said(f"; first in the queue: {_me()} ({second.folder}, ")
     kind, message = machine.start("fifth").command.result()
-    assert "; 2 runs wait for them; " in message
+    assert f"; 2 runs wait for them, first: {_me()} ({second.folder}, " in message
     assert first.end() == ExitCode.FINISHED
     second.rank()
     assert fourth.said(f"place 1 of 1 in the queue; GPU 0: held by {_me()} ({second.folder}, ")
     assert second.end() == ExitCode.FINISHED
     fourth.rank()
     assert fourth.end() == ExitCode.FINISHED
+
+
+def test_a_waiting_run_outlives_the_directory_of_the_leases(machine):
+    machine.has(1, gpu0_processes="")
+    first = machine.start("first", wait=True)
+    first.rank()
+    second = machine.start("second", wait=True)
+    second.said("place 1 of 1")
+    directory = machine.folder / "leases"
+    machine.has(1, gpu0_processes="999999999:5")  # the driver sees the first run
+    directory.rename(machine.folder / "moved")
+    directory.write_text("")  # for a while nothing can be created there
+    assert second.said("waiting for 1 idle GPU; ").endswith("for the leases of GPUs; remove it")
+    directory.unlink()
+    assert second.said("place 1 of 1 in the queue; GPU 0: used by process 999999999")
+    third = machine.start("third", wait=True)
+    assert third.said("place 2 of 2 in the queue")
+    machine.has(1, gpu0_processes="")
+    second.rank()
+    assert (first.end(), second.end()) == (ExitCode.FINISHED, ExitCode.FINISHED)
+    third.rank()
+    assert third.end() == ExitCode.FINISHED
+
+
+def test_a_nice_run_goes_on_while_the_mutex_is_held_and_steps_aside_later(machine, monkeypatch):
+    monkeypatch.setattr(gpus, "_PATIENCE_S", 0.1)
+    machine.has(1)
+    nice = machine.start("nice", nice=True)
+    nice.rank()
+    with shared_files.mutex(machine.folder / "leases"):
+        assert nice.said("mutex: locked by another process for 0.1 s").endswith("; the run goes on")
+    other = machine.start("other", wait=True)
+    other.rank()
+    assert other.end() == ExitCode.FINISHED
+    nice.rank(returns=1)
+    assert nice.end() == ExitCode.FINISHED
 
 
 def _me():

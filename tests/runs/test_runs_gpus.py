@@ -1,5 +1,6 @@
 """python -m distrain.runs gpus; and whole commands that share a GPU of a stand-in driver."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -79,6 +80,11 @@ def test_the_table_has_a_row_per_gpu_and_per_process_without_a_lease():
         "ago",
         "/home/bob/runs/b",
     ]
+
+
+def test_a_waiting_run_that_is_stopped_is_shown_as_silent():
+    stopped = dataclasses.replace(BOB, looked_s=0.001)
+    assert " silent " in as_text(DEVICES, [stopped], None, now_s=3600.0).splitlines()[-1]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
