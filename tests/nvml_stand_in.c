@@ -2,7 +2,7 @@
  *
  * NVML_STAND_IN names the file. A line is a key and a value: "gpus 2", "0.power 250000",
  * "0.mig0.uuid MIG-..", "0.processes 41:1048576 42:0" (ids and bytes). What the file does not have, the card does not support. "0.lost 1": that
- * GPU is gone. "1.xid 79 3": GPU 1 has had 3 events of Xid 79; each is told once. Values are in
+ * GPU is gone. "0.error 999": all calls for it return that code. "1.xid 79 3": GPU 1 has had 3 events of Xid 79; each is told once. Values are in
  * NVML's own units. Calls of nvmlInit and nvmlShutdown are written to the file beside it, FILE.calls.
  * -DWITHOUT_ENERGY leaves functions out, as an old driver does, and has the older list of processes.
  */
@@ -49,6 +49,8 @@ static int text(void *handle, const char *name, char *value, size_t size) {
   char key[64];
   snprintf(key, sizeof key, "%d.lost", gpu);
   if (look_up(key, value, size)) return IS_LOST;
+  snprintf(key, sizeof key, "%d.error", gpu);
+  if (look_up(key, value, size)) return atoi(value);
   if (slot < 0) snprintf(key, sizeof key, "%d.%s", gpu, name);
   else snprintf(key, sizeof key, "%d.mig%d.%s", gpu, slot, name);
   return look_up(key, value, size) ? SUCCESS : NOT_SUPPORTED;

@@ -16,16 +16,19 @@ def use_of(gpu: Gpu) -> str:
     """Return by whom a GPU is used, in words; "" if it is idle.
 
     Idle is a GPU without a compute process, and with at most 1 GiB or 2 % of its memory in use.
-    This process does not count.
+    This process and its memory do not count.
     """
     try:
-        processes = [pid for pid in gpu.processes() if pid != os.getpid()]
+        processes = gpu.processes()
         memory = gpu.memory_mib()
     except GpuLost:
         return "does not respond"
+    own_mib = processes.pop(os.getpid(), 0.0)
     if processes:
         return f"used by {' and '.join(map(_process_text, processes))}"
-    if memory is None or memory[0] <= max(_IDLE_MIB, _IDLE_FRACTION * memory[1]):
+    if memory is None or own_mib is None:
+        return ""
+    if memory[0] - own_mib <= max(_IDLE_MIB, _IDLE_FRACTION * memory[1]):
         return ""
     # a process of another container; the amount would change with each look
     return "memory in use by an unknown process"

@@ -105,7 +105,7 @@ class Gpu:
         Raises:
             GpuLost: it no longer responds.
         """
-        found = self._try(_memory, self)
+        found = self._ask(_memory)
         return None if found is None else (found["memory_used_mib"], found["memory_total_mib"])
 
     def utilization_percent(self) -> float | None:
@@ -125,7 +125,20 @@ class Gpu:
         Raises:
             GpuLost: it no longer responds.
         """
-        return self._try(_processes, self) or {}
+        return self._ask(_processes) or {}
+
+    def _ask(self, reader: Callable[[Gpu], T]) -> T | None:
+        """Call a reader; None where the value is unsupported.
+
+        Raises:
+            GpuLost: any other error: the GPU is not idle for want of a value.
+        """
+        try:
+            return reader(self)
+        except pynvml.NVMLError as error:
+            if _code(error) in _UNSUPPORTED - {pynvml.NVML_ERROR_INVALID_ARGUMENT}:
+                return None
+            raise GpuLost(str(error)) from None
 
     def _try(self, reader: Callable[..., T], *arguments: Any) -> T | None:
         """Call a reader; None on an error, and from then on if the value is unsupported."""

@@ -212,6 +212,10 @@ def use(rank, driver):
         {"memory_used": 2**30 + 2**20, "memory_total": 8 * 2**30},
         {"memory_used": 2 * 2**30, "memory_total": 100 * 2**30},
         {"lost": 1},
+        {"error": 999},  # unknown error
+        {"error": 2},  # invalid argument: the handle is that of another driver
+        {"processes": f"{os.getpid()}:{5 << 30}", "memory_used": 6 << 30, "memory_total": 8 << 30},
+        {"processes": f"{os.getpid()}:{2 << 30}", "memory_used": 6 << 30, "memory_total": 8 << 30},
     ):
         driver.says(gpus=1, gpu0_uuid="GPU-0", gpu0_name="A")
         nvml = Nvml()
@@ -237,6 +241,10 @@ def test_when_a_gpu_is_idle(libraries, old):
             memory,
             "",
             "does not respond",
+            "does not respond",
+            "does not respond",
+            "",
+            memory,
         ]
     ]
 
