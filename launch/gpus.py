@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ POLL_S = 1.0
 _TRIES = 3  # of a run that does not wait: the memory of the run before is freed with a delay
 _RETRY_S = 0.5
 
+_DRIVER = "/dev/nvidiactl"  # where it is, NVML should work
 _PATIENCE_S = 1.0  # for the mutex: the process that looks for rivals watches the ranks, too
 
 
@@ -129,7 +131,7 @@ def run_leased(
 @contextlib.contextmanager
 def lease(request: GpuRequest, stop: StopRequest) -> Iterator[Grant]:
     """Lease the GPUs of a run until the end of the `with`; raises as `run_leased`."""
-    with _machine() as devices:
+    with _machine(is_logged=True) as devices:
         grant = _granted(devices, request, stop)
     try:
         if grant.leases is not None and request.nice:
@@ -289,15 +291,21 @@ def _uses_of_all() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _machine() -> Iterator[list[list[Gpu]]]:
-    """Yield the devices of each GPU, with NVML open; none where there is no NVIDIA driver."""
+def _machine(*, is_logged: bool = False) -> Iterator[list[list[Gpu]]]:
+    """Yield the devices of each GPU, with NVML open; none where there is no NVIDIA driver.
+
+    Args:
+        is_logged: print a line if there is a driver, but its library fails.
+    """
     nvml = None
     try:
         try:
             nvml = Nvml()
             devices = nvml.gpus()
-        except NoDriver:
+        except NoDriver as error:
             devices = []
+            if is_logged and os.path.exists(_DRIVER):
+                _log(f"no leases are taken: the GPUs cannot be read: {error}")
         yield devices
     finally:
         if nvml is not None:

@@ -164,6 +164,27 @@ def test_without_visible_gpus_there_are_no_leases(machine, monkeypatch):
     assert not (machine.folder / "leases").exists()
 
 
+def test_a_driver_that_fails_is_reported_and_a_nice_run_does_not_come_back_on_cpus(
+    machine, monkeypatch
+):
+    monkeypatch.setattr(gpus, "_DRIVER", "/dev/null")
+    machine.has(1)
+    nice = machine.start("nice", nice=True)
+    nice.rank()
+    other = machine.start("other", wait=True)
+    other.said("place 1 of 1")
+    (machine.folder / "says").unlink()
+    kind, message = nice.command.result()
+    assert kind is ConfigError
+    assert message.startswith("launch.nice=true: the GPUs have vanished while the run waited; its")
+    (other.folder / "end").touch()
+    other.command.signal(signal.SIGTERM)
+    run = machine.start("run", ranks=1)
+    run.said("no leases are taken: the GPUs cannot be read: Driver Not Loaded")
+    run.rank()
+    assert run.end() == ExitCode.FINISHED
+
+
 def test_a_mig_device_is_taken_not_its_gpu(machine):
     machine.has(
         1, gpu0_mig=1, **{"gpu0_mig0.uuid": "MIG-aaaabbbbcccc", "gpu0_mig1.uuid": "MIG-1111"}
