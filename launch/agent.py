@@ -238,9 +238,12 @@ class _Agent(LocalElasticAgent):
     def _decide_restart(self, max_restarts: int) -> None:
         """Report that the ranks restart, or prevent it where it is useless or unwanted."""
         assert self.cause is not None
-        if self.cause.is_final or self._stop.since is not None:
+        if self.cause.is_final or self._stop.signals:
             self._remaining_restarts = 0
         if self._remaining_restarts:
+            # a nice run that failed while it stepped aside: it is asked again after the restart
+            self._stop.reset()
+            self._stop.kill = self._kill
             number = max_restarts - self._remaining_restarts + 1
             line = f"{self.cause.line()}; starting again, {number} of {max_restarts}"
             print(line, file=sys.stderr, flush=True)

@@ -58,8 +58,10 @@ class StopRequest:
     def reset(self) -> None:
         """Forget a stop that no signal requested: the ranks have ended, and start again."""
         self.kill = bool
-        if not self.signals:
-            self.since = None
+        # in this order no signal is lost that comes meanwhile
+        self.since = None
+        if self.signals:
+            self.since = time.monotonic()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Record a signal; the agent acts on it."""

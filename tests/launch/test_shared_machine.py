@@ -15,7 +15,7 @@ import pytest
 from stand_in import LIBRARY, Driver
 from test_launch import Command, wait_for, what_agents_import  # noqa: F401 - a fixture
 
-from distrain.errors import ConfigError, ExitCode, StoppedBeforeStart
+from distrain.errors import ConfigError, ExitCode, RankFailed, StoppedBeforeStart
 from distrain.gpus import shared_files
 from distrain.launch import gpus
 from distrain.launch.local import LocalLauncher
@@ -30,6 +30,7 @@ class Hold:
 
     run_dir: str
     fails_at_first: bool = False
+    fails_to_stop: bool = False
 
     def __call__(self) -> ExitCode:
         asked = []
@@ -39,9 +40,12 @@ class Hold:
         note = Path(self.run_dir, f"rank-{rank}-{returns}.json")
         note.with_suffix(".new").write_text(json.dumps(seen))
         note.with_suffix(".new").rename(note)
-        if self.fails_at_first and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if self.fails_at_first and is_first:
             raise OSError("flaky")
         while not Path(self.run_dir, "end").exists():
+            if asked and self.fails_to_stop and is_first:
+                raise OSError("disk full")
             if asked:
                 return ExitCode.STOPPED
             time.sleep(0.01)
@@ -51,10 +55,10 @@ class Hold:
 class Run:
     """A command that runs a job."""
 
-    def __init__(self, machine, name, fails_at_first=False, **settings):
+    def __init__(self, machine, name, fails_at_first=False, fails_to_stop=False, **settings):
         self.folder = machine.folder / name
         self.folder.mkdir()
-        job = Hold(str(self.folder), fails_at_first)
+        job = Hold(str(self.folder), fails_at_first, fails_to_stop)
         self._console = self.folder / "console"
 
         def main():
@@ -317,6 +321,29 @@ def test_a_nice_run_steps_aside_and_comes_back(machine):
     assert last.end() == ExitCode.FINISHED
     nice_too.rank(returns=1)
     assert nice_too.end() == ExitCode.FINISHED
+
+
+def test_a_nice_run_that_fails_while_it_steps_aside_restarts_and_steps_aside(machine):
+    machine.has(1)
+    nice = machine.start("nice", nice=True, max_restarts=1, fails_to_stop=True)
+    nice.rank()
+    other = machine.start("other", wait=True)
+    nice.said("starting again, 1 of 1")
+    other.rank()
+    assert other.end() == ExitCode.FINISHED
+    nice.rank(returns=1)
+    assert nice.end() == ExitCode.FINISHED
+    last = machine.start("last", nice=True, fails_to_stop=True, max_restarts=1)
+    last.rank()
+    last.command.signal(signal.SIGTERM)  # after a signal there is no restart
+    assert last.command.result()[0] is RankFailed
+
+
+def test_one_rank_in_the_command_sees_the_gpu_that_it_has_leased(machine):
+    machine.has(2, gpu1_name="Faster")  # by default CUDA counts it first
+    run = machine.start("run", in_process=True)
+    assert run.rank()["gpus"] == "GPU-0"
+    assert run.end() == ExitCode.FINISHED
 
 
 def test_a_signal_while_stepping_aside_is_a_stop(machine):
