@@ -76,7 +76,7 @@ class LocalLauncher(RankOptions, Launcher):
     def _run(self, job: Job, grant: Grant, stop: StopRequest) -> ExitCode:
         """Run the ranks on the GPUs of a grant; without any, on those that torch finds."""
         if self.in_process:
-            with environment(only_rank_env()):
+            with environment({**grant.variables, **only_rank_env()}):
                 return ExitCode(job())
         ranks = len(grant.gpus) or self._num_ranks()
         starting = f"distrain: starting {counted(ranks, 'rank')}{grant.names()}"
