@@ -174,7 +174,7 @@ def _in_line(folder: Path, own: Ticket | None = None) -> list[Claim]:
 
 def _count(counter: int) -> int:
     text = os.pread(counter, 30, MUTEX_HEAD).decode(errors="replace").strip()
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0
 
 
 def rivals(folder: Path, own: Claim, patience_s: float = MUTEX_S) -> list[Claim]:

@@ -64,7 +64,7 @@ def visible(gpus: Sequence[Sequence[Gpu]], names: str | None) -> list[Gpu]:
         return devices
     found: list[Gpu] = []
     for name in names.replace(" ", "").split(","):
-        if name.isdigit():
+        if name.isdecimal():
             matches = [*gpus[int(name)][:1]] if int(name) < len(gpus) else []
         else:
             is_uuid = name.startswith(("GPU-", "MIG-"))
