@@ -20,17 +20,17 @@ from distrain.gpus.queue import Blocked, Ticket
 from distrain.gpus.shared_files import folder
 from distrain.gpus.visible import candidates, environment_for, most_ranks
 from distrain.launch import Job
+from distrain.launch.lease_watch import LeaseWatch
 from distrain.launch.stop import StopRequest
 from distrain.process.environment import RETURNS, environment
 
 POLL_S = 1.0
-"""Seconds between two looks of a waiting run, and of a nice one."""
+"""Seconds between two looks of a waiting run, and of one that holds leases."""
 
 _TRIES = 3  # of a run that does not wait: the memory of the run before is freed with a delay
 _RETRY_S = 0.5
 
 _DRIVER = "/dev/nvidiactl"  # where it is, NVML should work
-_PATIENCE_S = 1.0  # for the mutex: the process that looks for rivals watches the ranks, too
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def run_leased(
         if code != ExitCode.STOPPED or stop.signals or stop.since is None:
             return code
         stop.reset()
+        _log("stepped aside; this command continues the run when its turn comes")
         ranks = len(grant.gpus)
         request = dataclasses.replace(request, wait=True, ranks=ranks, is_back=True)
         returns += 1
@@ -134,8 +135,8 @@ def lease(request: GpuRequest, stop: StopRequest) -> Iterator[Grant]:
     with _machine(is_logged=True) as devices:
         grant = _granted(devices, request, stop)
     try:
-        if grant.leases is not None and request.nice:
-            stop.is_wanted = _Rivals(grant.leases.claim)
+        if grant.leases is not None:
+            stop.is_wanted = LeaseWatch(grant.leases, _uses_of_all, POLL_S)
         yield grant
     finally:
         stop.is_wanted = bool
@@ -247,38 +248,6 @@ def _reasons(found: Blocked, gpus: Sequence[Gpu], uses: Mapping[str, str]) -> st
 def gpu_names(gpus: Sequence[Gpu]) -> str:
     """Return `GPUs 0, 2`, numbered as by nvidia-smi."""
     return f"GPU{'s' * (len(gpus) > 1)} {', '.join(gpu.label for gpu in gpus)}"
-
-
-class _Rivals:
-    """Whether another run needs the GPUs of a nice one; looks once per POLL_S.
-
-    Two looks in a row have to agree: the memory of a run that has just ended is freed with a delay.
-    """
-
-    def __init__(self, claim: Claim) -> None:
-        self._claim = claim
-        self._next_s = 0.0
-        self._num_looks = 0
-        self._shown = ""
-
-    def __call__(self) -> bool:
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return False
-        self._next_s = now_s + POLL_S
-        try:
-            rivals = queue.rivals(folder(), self._claim, _PATIENCE_S)
-            rival = rivals and queue.steps_aside(folder(), self._claim, _uses_of_all(), _PATIENCE_S)
-        except ConfigError as error:  # must not end a run that trains
-            rival = None
-            if str(error) != self._shown:
-                self._shown = str(error)
-                _log(f"launch.nice=true: {error}; the run goes on")
-        self._num_looks = self._num_looks + 1 if rival else 0
-        if not rival or self._num_looks < 2:
-            return False
-        _log(f"stepping aside for {rival.text()}: the ranks save their state and stop")
-        return True
 
 
 def _log(text: str) -> None:

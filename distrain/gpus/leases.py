@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.errors import RunFailed
+from distrain.errors import ConfigError, RunFailed
 from distrain.gpus import claim as claims
 from distrain.gpus.claim import Claim
-from distrain.gpus.shared_files import close, share, try_lock
+from distrain.gpus.shared_files import close, folder, is_at, mutex, share, try_lock
 
 _TRIES = 10
 _PAUSE_S = 0.1
@@ -33,12 +33,35 @@ class Leases:
 
     claim: Claim
     paths: tuple[str, ...]
-    fds: tuple[int, ...]
+    fds: list[int]
 
     def close(self) -> None:
         """Give the leases up; those of ranks that live go on."""
         for fd in self.fds:
             close(fd)
+
+    def restore(self, patience_s: float) -> None:
+        """Lease the GPUs again whose files have been removed: other runs take them to be free.
+
+        Args:
+            patience_s: limit of the wait for the mutex.
+
+        Raises:
+            ConfigError: another run has taken one meanwhile, or the directory cannot be used.
+        """
+        for index, path in enumerate(map(Path, self.paths)):
+            if is_at(self.fds[index], path):
+                continue
+            with mutex(folder(), patience_s):
+                fd = try_lock(path)
+                if fd is None:
+                    with path.open("rb") as file:
+                        other = claims.read(file.fileno())
+                    raise ConfigError(f"{path}: removed, and leased by {other.text()}")
+                close(self.fds[index])
+                self.fds[index] = fd
+                claims.write(fd, self.claim)
+                share(fd)
 
 
 def lease_path(folder: Path, uuid: str) -> Path:
@@ -82,7 +105,7 @@ def take(folder: Path, claim: Claim) -> Leases | None:
             claims.write(fd, claim)
             share(fd)
         else:
-            return Leases(claim, tuple(map(str, paths)), tuple(fds))
+            return Leases(claim, tuple(map(str, paths)), fds)
     except BaseException:
         _close_all(fds)
         raise

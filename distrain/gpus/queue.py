@@ -18,7 +18,7 @@ from pathlib import Path
 from distrain.gpus import claim as claims
 from distrain.gpus.claim import Claim
 from distrain.gpus.leases import Leases, holders, take
-from distrain.gpus.shared_files import MUTEX_HEAD, MUTEX_S, close, mutex, try_lock
+from distrain.gpus.shared_files import MUTEX_HEAD, MUTEX_S, close, is_at, mutex, try_lock
 
 _TICKET = re.compile(r"ticket-(\d{1,9})")
 
@@ -34,13 +34,6 @@ class Ticket:
     def write(self) -> None:
         """Write the claim, as one of a run that looks now. Under the mutex."""
         claims.write(self.fd, dataclasses.replace(self.claim, looked_s=time.monotonic()))
-
-    def is_lost(self) -> bool:
-        """Return whether the file has been removed: other runs do not see the ticket."""
-        try:
-            return not os.path.samestat(os.fstat(self.fd), self.path.lstat())
-        except FileNotFoundError:
-            return True
 
     def leave(self) -> None:
         """Leave the queue."""
@@ -77,10 +70,12 @@ def enter(folder: Path, claim: Claim, before: Ticket | None = None) -> Ticket:
     Raises:
         ConfigError: the directory cannot be used.
     """
-    if before is not None and not before.is_lost():
+    if before is not None and is_at(before.fd, before.path):
         return before
     with mutex(folder) as counter:
-        last = max([_count(counter), *(other.number for other in waiting(folder))])
+        # the clock keeps the order where the counter has been removed
+        clock_ms = int(time.monotonic() * 1000)
+        last = max([_count(counter), clock_ms, *(other.number for other in waiting(folder))])
         number = last + 1 if before is None else before.claim.number
         os.pwrite(counter, f"{max(last, number)}\n".encode(), MUTEX_HEAD)
         slot = 0

@@ -145,11 +145,18 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
         except BaseException:
             os.close(fd)
             raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                _locked.add(fd)
-                return fd
+        if is_at(fd, path):
+            _locked.add(fd)
+            return fd
         os.close(fd)  # it was removed meanwhile
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Return whether a descriptor is of the file at a path, which may be removed."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except OSError:
+        return False
 
 
 def share(fd: int) -> None:

@@ -17,7 +17,7 @@ from test_launch import Command, wait_for, what_agents_import  # noqa: F401 - a 
 
 from distrain.errors import ConfigError, ExitCode, RankFailed, StoppedBeforeStart
 from distrain.gpus import shared_files
-from distrain.launch import gpus
+from distrain.launch import gpus, lease_watch
 from distrain.launch.local import LocalLauncher
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +233,17 @@ def test_runs_wait_in_order_and_one_that_is_stopped_leaves_the_queue(machine):
     assert fourth.end() == ExitCode.FINISHED
 
 
+def test_a_running_run_restores_leases_that_were_removed(machine):
+    machine.has(1)
+    first = machine.start("first")
+    first.rank()
+    (machine.folder / "leases").rename(machine.folder / "moved")
+    wait_for(machine.folder / "leases" / "gpu-GPU-0")
+    kind, message = machine.start("second").command.result()
+    assert f"GPU 0: held by {_me()} ({first.folder}, " in message
+    assert first.end() == ExitCode.FINISHED
+
+
 def test_a_waiting_run_outlives_the_directory_of_the_leases(machine):
     machine.has(1, gpu0_processes="")
     first = machine.start("first", wait=True)
@@ -240,23 +251,24 @@ def test_a_waiting_run_outlives_the_directory_of_the_leases(machine):
     second = machine.start("second", wait=True)
     second.said("place 1 of 1")
     directory = machine.folder / "leases"
-    machine.has(1, gpu0_processes="999999999:5")  # the driver sees the first run
+    machine.has(1, gpu0_processes="999999999:5")  # until the lease is restored
     directory.rename(machine.folder / "moved")
     directory.write_text("")  # for a while nothing can be created there
+    assert first.said("for the leases of GPUs; remove it; the run goes on")
     assert second.said("waiting for 1 idle GPU; ").endswith("for the leases of GPUs; remove it")
     directory.unlink()
-    assert second.said("place 1 of 1 in the queue; GPU 0: used by process 999999999")
     third = machine.start("third", wait=True)
     assert third.said("place 2 of 2 in the queue")
     machine.has(1, gpu0_processes="")
+    assert first.end() == ExitCode.FINISHED
     second.rank()
-    assert (first.end(), second.end()) == (ExitCode.FINISHED, ExitCode.FINISHED)
+    assert second.end() == ExitCode.FINISHED
     third.rank()
     assert third.end() == ExitCode.FINISHED
 
 
 def test_a_nice_run_goes_on_while_the_mutex_is_held_and_steps_aside_later(machine, monkeypatch):
-    monkeypatch.setattr(gpus, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(lease_watch, "_PATIENCE_S", 0.1)
     machine.has(1)
     nice = machine.start("nice", nice=True)
     nice.rank()
