@@ -38,7 +38,7 @@ _locked: set[int] = set()  # descriptors
 def folder_path() -> Path:
     """Return the path of the directory of the leases, which need not exist."""
     chosen = os.environ.get(VARIABLE)
-    return Path(chosen).absolute() if chosen else Path(_parent(), _NAME)
+    return Path(chosen) if chosen else Path(_parent(), _NAME)
 
 
 def folder() -> Path:
@@ -48,17 +48,20 @@ def folder() -> Path:
         ConfigError: it cannot be used.
     """
     path = folder_path()
+    if not path.is_absolute():  # a directory of its own for each working directory
+        raise ConfigError(f"{VARIABLE}={path}: expected an absolute path, the same for all users")
     try:
         with contextlib.suppress(FileExistsError), _no_umask():
             path.mkdir(_MODE)
         found = path.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if is_own and not os.environ.get(VARIABLE) and stat.S_IMODE(found.st_mode) != _MODE:
+            path.chmod(_MODE)  # Docker creates a missing directory that it mounts for root alone
+            found = path.lstat()
     except OSError as error:
         raise unusable(path, error) from error
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path}: expected a directory, for the leases of GPUs; remove it")
-    if found.st_uid == os.geteuid() and not os.environ.get(VARIABLE):
-        path.chmod(_MODE)  # Docker creates a missing directory that it mounts for root alone
-        return path
     is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if is_open and not found.st_mode & stat.S_ISVTX:  # others could remove the files of a holder
         raise ConfigError(f"{path}: expected a sticky directory; its owner can: chmod 1777 {path}")

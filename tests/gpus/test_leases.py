@@ -430,7 +430,9 @@ def test_a_file_that_is_removed_while_it_is_locked_is_not_taken_for_the_lock(pla
     close(fd)
 
 
-@pytest.mark.parametrize("kind", ["link", "file", "not sticky", "pipe", "nowhere"])
+@pytest.mark.parametrize(
+    "kind", ["link", "file", "not sticky", "pipe", "nowhere", "relative", "long"]
+)
 def test_a_directory_or_file_that_cannot_be_trusted_is_refused(tmp_path, monkeypatch, kind):
     path = tmp_path / "other"
     monkeypatch.setenv(shared_files.VARIABLE, str(path))
@@ -448,6 +450,12 @@ def test_a_directory_or_file_that_cannot_be_trusted_is_refused(tmp_path, monkeyp
         case "pipe":
             os.mkfifo(folder() / "gpu-a")
             expected = "cannot be kept here: not a regular file"
+        case "relative":
+            monkeypatch.setenv(shared_files.VARIABLE, "leases")
+            expected = "DISTRAIN_LEASES=leases: expected an absolute path"
+        case "long":
+            monkeypatch.setenv(shared_files.VARIABLE, f"/tmp/{'x' * 300}")
+            expected = "cannot be kept here: File name too long"
         case "nowhere":
             monkeypatch.setenv(shared_files.VARIABLE, "/proc/leases")
             expected = "cannot be kept here: .*; DISTRAIN_LEASES=DIR names another.*launch.share"
