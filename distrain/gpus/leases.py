@@ -58,10 +58,14 @@ class Leases:
                     with path.open("rb") as file:
                         other = claims.read(file.fileno())
                     raise ConfigError(f"{path}: removed, and leased by {other.text()}")
+                try:
+                    claims.write(fd, self.claim)
+                    share(fd)
+                except BaseException:
+                    close(fd)
+                    raise
                 close(self.fds[index])
                 self.fds[index] = fd
-                claims.write(fd, self.claim)
-                share(fd)
 
 
 def lease_path(folder: Path, uuid: str) -> Path:

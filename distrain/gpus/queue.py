@@ -82,7 +82,11 @@ def enter(folder: Path, claim: Claim, before: Ticket | None = None) -> Ticket:
         while (fd := try_lock(path := folder / f"ticket-{slot}")) is None:
             slot += 1
         ticket = Ticket(dataclasses.replace(claim, number=number), path, fd)
-        ticket.write()
+        try:
+            ticket.write()
+        except BaseException:
+            close(fd)
+            raise
     if before is not None:
         before.leave()
     return ticket

@@ -268,6 +268,10 @@ def test_a_full_disk_does_not_take_the_content_of_a_ticket(place, monkeypatch):
         patch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="No space"):
             ticket.write()
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "write", full)
+        with pytest.raises(ConfigError, match="No space"):
+            enter(place, claim("a"))
     assert queued(place) == ["first"]
     with (place / "ticket-0").open("rb") as file:
         assert claims.read(file.fileno()).run == "first"
