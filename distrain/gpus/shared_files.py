@@ -51,8 +51,9 @@ def folder() -> Path:
     if not path.is_absolute():  # a directory of its own for each working directory
         raise ConfigError(f"{VARIABLE}={path}: expected an absolute path, the same for all users")
     try:
-        with contextlib.suppress(FileExistsError), _no_umask():
-            path.mkdir(_MODE)
+        if not path.exists():
+            with contextlib.suppress(FileExistsError), _no_umask():
+                path.mkdir(_MODE)
         found = path.lstat()
         is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
         if is_own and not os.environ.get(VARIABLE) and stat.S_IMODE(found.st_mode) != _MODE:
