@@ -205,15 +205,15 @@ def steps_aside(
     """
     with mutex(folder, patience_s):
         queue = [each for each in _in_line(folder) if not each.nice]
-        for index, waits in enumerate(queue):
-            gpus = tuple(_left_to(waits, queue[:index]))
-            rival = dataclasses.replace(waits, gpus=gpus)
+        for index, claim in enumerate(queue):
+            gpus = tuple(_left_to(claim, queue[:index]))
+            rival = dataclasses.replace(claim, gpus=gpus)
             if rival.intersects(own):
                 held = holders(folder, gpus)
                 idle = [u for u in gpus if u not in held and not uses.get(u, "unknown")]
                 missing = rival.count - len(idle)
                 if _is_needed(own, rival, held.values(), missing):
-                    return waits
+                    return claim
     return None
 
 
