@@ -30,6 +30,7 @@ POLL_S = 1.0
 _TRIES = 3  # of a run that does not wait: the memory of the run before is freed with a delay
 _RETRY_S = 0.5
 
+_STOPPED = "stopped while waiting for GPUs; nothing was started"
 _DRIVER = "/dev/nvidiactl"  # where it is, NVML should work
 
 
@@ -188,6 +189,9 @@ def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopR
             else:
                 if isinstance(found, Leases):
                     ticket = None  # it has left the queue
+                    if stop.since is not None:  # a signal came during the look
+                        found.close()
+                        raise StoppedBeforeStart(_STOPPED)
                     return found
                 num_looks += 1
                 if not request.wait and num_looks == _TRIES:
@@ -198,7 +202,7 @@ def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopR
                 shown = line
             time.sleep(POLL_S if request.wait else _RETRY_S)
             if stop.since is not None:
-                raise StoppedBeforeStart("stopped while waiting for GPUs; nothing was started")
+                raise StoppedBeforeStart(_STOPPED)
     finally:
         stop.is_quiet = was_quiet
         if ticket is not None:

@@ -281,6 +281,24 @@ def test_a_nice_run_goes_on_while_the_mutex_is_held_and_steps_aside_later(machin
     assert nice.end() == ExitCode.FINISHED
 
 
+def test_a_signal_during_the_look_that_finds_idle_gpus_starts_nothing(machine, monkeypatch):
+    look = gpus.queue.try_claim
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(*arguments)
+
+    machine.has(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpus.queue, "try_claim", interrupted)
+        run = machine.start("run", wait=True)
+    assert run.command.result()[0] is StoppedBeforeStart
+    assert not (run.folder / "logs").exists()
+    other = machine.start("other")
+    other.rank()
+    assert other.end() == ExitCode.FINISHED
+
+
 def _me():
     return getpass.getuser()
 
