@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distrain.errors import ConfigError, ExitCode, StoppedBeforeStart
+from distrain.errors import ConfigError, ExitCode, RunRefused, StoppedBeforeStart
 from distrain.gpus import queue
 from distrain.gpus.claim import Claim, own_claim
 from distrain.gpus.idle import uses_of
@@ -110,6 +110,7 @@ def run_leased(
     Raises:
         ConfigError: there are not enough GPUs, or not enough idle ones and it does not wait.
         StoppedBeforeStart: a signal came while it waited for its first start.
+        RunRefused: the run folder was removed while it waited.
     """
     returns = 0
     while True:
@@ -174,6 +175,7 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
 def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopRequest) -> Leases:
     ticket: Ticket | None = None
     shown, num_looks, was_quiet = "", 0, stop.is_quiet
+    inode = _inode(request.run_dir)
     stop.is_quiet = True  # no rank has a state to save yet
     try:
         while True:
@@ -203,10 +205,25 @@ def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopR
             time.sleep(POLL_S if request.wait else _RETRY_S)
             if stop.since is not None:
                 raise StoppedBeforeStart(_STOPPED)
+            if inode and _inode(request.run_dir) not in (inode, None):
+                raise RunRefused(
+                    f"run.dir={request.run_dir}: this folder is gone (deleted or moved while the "
+                    "run waited for GPUs); nothing was started"
+                )
     finally:
         stop.is_quiet = was_quiet
         if ticket is not None:
             ticket.leave()
+
+
+def _inode(path: str) -> int | None:
+    """Return the inode number of a folder; 0 without one, None if it cannot be read now."""
+    try:
+        return os.stat(path).st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError:
+        return None
 
 
 def _place(claim: Claim, found: Blocked, reasons: str) -> str:

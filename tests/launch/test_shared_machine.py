@@ -15,7 +15,7 @@ import pytest
 from stand_in import LIBRARY, Driver
 from test_launch import Command, wait_for, what_agents_import  # noqa: F401 - a fixture
 
-from distrain.errors import ConfigError, ExitCode, RankFailed, StoppedBeforeStart
+from distrain.errors import ConfigError, ExitCode, RankFailed, RunRefused, StoppedBeforeStart
 from distrain.gpus import shared_files
 from distrain.launch import gpus, lease_watch
 from distrain.launch.local import LocalLauncher
@@ -279,6 +279,19 @@ def test_a_nice_run_goes_on_while_the_mutex_is_held_and_steps_aside_later(machin
     assert other.end() == ExitCode.FINISHED
     nice.rank(returns=1)
     assert nice.end() == ExitCode.FINISHED
+
+
+def test_a_waiting_run_whose_folder_is_removed_does_not_start(machine):
+    machine.has(1)
+    first = machine.start("first")
+    first.rank()
+    waiting = machine.start("waiting", wait=True)
+    waiting.said("place 1 of 1")
+    waiting.folder.rename(machine.folder / "moved")
+    kind, message = waiting.command.result()
+    assert kind is RunRefused
+    assert message.startswith(f"run.dir={waiting.folder}: this folder is gone (deleted or moved ")
+    assert first.end() == ExitCode.FINISHED
 
 
 def test_a_signal_during_the_look_that_finds_idle_gpus_starts_nothing(machine, monkeypatch):
