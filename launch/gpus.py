@@ -18,11 +18,12 @@ from distrain.gpus.leases import Leases, hold
 from distrain.gpus.nvml import Gpu, NoDriver, Nvml
 from distrain.gpus.queue import Blocked, Ticket
 from distrain.gpus.shared_files import folder
-from distrain.gpus.visible import candidates, environment_for, most_ranks
+from distrain.gpus.visible import VARIABLE, candidates, environment_for, most_ranks
 from distrain.launch import Job
 from distrain.launch.lease_watch import LeaseWatch
 from distrain.launch.stop import StopRequest
 from distrain.process.environment import RETURNS, environment
+from distrain.text import counted
 
 POLL_S = 1.0
 """Seconds between two looks of a waiting run, and of one that holds leases."""
@@ -31,6 +32,7 @@ _TRIES = 3  # of a run that does not wait: the memory of the run before is freed
 _RETRY_S = 0.5
 
 _STOPPED = "stopped while waiting for GPUs; nothing was started"
+_NO_GPU = ("", "-1", "NoDevFiles")  # values of the variable for a start on CPUs
 _DRIVER = "/dev/nvidiactl"  # where it is, NVML should work
 
 
@@ -121,7 +123,8 @@ def run_leased(
         except StoppedBeforeStart:
             if not returns:
                 raise
-            return ExitCode.STOPPED  # its state is saved
+            _log("stopped while it waited for its turn; its state is saved: run it again")
+            return ExitCode.STOPPED
         if code != ExitCode.STOPPED or stop.signals or stop.since is None:
             return code
         stop.reset()
@@ -156,6 +159,7 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
             "start it again when nvidia-smi lists them"
         )
     if not found:
+        _check_none_is_meant(devices)
         return Grant()
     most = most_ranks(found)
     count = request.ranks or most
@@ -170,6 +174,17 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
     leases = _acquire(claim, found, request, stop)
     chosen = [gpu for gpu in found if gpu.uuid in leases.claim.gpus]
     return Grant(chosen, leases, environment_for(chosen, devices))
+
+
+def _check_none_is_meant(devices: Sequence[Sequence[Gpu]]) -> None:
+    """Check that no GPU is visible on purpose; a wrong name would train on CPUs."""
+    names = os.environ.get(VARIABLE, "").strip()
+    if devices and names not in _NO_GPU:
+        known = ", ".join(gpu.label for on_card in devices for gpu in on_card)
+        raise ConfigError(
+            f"{VARIABLE}={names}: expected some of the GPUs {known}, or their UUIDs, each once; "
+            f"{VARIABLE}= starts the ranks on CPUs"
+        )
 
 
 def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopRequest) -> Leases:
@@ -235,24 +250,27 @@ def _place(claim: Claim, found: Blocked, reasons: str) -> str:
 
 
 def _refusal(claim: Claim, found: Blocked, request: GpuRequest, reasons: str) -> ConfigError:
-    ranks = "null" if request.ranks is None else request.ranks
+    key = f"launch.ranks={'null' if request.ranks is None else request.ranks}"
+    if request.only_first:
+        key = "launch.in_process=true"
     fixes = ["launch.wait=true waits for them"]
     if any(other.nice for other in found.holders.values()) and not claim.nice:
         fixes = ["launch.wait=true waits for them, and nice runs step aside"]
-    if found.idle:
+    if found.idle and not found.ahead and not request.only_first:
         fixes.append(f"launch.ranks={len(found.idle)} takes fewer")
     fixes.append("launch.share=true runs alongside them")
-    num = len(found.ahead)
-    before = f"; {num} run{'s' * (num > 1)} wait{'s' * (num == 1)} for them" if num else ""
-    before += f", first: {found.ahead[0].text()}" if num else ""
+    before = ""
+    if num := len(found.ahead):
+        wait = "waits" if num == 1 else "wait"
+        before = f", for which {counted(num, 'run')} {wait}, first: {found.ahead[0].text()}"
     return ConfigError(
-        f"launch.ranks={ranks}: expected {_idle(claim.count)}, found {len(found.idle)} of "
-        f"{len(claim.gpus)}{reasons}{before}; {', '.join(fixes)}"
+        f"{key}: expected {_idle(claim.count)}, found {len(found.idle)} of "
+        f"{len(claim.gpus)}{before}{reasons}; {', '.join(fixes)}"
     )
 
 
 def _idle(count: int) -> str:
-    return f"{count} idle GPU{'s' * (count > 1)}"
+    return counted(count, "idle GPU")
 
 
 def _reasons(found: Blocked, gpus: Sequence[Gpu], uses: Mapping[str, str]) -> str:

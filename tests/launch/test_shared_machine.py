@@ -224,7 +224,7 @@ def test_runs_wait_in_order_and_one_that_is_stopped_leaves_the_queue(machine):
     assert fourth.said("place 2 of 2 in the queue")
     assert fourth.said(f"; first in the queue: {_me()} ({second.folder}, ")
     kind, message = machine.start("fifth").command.result()
-    assert f"; 2 runs wait for them, first: {_me()} ({second.folder}, " in message
+    assert f", for which 2 runs wait, first: {_me()} ({second.folder}, " in message
     assert first.end() == ExitCode.FINISHED
     second.rank()
     assert fourth.said(f"place 1 of 1 in the queue; GPU 0: held by {_me()} ({second.folder}, ")
@@ -360,7 +360,8 @@ def test_a_nice_run_steps_aside_and_comes_back(machine):
     last.rank(1)  # both step aside for it
     nice.said(f"GPUs 0, 1: held by {_me()} ({last.folder}, ")
     nice.command.signal(signal.SIGTERM)
-    assert nice.command.result() == ExitCode.STOPPED  # its state is saved
+    assert nice.command.result() == ExitCode.STOPPED
+    assert nice.said("stopped while it waited for its turn; its state is saved: run it again")
     assert last.end() == ExitCode.FINISHED
     nice_too.rank(returns=1)
     assert nice_too.end() == ExitCode.FINISHED
@@ -387,6 +388,32 @@ def test_one_rank_in_the_command_sees_the_gpu_that_it_has_leased(machine):
     run = machine.start("run", in_process=True)
     assert run.rank()["gpus"] == "GPU-0"
     assert run.end() == ExitCode.FINISHED
+
+
+@pytest.mark.parametrize("names", ["7", "GPU-9", "foo", "0,0"])
+def test_a_variable_that_names_no_gpu_does_not_start_on_cpus(machine, monkeypatch, names):
+    machine.has(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    kind, message = machine.start("run").command.result()
+    assert kind is ConfigError
+    assert f"CUDA_VISIBLE_DEVICES={names}: expected some of the GPUs 0, 1, or their UU" in message
+
+
+def test_a_refusal_names_what_was_asked_for(machine):
+    machine.has(2)
+    first = machine.start("first", in_process=True)
+    first.rank()
+    kind, message = machine.start("second", in_process=True).command.result()
+    assert kind is ConfigError
+    assert message.startswith("launch.in_process=true: expected 1 idle GPU, found 0 of 1; GPU 0: ")
+    waiting = machine.start("waiting", ranks=2, wait=True)
+    assert waiting.said("waiting for 2 idle GPUs")
+    message = machine.start("third", ranks=1).command.result()[1]
+    assert "expected 1 idle GPU, found 0 of 2, for which 1 run waits, first: " in message
+    assert "takes fewer" not in message
+    assert first.end() == ExitCode.FINISHED
+    waiting.rank(1)
+    assert waiting.end() == ExitCode.FINISHED
 
 
 def test_a_signal_while_stepping_aside_is_a_stop(machine):
