@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
+import fsspec.core
 from fsspec.callbacks import Callback
 
 from distrain.checkpoint import format as fmt
@@ -89,7 +89,7 @@ class Place:
             options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})}
             # not url_to_fs, to which `::` in a path joins two URLs
             self._fs = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
-            self._root = self._fs._strip_protocol(self.url)
+            self._root = fsspec.core.strip_protocol(self.url)
         self._is_s3 = scheme == "s3"
 
     @contextlib.contextmanager
