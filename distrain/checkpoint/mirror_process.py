@@ -25,13 +25,14 @@ MAX_LAST_BACKOFF_S = 5.0  # while the end of the run waits
 FETCH_TRIES = 3
 
 _lock = threading.Lock()
+_events_fd = 1
 
 
 def report(event: dict[str, Any]) -> None:
     """Write an event for the training process."""
     with _lock:
         try:
-            os.write(1, json.dumps(event).encode() + b"\n")
+            os.write(_events_fd, json.dumps(event).encode() + b"\n")
         except BrokenPipeError:
             os._exit(1)
 
@@ -147,6 +148,9 @@ def main(arguments: list[str]) -> None:
             "folder", "keep" and "old" (follow), "newer_than" and "run_id" (fetch), see `Uploader`
             and `fetch`.
     """
+    global _events_fd
+    _events_fd = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no event
     for number in IGNORED_SIGNALS:  # launchers and SLURM signal all processes of a job
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)

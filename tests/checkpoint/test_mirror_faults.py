@@ -88,6 +88,17 @@ def test_a_process_that_died_after_the_last_upload_leaves_nothing_to_report(
     assert (mirror.uploaded, mirror.failed) == (0, 1)
 
 
+def test_what_a_library_prints_is_no_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints(tmp_path / "run", 10)
+    noisy = (
+        "import os; nice = os.nice; os.nice = lambda n: (print('a notice', flush=True), nice(n)); "
+    )
+    monkeypatch.setattr(mirror_client, "_CODE", noisy + mirror_client._CODE)
+    mirror = Mirror(f"file://{tmp_path}/place", tmp_path / "run", keep=KEEP)
+    assert finish(mirror)
+    assert (mirror.uploaded, mirror.failed) == (1, 0)
+
+
 @pytest.mark.parametrize("work", ["fetch", "follow"])
 def test_a_library_that_cannot_be_imported_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
