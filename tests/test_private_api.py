@@ -62,7 +62,6 @@ NAMES = {
     "torch._C._distributed_c10d:TCPStore": "public in torch.distributed, but not to mypy",
     "torch._C:DisableTorchFunctionSubclass": "a subclass of Tensor is saved as its plain values",
     "multiprocessing.queues:Queue._on_queue_feeder_error": "overridden: it drops a batch unsent",
-    "fsspec.spec:AbstractFileSystem._strip_protocol": "a path in which :: joins no two URLs",
     "threading:_register_atexit": "called before non-daemon threads are joined",
     "multiprocessing.popen_fork:Popen": "loader workers that SIGTERM does not end",
     "multiprocessing.context:ForkProcess._Popen": "overridden: loader workers that are killed",
