@@ -38,7 +38,7 @@ class Claim:
 
     def is_silent(self) -> bool:
         """Return whether a waiting run has not looked for long: it is stopped (Ctrl-Z) or hangs."""
-        # 0: of an older version
+        # 0: it holds GPUs and does not look
         return 0.0 < self.looked_s < time.monotonic() - _SILENT_S
 
     def text(self) -> str:

@@ -167,7 +167,8 @@ class RunMirror:
         if not isinstance(frozen, dict):
             return  # a checkpoint that does not fit is refused when it is loaded
         place, name = f"checkpoint.mirror={self._url}", self._conf["run"]["name"]
-        its_name = (frozen.get("run") or {}).get("name", name)
+        run = frozen.get("run")
+        its_name = run.get("name") if isinstance(run, dict) else None
         if is_new and its_name != name:
             raise ConfigError(
                 f"{place}: expected an empty place, or one of the run {name}; it holds the run "

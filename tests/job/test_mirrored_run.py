@@ -268,6 +268,10 @@ def test_a_place_that_cannot_be_that_of_this_run(folder, command):
     assert code == 2, output
     assert f"checkpoint.mirror={url}: this run has another configuration" in output
     assert "optim.lr: 0.05 -> 0.01" in output
+    (folder / "place" / "run.yaml").write_text("run: [tiny]")
+    code, output = command(url=url)
+    assert code == 2, output
+    assert "it holds the run None" in output
     assert not (folder / "runs" / "tiny").exists()
 
 
