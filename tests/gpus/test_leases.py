@@ -280,6 +280,7 @@ def test_a_full_disk_does_not_take_the_content_of_a_ticket(place, monkeypatch):
 
 def test_a_run_whose_ticket_was_removed_takes_its_place_again(place):
     first, second = (enter(place, claim("a", run=run)) for run in ("first", "second"))
+    time.sleep(0.01)  # the order that is kept without files is that of milliseconds
     shutil.rmtree(place)
     new = enter(folder(), claim("a", run="new"))  # it has the file of the first
     first = enter(folder(), first.claim, first)
