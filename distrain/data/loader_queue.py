@@ -48,9 +48,11 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         """Send an item.
 
         The training process sends a small one itself, if the pipe has space: a thread that sends it
-        takes a third of the CPU of receiving a batch.
+        takes a third of the CPU of receiving a large batch. For small batches it is better: the
+        kernel lets a process that it wakes run on the CPU of the sender, who is expected to sleep.
         """
-        if self._thread is None and os.getpid() == self._opid:
+        is_off = any(ring.is_off for ring in self._rings)
+        if self._thread is None and not is_off and os.getpid() == self._opid:
             content = _pickled(obj)
             if 0 < len(content) <= select.PIPE_BUF - _HEADER and self._space.poll(0):
                 self._sem.acquire()
@@ -64,6 +66,9 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         item = super().get(block, timeout)
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], SlotBatch):
             return item[0], self._rings[item[1].worker].receive(item[1])
+        if not any(ring.is_mapped for ring in self._rings):
+            for ring in self._rings:
+                ring.is_off = True
         return item
 
     def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:
