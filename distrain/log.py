@@ -9,6 +9,11 @@ from pathlib import Path
 logger = logging.getLogger("distrain")
 
 
+def report(text: str) -> None:
+    """Print a line of the command; for processes that are no rank."""
+    print(f"distrain: {text}", file=sys.stderr, flush=True)
+
+
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to the sys.stderr of the moment: a live progress bar takes its place."""
 

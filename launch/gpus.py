@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from distrain.gpus.visible import VARIABLE, candidates, environment_for, most_ra
 from distrain.launch import Job
 from distrain.launch.lease_watch import LeaseWatch
 from distrain.launch.stop import StopRequest
+from distrain.log import report
 from distrain.process.environment import RETURNS, environment
 from distrain.text import counted
 
@@ -123,12 +123,12 @@ def run_leased(
         except StoppedBeforeStart:
             if not returns:
                 raise
-            _log("stopped while it waited for its turn; its state is saved: run it again")
+            report("stopped while it waited for its turn; its state is saved: run it again")
             return ExitCode.STOPPED
         if code != ExitCode.STOPPED or stop.signals or stop.since is None:
             return code
         stop.reset()
-        _log("stepped aside; this command continues the run when its turn comes")
+        report("stepped aside; this command continues the run when its turn comes")
         ranks = len(grant.gpus)
         request = dataclasses.replace(request, wait=True, ranks=ranks, is_back=True)
         returns += 1
@@ -215,7 +215,7 @@ def _acquire(claim: Claim, gpus: Sequence[Gpu], request: GpuRequest, stop: StopR
                     raise _refusal(claim, found, request, _reasons(found, gpus, uses))
                 line = _place(claim, found, _reasons(found, gpus, uses))
             if request.wait and line != shown:
-                _log(line)
+                report(line)
                 shown = line
             time.sleep(POLL_S if request.wait else _RETRY_S)
             if stop.since is not None:
@@ -289,10 +289,6 @@ def gpu_names(gpus: Sequence[Gpu]) -> str:
     return f"GPU{'s' * (len(gpus) > 1)} {', '.join(gpu.label for gpu in gpus)}"
 
 
-def _log(text: str) -> None:
-    print(f"distrain: {text}", file=sys.stderr, flush=True)
-
-
 def _uses_of_all() -> dict[str, str]:
     with _machine() as devices:
         return uses_of([gpu for on_card in devices for gpu in on_card])
@@ -313,7 +309,7 @@ def _machine(*, is_logged: bool = False) -> Iterator[list[list[Gpu]]]:
         except NoDriver as error:
             devices = []
             if is_logged and os.path.exists(_DRIVER):
-                _log(f"no leases are taken: the GPUs cannot be read: {error}")
+                report(f"no leases are taken: the GPUs cannot be read: {error}")
         yield devices
     finally:
         if nvml is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,6 +9,7 @@ from distrain.errors import ConfigError
 from distrain.gpus import queue
 from distrain.gpus.leases import Leases
 from distrain.gpus.shared_files import folder
+from distrain.log import report
 
 _PATIENCE_S = 1.0  # for the mutex: the agent that calls the watch monitors the ranks, too
 
@@ -49,13 +49,9 @@ class LeaseWatch:
         except ConfigError as error:  # must not end a run that trains
             if str(error) != self._logged:
                 self._logged = str(error)
-                _log(f"{error}; the run goes on")
+                report(f"{error}; the run goes on")
         self._num_looks = self._num_looks + 1 if rival else 0
         if rival is None or self._num_looks < 2:
             return False
-        _log(f"stepping aside for {rival.text()}: the ranks save their state and stop")
+        report(f"stepping aside for {rival.text()}: the ranks save their state and stop")
         return True
-
-
-def _log(text: str) -> None:
-    print(f"distrain: {text}", file=sys.stderr, flush=True)

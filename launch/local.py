@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from distrain.launch import Job, Launcher
 from distrain.launch.gpus import GpuRequest, Grant, count_gpus, run_leased
 from distrain.launch.options import RankOptions
 from distrain.launch.stop import StopRequest
+from distrain.log import report
 from distrain.process.environment import env_int, environment
 from distrain.run_layout import LOGS
 from distrain.text import counted
@@ -79,9 +79,8 @@ class LocalLauncher(RankOptions, Launcher):
             with environment({**grant.variables, **only_rank_env()}):
                 return ExitCode(job())
         ranks = len(grant.gpus) or self._num_ranks()
-        starting = f"distrain: starting {counted(ranks, 'rank')}{grant.names()}"
         # importing torch, which comes next, prints nothing for seconds
-        print(starting, file=sys.stderr, flush=True)
+        report(f"starting {counted(ranks, 'rank')}{grant.names()}")
         options = self.with_start_method()
         from distrain.launch.agent import run_node
 

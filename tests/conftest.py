@@ -13,6 +13,7 @@ if os.environ.get("TEST_CLOCK"):  # before distrain is imported; see `make test-
 import psutil
 import pytest
 import torch.distributed as dist
+from s3_server import s3_server
 from stand_in import libraries  # noqa: F401 - a fixture
 
 INSTALLING = {  # packages on a bare machine, by apt-get, which runs once at a time
@@ -52,6 +53,21 @@ def pytest_xdist_make_scheduler(config, log):
 def short_windows(monkeypatch):
     """Scalars are combined, and a stop is agreed on, after each period: not after a second."""
     monkeypatch.setattr("distrain.events.reduction._TARGET_WINDOW_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def s3_of_module():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_of_module):
+    """Return an S3 server, without faults and objects."""
+    s3_of_module.clear()
+    for key in s3_of_module.objects():
+        s3_of_module.delete(key)
+    return s3_of_module
 
 
 @pytest.fixture(autouse=True)

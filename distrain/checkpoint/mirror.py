@@ -5,7 +5,6 @@ Nothing here touches the store: the mirror process does. Training never waits fo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -61,9 +60,7 @@ class Mirror:
         self._url, self._finishes, self._has_kept = url, False, False
         old = [iteration_of(path.name) for path in find_all(folder)]
         self._task = {"url": url, "folder": os.fspath(folder), "keep": keep, "old": old}
-        self._process: MirrorProcess | None = None
-        with contextlib.suppress(OSError):  # `_listen` tries again
-            self._start()
+        self._process: MirrorProcess | None = None  # started by `_listen`
         self._is_settled, self._is_closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, name="distrain-mirror", daemon=True)
         self._thread.start()

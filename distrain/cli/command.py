@@ -65,7 +65,8 @@ class Command:
     def __init__(self, *argvs: Sequence[str], is_last: bool = False) -> None:
         self.codes: list[ExitCode] = []
         self.crash: Exception | None = None
-        self._argvs, self._argv = argvs, argvs[0]
+        self._argvs = argvs
+        self._argv: Sequence[str] = ()  # of the run that starts
         self._secrets = secrets_of([each for argv in argvs for each in argv])
         self._is_last = is_last
         self._stop = StopRequest(is_quiet=True)  # around and between the runs

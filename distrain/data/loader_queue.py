@@ -15,6 +15,7 @@ from distrain.data.loader_errors import worker_error
 from distrain.data.ring import Ring, SlotBatch
 
 _HEADER = 4  # bytes of a message before its content
+_NUM_AHEAD = 2  # items sent before the first batch shows how large they are; torch's default
 
 
 class LoaderQueue(Queue):  # type: ignore[type-arg]
@@ -35,7 +36,7 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
 
     def __init__(self, maxsize: int, *, ctx: Any, rings: Sequence[Ring]) -> None:
         super().__init__(maxsize, ctx=ctx)
-        self._rings = rings
+        self._rings, self._num_sent = rings, 0
         self._space = select.poll()
         self._space.register(self._writer, select.POLLOUT)
         ready = select.poll()
@@ -51,12 +52,13 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         takes a third of the CPU of receiving a large batch. For small batches it is better: the
         kernel lets a process that it wakes run on the CPU of the sender, who is expected to sleep.
         """
-        is_off = any(ring.is_off for ring in self._rings)
-        if self._thread is None and not is_off and os.getpid() == self._opid:
+        is_direct = self._num_sent < _NUM_AHEAD or any(ring.is_mapped for ring in self._rings)
+        if is_direct and self._thread is None and os.getpid() == self._opid:
             content = _pickled(obj)
             if 0 < len(content) <= select.PIPE_BUF - _HEADER and self._space.poll(0):
                 self._sem.acquire()
                 self._writer.send_bytes(content)
+                self._num_sent += 1
                 return
         super().put(obj, block, timeout)
 
@@ -66,9 +68,6 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         item = super().get(block, timeout)
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], SlotBatch):
             return item[0], self._rings[item[1].worker].receive(item[1])
-        if not any(ring.is_mapped for ring in self._rings):
-            for ring in self._rings:
-                ring.is_off = True
         return item
 
     def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:

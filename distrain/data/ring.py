@@ -49,20 +49,16 @@ class Ring:
     The memory has no name, so nothing is left in /dev/shm, however the processes end. It is
     allocated by the first large batch. A slot is in use from then on until the training process
     has dropped the last tensor in it; while all are in use, batches go torch's way.
-
-    Attributes:
-        is_off: whether the batches are too small for it, as the training process has seen.
     """
 
     def __init__(self) -> None:
-        self.is_off = False
         self._fd = os.memfd_create("distrain-batches")
         weakref.finalize(self, os.close, self._fd)
         self._memory: mmap.mmap | None = None
 
     @property
     def is_mapped(self) -> bool:
-        """Whether a batch has come through it."""
+        """Whether this process has mapped the memory: large batches come through it."""
         return self._memory is not None
 
     def allocate(self, slot_bytes: int) -> mmap.mmap:

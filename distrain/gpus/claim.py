@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distrain.gpus.processes import owner
@@ -62,10 +63,12 @@ def write(fd: int, claim: Claim) -> None:
     os.ftruncate(fd, len(text))
 
 
-def read(fd: int) -> Claim:
+def read(path: Path) -> Claim:
     """Return the claim in a file; fields that are missing or damaged have their defaults."""
+    with path.open("rb") as file:
+        text = file.read(_MAX_BYTES)
     try:
-        fields = json.loads(os.pread(fd, _MAX_BYTES, 0))
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         fields = {}
     if not isinstance(fields, dict):

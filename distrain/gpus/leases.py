@@ -53,17 +53,10 @@ class Leases:
             if is_at(self.fds[index], path):
                 continue
             with mutex(folder(), patience_s):
-                fd = try_lock(path)
+                fd = _lease(path, self.claim)
                 if fd is None:
-                    with path.open("rb") as file:
-                        other = claims.read(file.fileno())
+                    other = claims.read(path)
                     raise ConfigError(f"{path}: removed, and leased by {other.text()}")
-                try:
-                    claims.write(fd, self.claim)
-                    share(fd)
-                except BaseException:
-                    close(fd)
-                    raise
                 close(self.fds[index])
                 self.fds[index] = fd
 
@@ -86,8 +79,7 @@ def holder(folder: Path, uuid: str) -> Claim | None:
     if fd is not None:
         close(fd)
         return None
-    with path.open("rb") as file:
-        return claims.read(file.fileno())
+    return claims.read(path)
 
 
 def holders(folder: Path, uuids: Iterable[str]) -> dict[str, Claim]:
@@ -102,12 +94,10 @@ def take(folder: Path, claim: Claim) -> Leases | None:
     paths = [lease_path(folder, uuid) for uuid in claim.gpus]
     try:
         for path in paths:
-            fd = try_lock(path)
+            fd = _lease(path, claim)
             if fd is None:
                 break
             fds.append(fd)
-            claims.write(fd, claim)
-            share(fd)
         else:
             return Leases(claim, tuple(map(str, paths)), fds)
     except BaseException:
@@ -115,6 +105,20 @@ def take(folder: Path, claim: Claim) -> Leases | None:
         raise
     _close_all(fds)
     return None
+
+
+def _lease(path: Path, claim: Claim) -> int | None:
+    """Lock the file of a GPU and write the claim; None if another run holds it."""
+    fd = try_lock(path)
+    if fd is None:
+        return None
+    try:
+        claims.write(fd, claim)
+        share(fd)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -104,8 +104,7 @@ def waiting(folder: Path, own: Ticket | None = None) -> list[Claim]:
             if fd is not None:  # its process has ended, or waits no more
                 close(fd)
                 continue
-            with path.open("rb") as file:
-                found.append(claims.read(file.fileno()))
+            found.append(claims.read(path))
     return sorted(found, key=_order)
 
 
@@ -115,8 +114,8 @@ def announced(folder: Path) -> set[int]:
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if _TICKET.fullmatch(path.name):
-                with contextlib.suppress(OSError), path.open("rb") as file:
-                    found.add(claims.read(file.fileno()).pid)
+                with contextlib.suppress(OSError):
+                    found.add(claims.read(path).pid)
     return found - {0}
 
 

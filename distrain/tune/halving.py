@@ -17,7 +17,7 @@ from distrain.cli.sweep import folder_name, swept_values
 from distrain.errors import ConfigError, ExitCode
 from distrain.runfolder.objective import Mode
 from distrain.text import table
-from distrain.tune.training import Search, Trainer, Trial
+from distrain.tune.training import Runner, Search, Trial
 
 _OPTIONS = {
     "run.dir": "--folder",
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = build_parser().parse_known_args(arguments)
     try:
         search, trials = plan(options, rest)
-        return run(search, trials, Trainer(search, trials))
+        return run(search, trials, Runner(search, trials))
     except ConfigError as error:
         print(f"distrain.tune: {error}", file=sys.stderr)
         return ExitCode.BAD_CONFIG
@@ -104,12 +104,12 @@ def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list
     ]
 
 
-def run(search: Search, trials: list[Trial], trainer: Trainer) -> int:
+def run(search: Search, trials: list[Trial], runner: Runner) -> int:
     """Train the trials rung by rung; print the table; return the exit status."""
     alive = list(trials)
     for number, rung in enumerate(search.rungs, 1):
         print(f"rung {number} of {len(search.rungs)}: {len(alive)} runs to {rung} iterations")
-        if not trainer.train(alive, rung):
+        if not runner.train(alive, rung):
             print("distrain.tune: stopped, run again to continue", file=sys.stderr)
             return ExitCode.STOPPED
         if refused := sum(trial.is_refused for trial in alive):

@@ -75,8 +75,8 @@ class Trial:
         return 0 if newest is None else newest.iteration
 
 
-class Trainer:
-    """Trains the trials of a search.
+class Runner:
+    """Runs the trials of a search.
 
     Attributes:
         is_stopped: whether `stop` was called.
@@ -91,22 +91,10 @@ class Trainer:
         self.is_stopped = False
         self._search = search
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._mirror: str | None = None
-        self._waits_for_gpus = False
-        conf = self._compose(trials[0])
+        conf = _composed([*search.arguments, *trials[0].overrides])
         self._mirror = mirror_of(conf)
         self._job_arguments = _job_arguments(conf["launch"], search.parallel)
         self._waits_for_gpus = "wait" in conf["launch"]
-
-    def _compose(self, trial: Trial) -> dict[str, Any]:
-        """Return the configuration of a trial, with its interpolations."""
-        words = [*self._command(trial), "--cfg", "job"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ConfigError(lines[-1].removeprefix("distrain: "))
-        conf: dict[str, Any] = yaml.safe_load(done.stdout)
-        return conf
 
     def train(self, trials: Sequence[Trial], rung: int) -> bool:
         """Train trials up to a rung, set their values or errors; False after Ctrl-C or SIGTERM."""
@@ -137,7 +125,7 @@ class Trainer:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as output:
                 process = subprocess.Popen(
-                    self._command(trial),
+                    [sys.executable, "-m", "distrain", *self._arguments(trial)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -211,14 +199,11 @@ class Trainer:
         shown = "no finite value" if trial.value is None else f"{trial.value:.6g}"
         print(f"{trial.path.name}: {search.metric} {shown}", flush=True)
 
-    def _command(self, trial: Trial) -> list[str]:
-        return [sys.executable, "-m", "distrain", *self._arguments(trial)]
-
     def _arguments(self, trial: Trial) -> list[str]:
         stops = ",".join(map(str, self._search.rungs[:-1]))
         mirror = []
         if self._mirror:  # a place of its own for each trial, as in a sweep
-            place = f"{self._mirror.rstrip('/')}/{trial.path.name}"
+            place = f"{self._mirror}/{trial.path.name}"
             mirror = [f"checkpoint.mirror={quoted(place)}"]
         gpus = ["launch.wait=true"] * self._waits_for_gpus  # refused ones would lose to the others
         return [
@@ -229,6 +214,17 @@ class Trainer:
             *(f"run.dir={quoted(str(trial.path))}", f"trainer.max_iter={self._search.rungs[-1]}"),
             *(f"{_HOOK}._target_=distrain.hooks.StopAt", f"{_HOOK}.iterations=[{stops}]"),
         ]
+
+
+def _composed(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of `python -m distrain`, with its interpolations."""
+    words = [sys.executable, "-m", "distrain", *arguments, "--cfg", "job"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ConfigError(lines[-1].removeprefix("distrain: "))
+    conf: dict[str, Any] = yaml.safe_load(done.stdout)
+    return conf
 
 
 def _job_arguments(launch: Mapping[str, Any], parallel: int | None) -> list[str] | None:

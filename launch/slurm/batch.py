@@ -29,6 +29,7 @@ from distrain.launch.slurm.attempts import (
     read_nodes,
     without_progress,
 )
+from distrain.log import report
 from distrain.process import stdio
 from distrain.run_layout import CHECKPOINTS, LOGS, METRICS_FILE
 from distrain.runfolder import attempts as journal
@@ -44,7 +45,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
     """
     if not (run_dir / JOB_FOLDER / SUBMITTED_FILE).exists():
         node = os.environ.get("SLURMD_NODENAME", "this node")
-        _log(
+        report(
             f"run.dir={run_dir}: {node} does not see the files written at submission; "
             "the run folder must be on a file system that all nodes share"
         )
@@ -58,7 +59,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
     assert job_id is not None
     if is_stop_requested(run_dir, job_id):
         clear_stop_request(run_dir)
-        _log(f"job {job_id} was asked to stop before this attempt")
+        report(f"job {job_id} was asked to stop before this attempt")
         return ExitCode.STOPPED
     nodes = queue.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))
     attempt = journal.new_attempt(run_dir, job_id, restart=queue.own_restarts(), nodes=nodes)
@@ -66,7 +67,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
     if num_stuck > max_requeues:
         why = _gave_up(num_stuck)
         journal.close(run_dir, attempt, outcome="failed", why=why)
-        _log(why)
+        report(why)
         return ExitCode.FAILED
     journal.begin(run_dir, attempt)
     return ExitCode.FINISHED
@@ -80,12 +81,12 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     """
     attempt = _running(run_dir)
     if attempt is None:
-        _log(f"{run_dir}: `end` without `begin`")
+        report(f"{run_dir}: `end` without `begin`")
         return ExitCode.FAILED
     try:
         status = queue.status(attempt.job_id)
     except queue.QueueError as error:  # a requeue would fail too
-        _log(str(error))
+        report(str(error))
         status = None
     nodes = read_nodes(run_dir)
     code, outcome, why = judge(nodes, attempt.nodes, step_exit, status)
@@ -104,12 +105,12 @@ def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
     stop_s = max((node.stop_s for node in nodes.values()), default=0.0)
     journal.close(run_dir, attempt, outcome=outcome, why=why, stop_s=stop_s, requeued=requeued)
     line = why.splitlines()[0] if why else ""
-    _log(f"attempt {attempt.attempt} {outcome}: {line}" + ("; requeued" if requeued else ""))
+    report(f"attempt {attempt.attempt} {outcome}: {line}" + ("; requeued" if requeued else ""))
     if requeued:
         try:
             queue.requeue(attempt.job_id)  # kills this script soon after
         except queue.QueueError as error:
-            _log(f"job {attempt.job_id} could not be requeued: {error}")
+            report(f"job {attempt.job_id} could not be requeued: {error}")
     return code
 
 
@@ -140,10 +141,6 @@ def _last_write_s(run_dir: Path) -> float:
     """Return when a run that was cut off last wrote a file."""
     files = [run_dir / METRICS_FILE, *(run_dir / LOGS).glob("*"), run_dir / CHECKPOINTS]
     return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
-
-
-def _log(line: str) -> None:
-    print(f"distrain: {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,10 +21,11 @@ from checkpoint_cases import (
     small_state,
 )
 from fsspec.implementations.memory import MemoryFileSystem
-from s3_server import BUCKET, S3Server, environment_of, s3_server, until
+from mirror_cases import KEEP, URL, fetched
+from s3_server import BUCKET, S3Server, environment_of, until
 
 from distrain.checkpoint import format as fmt
-from distrain.checkpoint.mirror import Fetch, Mirror, MirrorRefused, MirrorUnreadable
+from distrain.checkpoint.mirror import Mirror, MirrorRefused, MirrorUnreadable
 from distrain.checkpoint.mirror_fetch import fetch
 from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.mirror_store import Place, StoreError, one_line
@@ -34,7 +35,6 @@ from distrain.checkpoint.retention import read_run_id
 from distrain.checkpoint.store import CheckpointStore, describe
 from distrain.errors import ConfigError
 
-KEEP = {"last": 3, "every": None}
 Events = list[dict[str, Any]]
 
 
@@ -417,26 +417,6 @@ def test_the_training_process_imports_neither_fsspec_nor_torch_for_it() -> None:
 # with a real S3 server, by the mirror's own process
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """Return the server, without faults and objects."""
-    server.clear()
-    for key in server.objects():
-        server.delete(key)
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return server
-
-
-URL = f"s3://{BUCKET}/runs/mine"
-
-
 def mirrored(folder: Path, url: str = URL, *, keep: dict[str, Any] = KEEP) -> Mirror:
     """Upload until nothing is left, by a mirror process."""
     mirror = Mirror(url, folder, keep=keep)
@@ -445,16 +425,6 @@ def mirrored(folder: Path, url: str = URL, *, keep: dict[str, Any] = KEEP) -> Mi
     finally:
         mirror.close()
     return mirror
-
-
-def fetched(folder: Path, url: str = URL, newer_than: int = -1) -> Fetch:
-    work = Fetch(url, folder, newer_than=newer_than)
-    try:
-        list(work.look())
-        list(work.download())
-    finally:
-        work.close()
-    return work
 
 
 @pytest.mark.ranks

@@ -2,14 +2,14 @@
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from checkpoint_cases import checkpoints, iterations_in, path_of, small_state
-from s3_server import BUCKET, S3Server, s3_server
+from mirror_cases import KEEP, URL, fetched
+from s3_server import BUCKET, S3Server, until
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import mirror as mirror_module
@@ -19,42 +19,12 @@ from distrain.checkpoint.mirror_store import Place, StoreError
 from distrain.checkpoint.mirror_upload import Uploader
 from distrain.errors import RunFailed
 
-KEEP = {"last": 3, "every": None}
-URL = f"s3://{BUCKET}/runs/mine"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """Return the server, without faults and objects."""
-    server.clear()
-    for key in server.objects():
-        server.delete(key)
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return server
-
 
 def finish(mirror: Mirror) -> bool:
     try:
         return mirror.finish(lambda: False)
     finally:
         mirror.close()
-
-
-def fetched(folder: Path, url: str = URL) -> Fetch:
-    fetch = Fetch(url, folder, newer_than=-1)
-    try:
-        list(fetch.look())
-        list(fetch.download())
-    finally:
-        fetch.close()
-    return fetch
 
 
 def test_a_process_that_cannot_be_started_is_a_failure_that_is_retried(
@@ -72,7 +42,7 @@ def test_a_process_that_cannot_be_started_is_a_failure_that_is_retried(
     monkeypatch.setattr(mirror_module, "MirrorProcess", start)
     mirror = Mirror(f"file://{tmp_path}/place", tmp_path / "run", keep=KEEP)
     assert finish(mirror)
-    assert (mirror.uploaded, mirror.failed, mirror.why) == (1, 1, "")
+    assert (mirror.uploaded, mirror.failed, mirror.why) == (1, 2, "")
     assert iterations_in(tmp_path / "place") == [10]
 
 
@@ -82,6 +52,7 @@ def test_a_process_that_died_after_the_last_upload_leaves_nothing_to_report(
     checkpoints(tmp_path / "run", 10)
     assert finish(Mirror(f"file://{tmp_path}/place", tmp_path / "run", keep=KEEP))
     mirror = Mirror(f"file://{tmp_path}/place", tmp_path / "run", keep=KEEP)
+    until(lambda: mirror._process is not None)
     assert mirror._process is not None
     mirror._process._process.kill()
     assert finish(mirror)

@@ -14,7 +14,7 @@ from checkpoint_cases import checkpoints, iterations_in
 from project import write_project
 from ranks import run_ranks
 from resume_cases import ITERS, conf_of, differing, state_of, train
-from s3_server import BUCKET, KEY_ID, SECRET, environment_of, s3_server, until
+from s3_server import BUCKET, KEY_ID, SECRET, environment_of, until
 from test_training import CONF, ROOT, TINY
 
 from distrain.checkpoint.mirror import Mirror
@@ -25,21 +25,6 @@ from distrain.job.checkpoints import RunMirror
 pytestmark = pytest.mark.ranks
 URL = f"s3://{BUCKET}/runs/tiny"
 DOWN = environment_of("http://127.0.0.1:9")  # the port of discard
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(server):
-    """Return the server, without faults and objects."""
-    server.clear()
-    for key in server.objects():
-        server.delete(key)
-    return server
 
 
 @pytest.fixture
