@@ -114,8 +114,8 @@ def changed(conf: dict[str, Any], overrides: Sequence[str]) -> tuple[str, dict[s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from distrain.config.check_keys import check
     from distrain.config.compose import explain
-    from distrain.config.schema import check
 
     which, composed = "newest", OmegaConf.create(conf)
     for override in overrides:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distrain.checks import number, parsed_number, wrong
-from distrain.config import schema
+from distrain.config import check_keys
 from distrain.config.import_path import locate
 from distrain.config.instantiate import build
 from distrain.errors import ConfigError
@@ -44,7 +44,7 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(plain, dict)
-    return schema.check({str(key): value for key, value in plain.items()})
+    return check_keys.check({str(key): value for key, value in plain.items()})
 
 
 def _set_max_iter(composed: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""Keys of the configuration: their types, ranges and defaults; `schema.check` applies them."""
+"""Keys of the configuration: their types, ranges and defaults; `check_keys.check` applies them."""
 
 from __future__ import annotations
 

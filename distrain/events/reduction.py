@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from distrain.errors import NonFiniteLoss
-from distrain.events.columns import Columns
 from distrain.events.float_encoding import join, split
 from distrain.events.history import Floats, Ints
 from distrain.events.history_store import Block
 from distrain.events.name_exchange import NameExchange
 from distrain.events.nonfinite_losses import describe, nonfinite_losses
+from distrain.events.packing import Columns
 from distrain.events.pending import RowGroup, ScalarKind, ScalarRow, flatten, group_rows
 from distrain.events.storage import EventStorage, Spread
 

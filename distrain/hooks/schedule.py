@@ -14,7 +14,7 @@ from distrain.errors import ConfigError
 from distrain.hooks.metric import check_metric
 from distrain.optim.optimizer import representative_group
 from distrain.scalar_names import LR
-from distrain.schedule.base import WarmupLR
+from distrain.schedule.warmup import WarmupLR
 from distrain.trainer.hook import HookBase
 from distrain.trainer.optimizers import ONLY
 

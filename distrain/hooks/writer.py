@@ -13,7 +13,7 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.hooks.periodic import is_finished
 from distrain.redact import masked
-from distrain.runfolder.changes import changes_of_run
+from distrain.runfolder.allowed_changes import changes_of_run
 from distrain.scalar_names import ETA_S, LR, NONDETERMINISTIC_PREFIXES, STEP_S
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators

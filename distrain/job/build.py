@@ -16,11 +16,11 @@ from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
-from distrain.job.changed_settings import settings_of
 from distrain.job.data import build_datasets, loading, train_loader
 from distrain.job.epochs import in_iterations
 from distrain.job.eval_sets import build_metrics, eval_loader
 from distrain.job.optimization import build_optimization
+from distrain.job.restore import settings_of
 from distrain.job.strategy import STRATEGY_KEYS
 from distrain.trainer.hook import HookBase
 from distrain.trainer.step import Step

@@ -25,7 +25,7 @@ from distrain.log import logger
 from distrain.process.environment import restart_count
 from distrain.progress import waiting
 from distrain.run_layout import CHECKPOINTS
-from distrain.runfolder.changes import changed_keys, check_changes
+from distrain.runfolder.allowed_changes import changed_keys, check_changes
 
 Conf = dict[str, Any]
 

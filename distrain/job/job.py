@@ -13,7 +13,7 @@ class TrainJob:
     """Training of one configuration. Picklable, and light: the ranks import torch.
 
     Attributes:
-        conf: resolved configuration (see `schema.Keys`).
+        conf: resolved configuration (see `config.keys.Keys`).
         run_dir: folder of the run; it continues from its newest valid checkpoint.
     """
 

@@ -14,7 +14,7 @@ from distrain.checkpoint.catalog import Found, describe, find_all, newest_valid
 from distrain.checkpoint.format import iteration_of
 from distrain.checkpoint.retention import read_best
 from distrain.checks import wrong
-from distrain.config.schema import check
+from distrain.config.check_keys import check
 from distrain.distributed.ranks import topology
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError

@@ -18,10 +18,10 @@ from distrain.distributed.rng import seed_everything
 from distrain.errors import ConfigError, ExitCode
 from distrain.heartbeat import Phase
 from distrain.job.build import build_parts
-from distrain.job.changed_settings import largest_forward, load_state
 from distrain.job.checkpoints import RunMirror, open_store
 from distrain.job.model import build_model
 from distrain.job.outcome import conclude, outcome_of, why_done
+from distrain.job.restore import largest_forward, load_state
 from distrain.job.resume import has_checkpoints, restore_generators, resume_point
 from distrain.job.stop_signals import stop_signals
 from distrain.job.strategy import build_strategy
@@ -40,7 +40,7 @@ def train(conf: Conf, run_dir: str) -> ExitCode:
     """Train as one rank; return FINISHED, or STOPPED with a checkpoint saved.
 
     Args:
-        conf: resolved configuration (see `schema.Keys`).
+        conf: resolved configuration (see `config.keys.Keys`).
         run_dir: folder of the run; it continues from its newest valid checkpoint.
 
     Raises:

@@ -35,8 +35,8 @@ from distrain.files.retry import retried, unreadable
 from distrain.redact import masked, masked_overrides, masked_text, secrets_of
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, STARTS_FILE
 from distrain.runfolder import lock
+from distrain.runfolder.allowed_changes import changed_keys, check_changes, check_permissions
 from distrain.runfolder.attempts import kept
-from distrain.runfolder.changes import changed_keys, check_changes, check_permissions
 from distrain.runfolder.epoch_file import num_iterations
 from distrain.runfolder.files import cannot_use, read_bytes, read_frozen, read_starts
 from distrain.runfolder.provenance import git_state, start_record

@@ -26,6 +26,7 @@ from distrain.run_layout import (
     METRICS_FILE,
     STARTS_FILE,
 )
+from distrain.runfolder.allowed_changes import change_lines
 from distrain.runfolder.attempts import (
     JOB_FOLDER,
     RUNNING_FILE,
@@ -37,7 +38,6 @@ from distrain.runfolder.attempts import (
     read_job_id,
     read_running,
 )
-from distrain.runfolder.changes import change_lines
 from distrain.runfolder.epoch_file import num_iterations
 from distrain.runs.frozen_yaml import MAX_BYTES, load_mapping
 

@@ -10,7 +10,7 @@ from torch import Tensor, zeros
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distrain.schedule.base import WarmupLR
+from distrain.schedule.warmup import WarmupLR
 
 _MAX_STEPS = 100_000  # of a schedule that has no closed form
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from distrain.checks import number, one_of, whole, wrong
-from distrain.schedule.base import HorizonLR, Warmup, WarmupLR
+from distrain.schedule.warmup import HorizonLR, Warmup, WarmupLR
 
 __all__ = [
     "OneCycleLR",

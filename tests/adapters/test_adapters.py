@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distrain import EventStorage, Trainer
 from distrain.adapters import HuggingFaceModel, LightningModel, lightning_hooks
-from distrain.config import schema
+from distrain.config import check_keys
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks import EvalHook, LRScheduler
 from distrain.job.plan import plan
@@ -508,7 +508,7 @@ def conf_of(model, **keys):
             "writer": {"_target_": "distrain.hooks.PeriodicWriter"},
         },
     }
-    return schema.check(conf | keys)
+    return check_keys.check(conf | keys)
 
 
 def lightning_node(module="Line", **keywords):

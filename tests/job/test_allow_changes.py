@@ -15,7 +15,7 @@ from distrain import HookBase, Trainer
 from distrain.cli.command import Command
 from distrain.errors import ConfigError, ExitCode
 from distrain.hooks import EvalHook, LRScheduler
-from distrain.job.changed_settings import load_state
+from distrain.job.restore import load_state
 from distrain.runs.__main__ import run as runs
 
 COSINE = {"_target_": "distrain.schedule.WarmupCosineLR", "max_iters": ITERS, "warmup_iters": 6}

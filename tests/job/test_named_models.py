@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from distrain.config.check_keys import _value
 from distrain.config.keys import OptimKeys, Target
-from distrain.config.schema import _value
 from distrain.errors import ConfigError
 from distrain.job.build import build_parts
 from distrain.job.model import _built

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.config.schema import check
+from distrain.config.check_keys import check
 from distrain.data import Loader
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from checkpoint_cases import checkpoints
 
-from distrain.config.schema import check
+from distrain.config.check_keys import check
 from distrain.errors import ConfigError
 from distrain.runfolder import lock as folderlock
-from distrain.runfolder.changes import changes_of_run
+from distrain.runfolder.allowed_changes import changes_of_run
 from distrain.runfolder.differences import differences
 from distrain.runfolder.folder import RunFolder, await_run
 from distrain.runfolder.provenance import git_state

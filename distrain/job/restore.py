@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from distrain.errors import ConfigError
 from distrain.log import logger
-from distrain.runfolder.changes import HORIZON_KEYS
+from distrain.runfolder.allowed_changes import HORIZON_KEYS
 from distrain.runfolder.differences import covers, differences
-from distrain.schedule.base import WarmupLR
+from distrain.schedule.warmup import WarmupLR
 from distrain.trainer.optimizers import ONLY
 from distrain.trainer.trainer import Trainer
 

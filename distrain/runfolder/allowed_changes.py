@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checks import did_you_mean, shown
-from distrain.config import schema
+from distrain.config import check_keys
 from distrain.errors import ConfigError, RunFailed
 from distrain.redact import masked
 from distrain.run_layout import STARTS_FILE
@@ -39,7 +39,7 @@ def changed_keys(frozen: Mapping[str, Any], conf: Mapping[str, Any]) -> dict[str
     """
     before: Mapping[str, Any] = masked(frozen)
     with contextlib.suppress(ConfigError):  # keys of earlier versions: reported as changed
-        before = schema.check(dict(before))  # with the keys of later versions
+        before = check_keys.check(dict(before))  # with the keys of later versions
     return {key: list(values) for key, values in differences(before, masked(conf)).items()}
 
 
