@@ -13,14 +13,25 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import writer_client
-from distrain.checkpoint.encode import bytes_of, encode
+from distrain.checkpoint.encode import encode
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checkpoint.writer_client import Request
 from distrain.checkpoint.writer_process import perform
+
+
+def bytes_of(source: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor, (nbytes,), on the host."""
+    if isinstance(source, np.ndarray):
+        return source
+    dense = source.cpu().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array
 
 
 def identical(a: Any, b: Any) -> bool:

@@ -240,13 +240,3 @@ def _memory_order(tensor: Tensor) -> list[int] | None:
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
     return order if tensor.permute(order).is_contiguous() else None
-
-
-def bytes_of(source: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes of a tensor, (nbytes,), on the host."""
-    if isinstance(source, np.ndarray):
-        return source
-    dense = source.cpu().resolve_conj().resolve_neg().contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
-    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return array

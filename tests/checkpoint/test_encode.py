@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import identical, raw, small_state, state_digests
+from checkpoint_cases import bytes_of, identical, raw, small_state, state_digests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from distrain.checkpoint.decode import TORCH_DTYPES, decode
-from distrain.checkpoint.encode import Snapshot, bytes_of, encode
+from distrain.checkpoint.encode import Snapshot, encode
 from distrain.checkpoint.format import MODEL_FILE, TRAINING_FILE
 
 DTYPES = [
