@@ -21,16 +21,13 @@ def wrong(key: str, value: object, expected: str) -> ConfigError:
 
 
 def number(key: str, value: Any, *, above: float | None = None, least: float = 0.0) -> float:
-    """Return `value` as a float, checked to be finite and in its range.
+    """Return `value` as a float; ConfigError unless it is finite and in its range.
 
     Args:
         key: name of the value in the error.
         value: int or float; bool and text are refused, also "1e-4" in quotes.
         above: exclusive lower limit; replaces `least`.
         least: inclusive lower limit.
-
-    Raises:
-        ConfigError: the value is not such a number.
     """
     limit = f">= {least:g}" if above is None else f"> {above:g}"
     if isinstance(value, str):
@@ -46,22 +43,14 @@ def number(key: str, value: Any, *, above: float | None = None, least: float = 0
 
 
 def whole(key: str, value: Any, *, least: int) -> int:
-    """Return `value`, checked to be an int of at least `least`.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Return `value`; ConfigError unless it is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise wrong(key, value, f"an integer >= {least}")
     return value
 
 
 def one_of(key: str, value: Any, choices: Sequence[str]) -> str:
-    """Return `value`, checked to be one of the choices.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Return `value`; ConfigError unless it is one of the choices."""
     if value not in choices:
         raise wrong(key, value, "one of " + ", ".join(choices))
     return str(value)

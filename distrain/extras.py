@@ -9,15 +9,7 @@ from distrain.errors import ConfigError
 
 
 def optional_library(name: str, *, extra: str) -> Any:
-    """Import a library that is an extra of distrain.
-
-    Args:
-        name: of the module.
-        extra: of pyproject.toml.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Import a library that is an extra of distrain; ConfigError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -47,13 +47,9 @@ class _LogFile(logging.FileHandler):
 
 
 def set_up(folder: str | Path, *, rank: int) -> None:
-    """Send the log of this process where it belongs.
+    """Send the log of this process where it belongs; rank 0 also writes `folder`/rank_0.log.
 
     The agent has pointed stderr of all ranks but 0 to their logs.
-
-    Args:
-        folder: of the log files; rank 0 also writes to rank_0.log in it.
-        rank: of this process.
     """
     text = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     console = _CurrentStderr()

@@ -46,11 +46,7 @@ class Display:
     def add(self, stream: TextIO, *, total: float | None, text: str, times: str = "") -> TaskID:
         """Add a line, on the stream of existing lines; without a total it has no count.
 
-        Args:
-            stream: a terminal.
-            total: number of steps of the operation.
-            text: cut where the terminal is narrow.
-            times: never cut.
+        A narrow terminal cuts `text`, but not `times`.
         """
         with self._lock:
             if self._progress is None:

@@ -44,9 +44,7 @@ class EveryNth:
 class SteppedByModule:
     """Schedules of one optimizer that a module with manual optimization steps itself.
 
-    Args:
-        optimizer: theirs.
-        schedules: of all optimizers.
+    `schedules` may hold those of other optimizers, too.
     """
 
     def __init__(self, optimizer: Optimizer, schedules: list[Any]) -> None:

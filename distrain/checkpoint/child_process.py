@@ -109,11 +109,7 @@ class ChildProcess:
             self.end(timeout_s=_KILL_S)
 
     def end(self, *, timeout_s: float | None = None) -> None:
-        """Close the pipes, and wait until the process has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not within `timeout_s`.
-        """
+        """Close the pipes and wait for the end; subprocess.TimeoutExpired after `timeout_s`."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()

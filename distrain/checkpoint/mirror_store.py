@@ -76,10 +76,8 @@ class Stored:
 class Place:
     """Folder in an object store that mirrors the checkpoints of one run.
 
-    Every method raises StoreError if the store cannot be reached or refuses.
-
-    Args:
-        url: see `mirror_url`.
+    Every method raises StoreError if the store cannot be reached or refuses. For `url` see
+    `mirror_url`.
     """
 
     def __init__(self, url: str) -> None:

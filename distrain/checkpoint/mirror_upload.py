@@ -281,15 +281,12 @@ def _opened(path: str) -> Iterator[tuple[bytes, dict[str, BinaryIO]]]:
 
 
 def refuse_other(there: list[Stored], run_id: str | None, url: str) -> None:
-    """Check that a mirror holds no checkpoints of another run.
+    """Raise OtherRun if a mirror holds checkpoints of another run, or of two.
 
     Args:
         there: its checkpoints.
         run_id: of this run; None if it has no checkpoint yet.
         url: of the mirror.
-
-    Raises:
-        OtherRun: it does, or those of two runs.
     """
     found = {stored.manifest["run_id"] for stored in there if stored.manifest is not None}
     others = found - {run_id}
@@ -301,11 +298,7 @@ def refuse_other(there: list[Stored], run_id: str | None, url: str) -> None:
 
 
 def refuse_run_folder(url: str) -> None:
-    """Check that a mirror is outside of run folders: it would be lost with them, or replace files.
-
-    Raises:
-        OtherRun: it is a run folder, or in one.
-    """
+    """Raise OtherRun for a mirror in a run folder: it would be lost with it, or replace files."""
     scheme, _, path = url.partition("://")
     if scheme != "file":
         return

@@ -21,11 +21,7 @@ def mirror_of(conf: Mapping[str, Any]) -> str | None:
 
 
 def check_url(key: str, url: str) -> None:
-    """Check the URL of a mirror.
-
-    Raises:
-        ConfigError: another scheme, credentials in it, or its library is not installed.
-    """
+    """Raise ConfigError for another scheme, credentials in the URL, or a library not installed."""
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in LIBRARIES:
         # neither the scheme nor the rest is known: it may hold a password

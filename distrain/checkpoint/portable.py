@@ -15,11 +15,7 @@ _PART = "state"
 
 
 def to_portable(state: Any) -> list[Any]:
-    """Return a state, of types that a checkpoint may hold, as text and tensors by name.
-
-    Raises:
-        TypeError: as `encode`.
-    """
+    """Return a state as text and tensors by name; TypeError where `encode` raises it."""
     snapshot = encode({_PART: state})
     tensors = {
         tensor.name: tensor.source

@@ -25,11 +25,7 @@ _log = logging.getLogger("distrain")
 
 
 class Staging:
-    """An anonymous file in memory, shared with another process and reused by all saves.
-
-    Attributes:
-        fd: its file descriptor.
-    """
+    """An anonymous file in memory, shared with another process and reused by all saves."""
 
     def __init__(self) -> None:
         # not in /dev/shm, whose size containers limit to 64 MB by default

@@ -69,15 +69,12 @@ def swept_values(argv: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def check_objective(conf: Mapping[str, Any], hydra_conf: Any, *, waits: bool) -> None:
-    """Check that a sweep can optimize `sweep.metric`.
+    """Raise ConfigError if a sweep cannot optimize `sweep.metric`.
 
     Args:
         conf: of a run.
         hydra_conf: Hydra's own configuration.
         waits: whether the launcher waits for the end of a run.
-
-    Raises:
-        ConfigError: it cannot.
     """
     direction = hydra_conf.sweeper.get("direction")
     metric, mode = conf["sweep"]["metric"], conf["sweep"]["mode"]

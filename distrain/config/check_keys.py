@@ -15,10 +15,7 @@ from distrain.errors import ConfigError
 
 
 def check(conf: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with each value in the type of its key, and with defaults.
-
-    Args:
-        conf: plain values, as `config.resolve` makes them.
+    """Return the plain configuration with each value in the type of its key, and with defaults.
 
     Raises:
         ConfigError: a key is unknown, missing, of another type or out of range.
@@ -110,9 +107,7 @@ def _union(value: Any, hints: tuple[Any, ...], key: str) -> Any:
 def _is_by_name(value: Any, nodes: list[Any]) -> bool:
     """Whether a value is nodes by name: mappings or null, and none under a key of a single node.
 
-    Args:
-        value: of the key.
-        nodes: type hints of a single node.
+    `nodes` are the type hints of a single node.
     """
     if not isinstance(value, dict):
         return False

@@ -26,9 +26,6 @@ __all__ = ["build", "experiments", "explain", "locate", "resolve"]
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return the composed configuration as checked plain values, interpolations resolved.
 
-    Args:
-        cfg: composed by Hydra, or the same keys as a mapping.
-
     Raises:
         ConfigError: a key is unknown, missing, of a wrong type or out of range.
     """

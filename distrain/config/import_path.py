@@ -16,12 +16,8 @@ from distrain.errors import ConfigError
 def locate(path: str, key: str = "") -> Any:
     """Return the object at an import path such as `torch.optim.SGD`.
 
-    Args:
-        path: module and attributes, joined by dots.
-        key: dotted key that holds the path, for error messages.
-
     Raises:
-        ConfigError: no module or attribute of that name exists, or importing fails.
+        ConfigError: no module or attribute of that name exists, or importing fails; names `key`.
     """
     label = f"{key}={path}" if key else path
     found, rest = _import_longest(path, label)

@@ -41,11 +41,7 @@ class _Part(NamedTuple):
 
 
 def clean(cfg: DictConfig, hydra_conf: Any) -> DictConfig:
-    """Return the configuration without keys of left-out groups and other targets.
-
-    Args:
-        cfg: composed by Hydra; changed in place.
-        hydra_conf: Hydra's own configuration of this run.
+    """Remove keys of left-out groups and other targets from `cfg`, in place; return it.
 
     Raises:
         ConfigError: a file of the user is shadowed, or its keys are below its own group.

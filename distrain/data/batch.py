@@ -109,10 +109,7 @@ def _attributes(batch: Any) -> list[str]:
 
 
 def batch_length(batch: Any) -> int:
-    """Return the number of samples in a batch: the first dimension of its first tensor.
-
-    Args:
-        batch: as for `to_device`.
+    """Return the length of a batch (see `to_device`): the first dimension of its first tensor.
 
     Raises:
         ValueError: no tensor in it has a dimension.

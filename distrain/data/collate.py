@@ -30,12 +30,8 @@ class MicroBatch(NamedTuple):
 def length_of(dataset: Any, key: str) -> int:
     """Return the length of a map-style data set.
 
-    Args:
-        dataset: any object.
-        key: of the configuration, for the error.
-
     Raises:
-        ConfigError: it is empty, or has no length or no items.
+        ConfigError: it is empty, or has no length or no items; names `key`.
     """
     name = type(dataset).__name__
     has_items = hasattr(dataset, "__getitem__") or hasattr(dataset, "get_batch")

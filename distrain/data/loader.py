@@ -230,11 +230,7 @@ class EvalLoader:
         return self.batches()
 
     def batches(self, max_batches: int | None = None) -> Iterator[Any]:
-        """Yield the first batches of this rank; no others are loaded ahead.
-
-        Args:
-            max_batches: number of batches at most; None yields all.
-        """
+        """Yield the first `max_batches` (None: all) of this rank; no others are loaded ahead."""
         end = None if max_batches is None else max_batches * self.batch_size
         sampler = eval_batches(self._share[:end], batch_size=self.batch_size)
         workers = min(self._workers, len(sampler))

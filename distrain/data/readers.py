@@ -79,11 +79,7 @@ class Turn(NamedTuple):
 
 
 class Turns(Iterator[Turn]):
-    """Endless requests; `begin_epoch` goes to another epoch.
-
-    Attributes:
-        next: the next one.
-    """
+    """Endless requests; `begin_epoch` goes to another epoch."""
 
     def __init__(self, first: Turn) -> None:
         self.next = first

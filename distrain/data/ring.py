@@ -82,12 +82,7 @@ class Ring:
 
 
 class RingWriter:
-    """The loader process's end of a ring.
-
-    Args:
-        ring: of this process.
-        worker: number of this process.
-    """
+    """End of a ring in the loader process with the number `worker`."""
 
     def __init__(self, ring: Ring, worker: int) -> None:
         self._ring, self._worker = ring, worker

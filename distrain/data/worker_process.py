@@ -70,11 +70,7 @@ def signals_held() -> Iterator[None]:
 
 
 def init_worker(parent: int) -> None:
-    """Ignore the rank's signals and end with the rank.
-
-    Args:
-        parent: process id of the rank.
-    """
+    """Ignore the rank's signals and end with the rank, whose process id is `parent`."""
     # a cluster signals every process; a worker that ended on it would fail the rank
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)

@@ -24,12 +24,9 @@ class AppendFile:
     Args:
         path: the file, created with its folder, or a function that returns it, called when the file
             is opened.
-        exclusive: the file must not exist.
+        exclusive: the file must not exist, else FileExistsError.
         prepare: called before the file is opened. An OSError of it, or of the function, counts as a
             failure to open the file.
-
-    Raises:
-        FileExistsError: of an exclusive file.
     """
 
     def __init__(

@@ -8,12 +8,9 @@ import stat
 
 
 def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
-    """Return a descriptor for reading; pipes, devices and folders are refused without blocking.
+    """Return a descriptor for reading; OSError, without blocking, for a pipe, device or folder.
 
     With `follow=False`, a symbolic link is refused, too.
-
-    Raises:
-        OSError: it cannot be opened, or is not a regular file.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
@@ -26,11 +23,7 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
 
 
 def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        OSError: it cannot be read, is not a regular file, or has more than `max_bytes`.
-    """
+    """Return the content of a regular file; OSError for any other, or over `max_bytes`."""
     with open(open_regular(path), "rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

@@ -11,12 +11,9 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def candidates(gpus: Sequence[Sequence[Gpu]]) -> list[Gpu]:
-    """Return the visible devices that the ranks of a run may use, in CUDA's order.
+    """Return the visible devices of `Nvml.gpus` that the ranks of a run may use, in CUDA's order.
 
     Those are the whole GPUs; without one, the MIG devices, of which a process can use only one.
-
-    Args:
-        gpus: from `Nvml.gpus`.
     """
     found = visible(gpus, os.environ.get(VARIABLE))
     return [gpu for gpu in found if not gpu.is_mig] or found

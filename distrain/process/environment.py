@@ -10,11 +10,7 @@ from distrain.errors import ConfigError
 
 
 def env_int(name: str, default: int = 0) -> int:
-    """Return the integer in an environment variable; the default if it is unset or empty.
-
-    Raises:
-        ConfigError: it is not an integer.
-    """
+    """Return the int in an environment variable, else ConfigError; `default` if unset or empty."""
     text = os.environ.get(name, "").strip()
     try:
         return int(text) if text else default
