@@ -49,11 +49,7 @@ def compress_gradients(
 
 
 def check_comm_hook(comm_hook: str, options: Mapping[str, Any]) -> None:
-    """Check a comm hook and its options.
-
-    Raises:
-        ConfigError: one does not exist or is out of range.
-    """
+    """Raise ConfigError if a comm hook, or an option of it, does not exist or is out of range."""
     one_of("trainer.comm_hook", comm_hook, get_args(CommHook))
     if comm_hook != "powersgd":
         if options:

@@ -75,11 +75,7 @@ def _num_owners(module: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def check_shardable(module: nn.Module) -> None:
-    """Check that each part of a model can be sharded.
-
-    Raises:
-        ConfigError: one cannot.
-    """
+    """Raise ConfigError if a part of a model cannot be sharded."""
     for name, part in module.named_modules():
         is_sync = "SyncBatchNorm" in type(part).__name__
         if isinstance(part, _BatchNorm) and part.track_running_stats and not is_sync:

@@ -12,11 +12,7 @@ _PARTS = ("codes", "scale", "qmap")
 
 
 def to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of an optimizer with quantized tensors as dicts of plain ones.
-
-    Args:
-        state: as `Optimizer.state_dict` returns it.
-    """
+    """Return an `Optimizer.state_dict()`, its quantized tensors as dicts of plain ones."""
     return {**state, "state": _each(state["state"], _parts)}
 
 

@@ -63,16 +63,10 @@ def local_device() -> torch.device:
 
 @contextmanager
 def process_group(*, timeout_s: float = 600.0) -> Iterator[Topology]:
-    """Join the process group that the environment describes, and leave it at the end.
+    """Join the process group that the environment describes; yield the topology; leave at the end.
 
     NCCL carries CUDA tensors, gloo CPU tensors. With one rank, or without WORLD_SIZE, no group is
-    made.
-
-    Args:
-        timeout_s: timeout of a collective.
-
-    Yields:
-        the topology.
+    made. `timeout_s` is that of a collective.
     """
     device = local_device()
     if device.type == "cuda":

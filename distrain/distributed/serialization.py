@@ -32,10 +32,7 @@ def encode(value: Any) -> bytes:
 
     Args:
         value: None, bool, int, float (NaN and infinities too), str, tensors, numpy arrays, and
-            lists, tuples and dicts with text as keys of these.
-
-    Raises:
-        TypeError: something else is in it.
+            lists, tuples and dicts with text as keys of these; TypeError for anything else.
     """
     arrays: list[bytes] = []
     text = json.dumps(_plain(value, "value", arrays)).encode()
@@ -43,11 +40,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """Return the value of `encode`: tuples are lists, tensors are on the CPU.
-
-    Raises:
-        ValueError: the bytes are not those of a value.
-    """
+    """Return the value of `encode`, tuples as lists, tensors on CPU; ValueError for other bytes."""
     try:
         (length,) = struct.unpack_from("<Q", data)
         rest = memoryview(data)[8 + length :]

@@ -50,9 +50,6 @@ class Strategy:
         """Return which part of each batch this rank takes, and of how many.
 
         Ranks that hold parts of one replica of the model return the same part.
-
-        Args:
-            ranks: of the process group.
         """
         return ranks
 
@@ -163,11 +160,7 @@ class Strategy:
 
 
 def check_clipping(norm: float | None, value: float | None) -> None:
-    """Check the limits of `Strategy.clip`.
-
-    Raises:
-        ConfigError: both are given, or one is not above 0.
-    """
+    """Raise ConfigError if both limits of `Strategy.clip` are given, or one is not above 0."""
     if norm is not None and value is not None:
         raise ConfigError(
             f"trainer.clip_norm={norm}, trainer.clip_value={value}: expected one; keep one"

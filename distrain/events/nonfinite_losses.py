@@ -29,14 +29,7 @@ def describe(
     group: dist.ProcessGroup | None,
     world_size: int,
 ) -> str:
-    """Return the error message: losses, first iteration, ranks, fixes; a collective.
-
-    Args:
-        losses: of `nonfinite_losses`.
-        groups: the rows of this rank.
-        group: the process group.
-        world_size: number of ranks.
-    """
+    """Return the error: `nonfinite_losses`, the first iteration, ranks, fixes; a collective."""
     ranks = [0]
     if world_size > 1:
         flags = [

@@ -114,14 +114,7 @@ class Columns:
         since: int,
         last: int,
     ) -> Unrolled:
-        """Return the rows of one rank as arrays.
-
-        Args:
-            groups: rows with iterations in [since, last].
-            kinds: settings of all names in the rows.
-            since: the first iteration.
-            last: the last iteration.
-        """
+        """Return the rows of one rank, of iterations in [since, last], as arrays."""
         unrolled = Unrolled(np.zeros((2, last - since + 1, len(self.kinds))))
         values, weights = unrolled.packed
         local: list[Block] = []

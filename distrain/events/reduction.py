@@ -163,11 +163,7 @@ class ScalarReduction:
                 self.stop = STOP_EARLY
 
     def drain(self, iteration: int) -> None:
-        """Reduce all values put so far and wait: before a checkpoint and at the end.
-
-        Raises:
-            NonFiniteLoss: as in `advance`.
-        """
+        """Reduce all values, and wait: before a checkpoint, at the end; raises as `advance`."""
         self._complete(iteration)
         self._close(iteration)
         if self._complete(iteration):  # the values of new names are still held

@@ -15,11 +15,7 @@ Callback = Callable[[TrainerBase], None]
 class CallbackHook(HookBase):
     """Calls a function per moment, with the trainer: `CallbackHook(after_step=function)`.
 
-    Args:
-        functions: by moment of `HookBase`.
-
-    Raises:
-        ConfigError: a name is not a moment.
+    ConfigError for a name that is not a moment of `HookBase`.
     """
 
     def __init__(self, **functions: Callback | None) -> None:

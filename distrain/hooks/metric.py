@@ -83,11 +83,6 @@ def check_metric(trainer: TrainerBase, key: str, metric: str) -> None:
     An unknown name is only logged where hooks of the user may put it. A collective if the name is
     unknown.
 
-    Args:
-        trainer: whose hooks evaluate.
-        key: of the metric in the configuration.
-        metric: the scalar's name.
-
     Raises:
         ConfigError: no evaluation has it, and no hook of the user can put it.
     """

@@ -57,11 +57,7 @@ class PeriodicHook(HookBase, ABC):
 
 
 def checked_period(period: Period) -> Period:
-    """Return the period, checked.
-
-    Raises:
-        ConfigError: neither an integer >= 1 nor text in epochs.
-    """
+    """Return the period; ConfigError unless it is an int >= 1 or text in epochs."""
     number: Period = parsed_number(period)  # of text, as an environment variable gives it
     if epochs(number) is None:
         iterations("period", number, iters_per_epoch=None)

@@ -16,7 +16,7 @@ from distrain.optim.rules import Rule, plain, pop_conditions
 
 
 class CombinedOptimizer(Optimizer):
-    """One optimizer that steps several, which have no parameter in common.
+    """One optimizer that steps several, which have no parameter in common, else ValueError.
 
     Its `param_groups` are those of all, in order, so schedules, clipping and the scaling of
     gradients see one optimizer; its `state` holds the states of all. Checkpoints look like those of
@@ -24,9 +24,6 @@ class CombinedOptimizer(Optimizer):
 
     Args:
         optimizers: new ones, without state.
-
-    Raises:
-        ValueError: two have a parameter in common.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:

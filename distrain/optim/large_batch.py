@@ -72,16 +72,13 @@ class LARS(_TrustRatio):
     0.14), w = (2.97, 3.86).
 
     Args:
-        params: parameters, or groups of them.
+        params: parameters, or groups of them; ConfigError for a value out of range.
         lr: learning rate, >= 0.
         momentum: fraction of the previous update.
         weight_decay: b.
         trust: the trust coefficient, > 0.
         adapt: whether a group has the ratio (else 1); None: tensors of two dimensions or more, so
             that biases and parameters of norms follow plain SGD.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     def __init__(
@@ -131,15 +128,12 @@ class LAMB(_TrustRatio):
     ratio 1.8570, w = (2.5358, 3.8143).
 
     Args:
-        params: parameters, or groups of them.
+        params: parameters, or groups of them; ConfigError for a value out of range.
         lr: learning rate, >= 0.
         betas: of both moments, in [0, 1).
         eps: added to the root.
         weight_decay: b.
         adapt: as in `LARS`; without the ratio an update is AdamW's.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     def __init__(

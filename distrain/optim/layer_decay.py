@@ -49,10 +49,6 @@ def find_layers(names: Mapping[str, nn.Parameter], layer_decay: Any) -> str:
     Of nested numbers the outermost count: stages before blocks. Examples: `blocks.{}.*`,
     `encoder.layers.encoder_layer_{}.*`, `layer{}.*` (a ResNet), `{}.*`.
 
-    Args:
-        names: the parameters by name.
-        layer_decay: for the error.
-
     Raises:
         ConfigError: no modules do; names the numbered ones.
     """

@@ -87,10 +87,7 @@ def optimizer_parts(
 ) -> list[tuple[str, set[nn.Parameter], dict[str, Any]]]:
     """Return name, parameters and keywords of each optimizer; the last has the rest, and "".
 
-    Args:
-        model: the model.
-        groups: of `build_optimizer`.
-        own: its other keywords.
+    `groups` and `own` are keywords of `build_optimizer`.
     """
     shared = {key: own[key] for key in ("lr", "weight_decay", *_GROUP_KEYS) if key in own}
     found, rest = split_parameters(model, groups)

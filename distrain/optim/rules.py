@@ -168,15 +168,7 @@ class Rule:
 
 
 def resolve(key: str, path: str) -> Any:
-    """Return the object at an import path such as `torch.nn.Linear`.
-
-    Args:
-        key: name of the value in the error.
-        path: names of packages, modules and attributes, joined by dots.
-
-    Raises:
-        ConfigError: the path cannot be imported.
-    """
+    """Return the object at an import path such as `torch.nn.Linear`, or raise ConfigError."""
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -232,11 +224,7 @@ def _parse(name: str, given: Any) -> Rule:
 
 
 def pop_conditions(key: str, rule: dict[str, Any]) -> dict[str, Any]:
-    """Take `match`, `module` and `dims` out of a rule; return them as keywords of `Rule`.
-
-    Raises:
-        ConfigError: one has a wrong value.
-    """
+    """Take `match`, `module`, `dims` out of a rule, as keywords of `Rule`; ConfigError if wrong."""
     match, module = rule.pop("match", ()), rule.pop("module", "")
     dims = rule.pop("dims", None)
     patterns = (match,) if isinstance(match, str) else match

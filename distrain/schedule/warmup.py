@@ -36,6 +36,7 @@ class WarmupLR(LRScheduler, ABC):
     horizon in the configuration counts; `get_last_lr` returns floats for tensor rates too, which
     are filled in place; `step` has no bookkeeping and no warnings about the order of calls.
     `SequentialLR` works. `ChainedScheduler` does not: each step sets the rate from the base rate.
+    An argument out of range is a ConfigError.
 
     Args:
         optimizer: its groups' `initial_lr`, or else `lr`, are the base rates.
@@ -43,9 +44,6 @@ class WarmupLR(LRScheduler, ABC):
         warmup_iters: iterations until the warm-up ends; 0 for none.
         warmup_method: "linear" or "constant".
         last_epoch: as in torch: the updates made before, less one; -1 starts at 0.
-
-    Raises:
-        ConfigError: an argument is out of range.
     """
 
     def __init__(

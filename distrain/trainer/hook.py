@@ -102,11 +102,7 @@ class HookBase:
 
 
 def check_moments(kind: type[HookBase]) -> None:
-    """Check that no method of a hook has almost the name of a moment: it is never called.
-
-    Raises:
-        ConfigError: one has.
-    """
+    """Raise ConfigError if a method of a hook has almost a moment's name: it is never called."""
     for name in dir(kind):
         if name.startswith("_") or hasattr(HookBase, name) or not callable(getattr(kind, name)):
             continue

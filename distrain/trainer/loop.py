@@ -78,10 +78,7 @@ class TrainerBase:
         self.register_hooks(hooks)
 
     def register_hooks(self, hooks: Mapping[str, HookBase] | Iterable[HookBase]) -> None:
-        """Add hooks; all are sorted by `HookBase.order`.
-
-        Args:
-            hooks: by name, or a list of them.
+        """Add hooks, by name or in a list; all are sorted by `HookBase.order`.
 
         Raises:
             ValueError: a name is taken.
@@ -309,10 +306,9 @@ class TrainerBase:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, before `train`; hooks not in it keep their state.
+        """Load what `state_dict` returned, tensors on the CPU, before `train`.
 
-        Args:
-            state: with tensors on the CPU.
+        Hooks not in it keep their state.
         """
         self._histories = state["histories"]
         self._early_stop = bool(state["early_stop"])

@@ -100,11 +100,7 @@ def unweighted(losses: Mapping[str, Tensor]) -> WeightedLosses:
 
 
 def check_first(losses: Mapping[str, Tensor], *, has_run: bool) -> None:
-    """Check that the first `Loss` comes in the first forward, where all ranks expect it.
-
-    Raises:
-        ConfigError: there were forwards without one.
-    """
+    """Raise ConfigError if the first `Loss` is not in the first forward: ranks expect it there."""
     if has_run:
         raise ConfigError(
             f"the model's forward returned a distrain.Loss among {', '.join(losses)}: expected one "

@@ -45,10 +45,7 @@ def total_loss(output: Any) -> dict[str, Tensor]:
     """Return named losses with their sum as "loss"; `WeightedLosses` if one is a `Loss`.
 
     Args:
-        output: of a model: a tensor with one element, a `Loss`, or a mapping of such.
-
-    Raises:
-        ConfigError: it is neither.
+        output: a tensor with one element, a `Loss`, or a mapping of such; else ConfigError.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
         return {"loss": _zero_dim(output)}

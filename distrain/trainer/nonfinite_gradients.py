@@ -72,10 +72,6 @@ class SkippedUpdates:
     def may_update(self, losses: Mapping[str, Tensor], *, iteration: int) -> bool:
         """Return whether the update may be applied; restore the buffers if not.
 
-        Args:
-            losses: of this rank, by name.
-            iteration: the current one.
-
         Raises:
             NonFiniteLoss: more than max_in_a_row in a row; on all ranks at this iteration.
         """

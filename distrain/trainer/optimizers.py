@@ -75,11 +75,7 @@ def load_state_dict(
     optimizers: Mapping[str, Optimizer],
     state: Mapping[str, Any],
 ) -> None:
-    """Load what `state_dict` returned.
-
-    Raises:
-        ConfigError: the state is of other optimizers.
-    """
+    """Load what `state_dict` returned; ConfigError if it is of other optimizers."""
     if ONLY in optimizers:
         strategy.load_state_dict(module, optimizers[ONLY], state)
         return

@@ -31,12 +31,7 @@ def named(found: Any) -> dict[str, Any]:
 
 
 def taken_by(key: str, function: Callable[..., Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the predictions that a function takes.
-
-    Args:
-        key: of the function in the configuration.
-        function: its parameters are looked at; `**kwargs` takes all.
-        found: predictions by name.
+    """Return those of the predictions that a function takes; `**kwargs` takes all.
 
     Raises:
         ConfigError: one that it needs is missing.
@@ -76,11 +71,9 @@ class Predictions:
         """Append the predictions of a batch.
 
         Args:
-            found: by name: (length, ...) tensors, or lists of one value per sample.
+            found: by name: (length, ...) tensors, or lists of one value per sample; else
+                ConfigError.
             length: number of samples.
-
-        Raises:
-            ConfigError: a value is neither.
         """
         for name, value in found.items():
             is_tensor = isinstance(value, Tensor)

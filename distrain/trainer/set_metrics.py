@@ -27,11 +27,7 @@ KEY = "eval.metrics"
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Check that each is a torchmetrics object with states, or a function.
-
-    Raises:
-        ConfigError: one is neither.
-    """
+    """Raise ConfigError unless each is a torchmetrics object with states, or a function."""
     if not isinstance(metrics, Mapping):
         raise wrong("metrics", metrics, "a mapping of metrics by name")
     for name, metric in metrics.items():

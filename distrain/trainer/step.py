@@ -75,10 +75,7 @@ class Step(ABC):
         """Return the context of one update.
 
         Args:
-            name: of the optimizer, where there are several.
-
-        Raises:
-            ConfigError: there is none of that name.
+            name: of the optimizer, where there are several; ConfigError for an unknown one.
         """
         updaters = self.trainer.updaters
         if name not in updaters:
@@ -96,11 +93,7 @@ class Step(ABC):
 
 
 def check_state_methods(kind: type[Step]) -> None:
-    """Check that a class has both methods of a state, or none: else a resumed run lacks it.
-
-    Raises:
-        ConfigError: it has one of them.
-    """
+    """Raise ConfigError for a class with only one state method: a resumed run lacks the state."""
     saves = kind.state_dict is not Step.state_dict
     if saves != (kind.load_state_dict is not Step.load_state_dict):
         found, missing = ("state_dict", "load_state_dict")[:: 1 if saves else -1]

@@ -252,10 +252,7 @@ class Trainer(TrainerBase):
         return batch
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Return the losses of a batch by name; "loss" is their sum.
-
-        Args:
-            batch: as the data returned it.
+        """Return the losses of a batch of `data` by name; "loss" is their sum.
 
         Raises:
             ConfigError: the model did not return losses.
@@ -311,10 +308,7 @@ class Trainer(TrainerBase):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, before `train`.
-
-        Args:
-            state: with tensors on the CPU.
+        """Load what `state_dict` returned, with tensors on the CPU, before `train`.
 
         Raises:
             RuntimeError: names or shapes of the model's tensors differ; all are listed.

@@ -12,14 +12,11 @@ from distrain.distributed.fsdp_blocks import Block, find_blocks
 
 
 def outermost_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[Block]:
-    """Return the modules that match, with their names, without those inside of another.
+    """Return the outermost modules that match, with their names; ConfigError if none does.
 
     Args:
         model: the model.
         blocks: class names or name patterns, see `fsdp_blocks.find_blocks`; None: those repeated.
-
-    Raises:
-        ConfigError: none matches.
     """
     words = [blocks] if isinstance(blocks, str) else blocks
     found = find_blocks(model, words, key="blocks")
@@ -30,11 +27,7 @@ def outermost_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> li
 
 
 def linear_layers(model: nn.Module, match: str | Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers whose names match a pattern.
-
-    Raises:
-        ConfigError: none does.
-    """
+    """Yield the linear layers whose names match a pattern; ConfigError if none does."""
     patterns = [match] if isinstance(match, str) else match
     layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     matched = [name for name in layers if any(fnmatchcase(name, p) for p in patterns)]

@@ -20,11 +20,9 @@ def compile_blocks(
 
     Args:
         model: changed in place.
-        blocks: class names or name patterns of modules; None: the repeated ones.
+        blocks: class names or name patterns of modules, ConfigError if none matches; None: the
+            repeated ones.
         options: keywords of torch.compile, as mode="max-autotune" or dynamic=False.
-
-    Raises:
-        ConfigError: no module matches.
     """
     for _, block in outermost_blocks(model, blocks):
         block.compile(**options)

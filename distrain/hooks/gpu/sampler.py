@@ -128,12 +128,7 @@ class Sampler(threading.Thread):
 
 
 def summarise(readings: dict[int, list[Reading]], xids: dict[int, int]) -> Summary:
-    """Return the means over time of each GPU, and their mean or maximum over GPUs.
-
-    Args:
-        readings: by rank, oldest first.
-        xids: number of Xid errors by rank.
-    """
+    """Return the means over time of each rank's GPU, and their mean or maximum over GPUs."""
     summary = Summary()
     over_gpus: dict[str, list[float]] = defaultdict(list)
     for rank, readings_of_gpu in readings.items():
