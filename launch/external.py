@@ -91,11 +91,7 @@ def _console_kept() -> Iterator[None]:
 
 
 def rank_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a rank, from torchrun's variables or from SLURM's.
-
-    Raises:
-        ConfigError: neither has set them.
-    """
+    """Return the environment of a rank, from torchrun's variables or SLURM's, else ConfigError."""
     found = {name: env[name] for name in _NEEDED if env.get(name)}
     if "RANK" not in found:
         found |= {name: env[of] for name, of in _OF_SLURM.items() if of in env}

@@ -111,11 +111,7 @@ def only_rank_env() -> dict[str, str]:
 
 
 def refuse_among_ranks() -> None:
-    """Check that this process is not a rank itself.
-
-    Raises:
-        ConfigError: torchrun or srun has started this process as one of several ranks.
-    """
+    """Raise ConfigError if torchrun or srun has started this process as one of several ranks."""
     # a container may set RANK=0 and WORLD_SIZE=1: then no other program has started ranks
     is_of_several = "RANK" in os.environ and env_int("WORLD_SIZE", 1) > 1
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or is_of_several

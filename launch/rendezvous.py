@@ -76,11 +76,7 @@ class StaticRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other agents for a new round.
-
-        Raises:
-            RankFailed: they did not come in time.
-        """
+        """Meet the other agents for a new round; RankFailed if they do not come in time."""
         if self._agents is None:
             self._agents = self._connect()
         self._round += 1

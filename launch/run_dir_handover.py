@@ -54,11 +54,7 @@ class Handover:
             time.sleep(0.1)
 
     def receive(self) -> dict[str, Any]:
-        """Return the message of rank 0.
-
-        Raises:
-            RankFailed: there is none, or rank 0 has ended.
-        """
+        """Return the message of rank 0; RankFailed if there is none, or rank 0 has ended."""
         store = self._connect()
         try:
             message: dict[str, Any] = json.loads(store.get(self._prefix + _KEY))

@@ -27,10 +27,7 @@ def split_indices(labels: Tensor, split: Split) -> Tensor:
 
     Args:
         labels: (N,) int64, class of each image.
-        split: "train" or "test".
-
-    Raises:
-        ValueError: another split.
+        split: "train" or "test", else ValueError.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")

@@ -49,10 +49,6 @@ class RunMirror:
     """Mirror of a run's checkpoints; without `checkpoint.mirror` every method does nothing.
 
     In a `with`, whose end is that of the uploads.
-
-    Args:
-        conf: resolved configuration.
-        run_dir: folder of the run.
     """
 
     def __init__(self, conf: Conf, run_dir: str) -> None:

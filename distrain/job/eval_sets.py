@@ -41,11 +41,7 @@ def build_sets(conf: Conf) -> dict[str, Any]:
 
 
 def only_set(conf: Conf, name: str) -> Conf:
-    """Return a configuration with one of its evaluation sets.
-
-    Raises:
-        ConfigError: there is no such set.
-    """
+    """Return a configuration with one of its evaluation sets; ConfigError if it has no such set."""
     nodes = eval_nodes(conf)
     if name not in nodes or not name:
         hint = did_you_mean(name, filter(None, nodes))
@@ -56,13 +52,7 @@ def only_set(conf: Conf, name: str) -> Conf:
 def eval_loader(
     conf: Conf, sets: dict[str, Any], **loading: Any
 ) -> EvalLoader | dict[str, EvalLoader] | None:
-    """Return the loader of this rank's part of the evaluation set, or those of several by name.
-
-    Args:
-        conf: resolved configuration.
-        sets: as `build_datasets` returned them.
-        loading: keywords of `EvalLoader`.
-    """
+    """Return the `EvalLoader(**loading)` of the evaluation set, or those of several by name."""
     if not sets:
         return None
     batch_size = conf["data"]["eval_batch_size"] or conf["data"]["batch_size"]

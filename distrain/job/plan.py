@@ -26,11 +26,7 @@ from distrain.trainer.trainer import Trainer
 
 
 def plan(conf: dict[str, Any], run_dir: str) -> str:
-    """Build everything as one rank and describe it; trains nothing.
-
-    Args:
-        conf: resolved configuration.
-        run_dir: folder of the run; not touched.
+    """Build everything as one rank and describe it; trains nothing, and leaves `run_dir` as it is.
 
     Raises:
         ConfigError: a part cannot be built.

@@ -28,11 +28,7 @@ KINDS = (".jsonl", ".safetensors")
 
 
 def check_output(path: str) -> None:
-    """Check the name of the file for predictions.
-
-    Raises:
-        ConfigError: it ends with neither .jsonl nor .safetensors.
-    """
+    """Raise ConfigError unless the file for predictions ends with .jsonl or .safetensors."""
     if Path(path).suffix not in KINDS:
         raise wrong("--predict", path, "a file name that ends with " + " or ".join(KINDS))
 

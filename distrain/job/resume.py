@@ -49,10 +49,6 @@ def resume(trainer: Trainer, checkpoints: CheckpointStore) -> int:
         trainer = distrain.Trainer(model, optimizer, loader, hooks=hooks)
         trainer.train(distrain.resume(trainer, checkpoints), 1000)
 
-    Args:
-        trainer: just built.
-        checkpoints: those of its hooks.
-
     Raises:
         ConfigError: the model is sharded; such runs continue by the command.
         RunRefused: none of the checkpoints can be continued from.

@@ -100,11 +100,7 @@ def _is_path(key: str, old: Any, new: Any) -> bool:
 
 
 def check_permissions(conf: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> None:
-    """Check that each entry of `allow_changes` is a key, of this configuration or the frozen one.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Raise ConfigError for an entry of `allow_changes` that is a key of neither configuration."""
     keys = [*flat(conf), *(key for key in flat(frozen or {}))]
     for entry in conf.get("allow_changes", ()):
         if not any(covers([str(entry)], key) for key in keys):

@@ -148,12 +148,7 @@ def begin(run_dir: Path, attempt: Attempt) -> None:
 def close(run_dir: Path, attempt: Attempt, *, outcome: str, why: str = "", **fields: Any) -> None:
     """Append an attempt that has ended to the journal, with its iterations and step time.
 
-    Args:
-        run_dir: the run folder.
-        attempt: as it began.
-        outcome: see `Attempt`.
-        why: likewise.
-        fields: further fields of the end; `end` is now by default.
+    `fields` are further ones of `Attempt`; `end` is now by default.
     """
     ended = dataclasses.replace(attempt, end=time.time(), outcome=outcome, why=why)
     attempt = dataclasses.replace(ended, **fields)

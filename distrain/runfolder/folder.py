@@ -197,11 +197,7 @@ class RunFolder:
     def _check_same(
         self, conf: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> dict[str, list[Any]]:
-        """Return the changed keys, each with its old and new value.
-
-        Raises:
-            ConfigError: one of them may not change.
-        """
+        """Return old and new value of each changed key; ConfigError if one may not change."""
         changed = changed_keys(frozen, conf)
         self.notices += check_changes(
             f"run.dir={self.path}", changed, conf.get("allow_changes", ())

@@ -22,11 +22,7 @@ def plot(
 ) -> int:
     """Draw scalars over the iterations, one pair of axes per scalar, one line per run; return 0.
 
-    Args:
-        runs: names and folders.
-        patterns: names of scalars, with wildcards.
-        out: file; its suffix gives the format.
-        smooth: rows of the moving mean.
+    `patterns` have wildcards, the suffix of `out` is the format, `smooth` counts rows.
 
     Raises:
         ConfigError: matplotlib is missing, a scalar is in no run, the picture cannot be written.

@@ -72,11 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list[Trial]]:
-    """Return the search and its trials.
-
-    Raises:
-        ConfigError: an argument does not work.
-    """
+    """Return the search and its trials; ConfigError if an argument does not work."""
     try:
         rungs = [int(each) for each in options.rungs.split(",")]
     except ValueError:

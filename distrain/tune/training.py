@@ -76,11 +76,7 @@ class Trial:
 
 
 class Runner:
-    """Runs the trials of a search.
-
-    Attributes:
-        is_stopped: whether `stop` was called.
-    """
+    """Runs the trials of a search."""
 
     def __init__(self, search: Search, trials: Sequence[Trial]) -> None:
         """Read the configuration of the first trial.

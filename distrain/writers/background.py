@@ -29,10 +29,7 @@ class BackgroundWriter:
 
     Args:
         writers: each gets every row; those of one thread in this order.
-        run: the run that they are opened for.
-
-    Raises:
-        ConfigError: of a writer's `open`.
+        run: the run that they are opened for; a ConfigError of `open` is raised.
     """
 
     def __init__(self, writers: Iterable[Writer], run: RunInfo) -> None:
@@ -87,11 +84,8 @@ class WriterThread:
     Args:
         name: of the thread.
         writers: each gets every row, in this order.
-        run: the run that they are opened for.
+        run: the run that they are opened for; a ConfigError of `open` is raised.
         is_remote: whether it is the thread of a tracker.
-
-    Raises:
-        ConfigError: of a writer's `open`.
     """
 
     def __init__(
@@ -177,13 +171,9 @@ class WriterThread:
         at_end: bool = False,
         fatal: type[Exception] | tuple[()] = (),
     ) -> bool:
-        """Call a method of a writer; log its error, before the end only the first of several.
+        """Call a method of a writer; return whether it succeeded.
 
-        Returns:
-            Whether it succeeded.
-
-        Raises:
-            fatal: an error of this type is raised.
+        An error of a type in `fatal` is raised, others are logged: before the end only the first.
         """
         name = type(writer).__name__
         try:

@@ -208,9 +208,6 @@ class _ScalarsEvent:
 
     A message in protobuf's encoding is its fields one after the other, and a scalar is a
     `Summary.Value` that ends with its value, a float of four bytes.
-
-    Args:
-        names: of the scalars.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

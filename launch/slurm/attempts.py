@@ -61,11 +61,7 @@ def prepare(run_dir: Path, *, job_id: str | None = None) -> Path:
 
 
 def refuse_other_job(run_dir: Path, *, job_id: str | None = None) -> None:
-    """Check that no SLURM job but `job_id` works on a run, or waits to.
-
-    Raises:
-        ConfigError: another one does, or SLURM does not answer.
-    """
+    """Raise ConfigError if another job works on a run or waits to, or SLURM does not answer."""
     other = read_json(run_dir / JOB_FOLDER / SUBMITTED_FILE).get("job_id")
     if not other or other == job_id:
         return

@@ -74,11 +74,7 @@ def begin(run_dir: Path, *, max_requeues: int) -> ExitCode:
 
 
 def end(run_dir: Path, *, step_exit: int, max_requeues: int) -> ExitCode:
-    """Record how an attempt ended; requeue the job where that helps.
-
-    Returns:
-        The exit code for the batch script.
-    """
+    """Record how an attempt ended; requeue the job where that helps; return the exit code."""
     attempt = _running(run_dir)
     if attempt is None:
         report(f"{run_dir}: `end` without `begin`")
