@@ -1,7 +1,7 @@
 """Windowed reduction: no collective on most steps, two asynchronous all-reduces per window.
 
 A window is a range of iterations that all ranks agree on. At its end every rank packs the scalars
-of all its iterations into two buffers (see `columns`) and starts two all-reduces, a sum and a
+of all its iterations into two buffers (see `packing`) and starts two all-reduces, a sum and a
 maximum, whose size does not grow with the number of ranks. The stages are one step apart, so that
 none waits: copy to the host, send, read. The maximum also carries stop requests and the time of a
 step, from which all ranks compute the same length of the next window: the periods that pass in one
