@@ -60,6 +60,9 @@ class EpochEnds:
 
 def lengths_of_ranks(length: int | None) -> list[int | None]:
     """Return the number of batches of each rank. A collective."""
-    lengths: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(lengths, length)
-    return lengths
+    # a default group for CUDA alone does not gather tensors of the CPU
+    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    mine = torch.tensor([-1 if length is None else length], device=device)
+    lengths = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, mine)
+    return [None if number < 0 else number for number in map(int, lengths)]

@@ -1,8 +1,10 @@
 """Values that travel between ranks: exact, and never pickled."""
 
+import ast
 import contextlib
 import math
 import pickle
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -13,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
+from distrain.data.epoch_ends import lengths_of_ranks
 from distrain.distributed.collectives import broadcast_from_main, gather_to_all, gather_to_main
 from distrain.distributed.rng import random_states
 from distrain.distributed.serialization import decode, encode
 
+ROOT = Path(__file__).parents[2]
+PICKLING = {name for name in dir(dist) if "_object" in name}  # all_gather_object and the like
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=20)
 
@@ -74,9 +79,7 @@ def test_ranks_exchange_values_without_pickle() -> None:
 
         mine = {"rank": rank, "text": "x" * 100 * rank, "rng": random_states()}
         with (
-            patch.object(dist, "gather_object", refuse),
-            patch.object(dist, "all_gather_object", refuse),
-            patch.object(dist, "broadcast_object_list", refuse),
+            patch.multiple(dist, **dict.fromkeys(PICKLING, refuse)),
             patch.object(pickle, "loads", refuse),
             patch.object(pickle, "Unpickler", refuse),
             patch("torch.distributed.distributed_c10d._unpickler", refuse),
@@ -84,9 +87,23 @@ def test_ranks_exchange_values_without_pickle() -> None:
             everyone = gather_to_all(mine)
             on_main = gather_to_main(mine)
             first = broadcast_from_main(["from", rank])
+            lengths = lengths_of_ranks([None, 0, 2**40][rank])
         assert torch.equal(everyone[rank]["rng"]["torch"], torch.get_rng_state())
         assert np.array_equal(everyone[rank]["rng"]["numpy"]["keys"], np.random.get_state()[1])
         assert (on_main is None) == (rank != 0)
+        assert lengths == [None, 0, 2**40]
         return [(each["rank"], len(each["text"])) for each in everyone], first
 
     assert run_ranks(exchange, 3) == [([(0, 0), (1, 100), (2, 200)], ["from", 0])] * 3
+
+
+def test_no_collective_that_pickles_is_used() -> None:
+    assert "all_gather_object" in PICKLING
+    for folder in ("distrain", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    names = {alias.name for alias in node.names}
+                else:
+                    names = {node.attr} if isinstance(node, ast.Attribute) else set()
+                assert names.isdisjoint(PICKLING), f"{path}:{node.lineno}"
