@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.common import alternate, estimate, print_table
 from distrain.data.loader import TrainLoader
-from distrain.data.stream import SampleStream
+from distrain.data.samplers import Shuffled
 
 SIZE = 1_281_167  # images of ImageNet
 BATCH_SIZE = 256
@@ -33,12 +33,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    stream = SampleStream(SIZE, batch_size=BATCH_SIZE, seed=0)
+    order = Shuffled(SIZE, seed=0)
     loader = TrainLoader(Numbers(), batch_size=BATCH_SIZE)
 
     def seek(iteration: int) -> None:
         for number in range(REPEATS):
-            stream.indices(iteration + number)
+            order.at((iteration + number) * BATCH_SIZE, BATCH_SIZE)
 
     def resume(iteration: int) -> None:
         for _ in range(REPEATS):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         SampleOrder,
         Weighted,
     )
-    from distrain.data.stream import SampleStream
     from distrain.data.token_budget import TokenBudget
 
 _MODULE_OF = {
@@ -27,7 +26,6 @@ _MODULE_OF = {
     "Mixture": "samplers",
     "MixtureOrder": "samplers",
     "SampleOrder": "samplers",
-    "SampleStream": "stream",
     "TokenBudget": "token_budget",
     "TrainLoader": "loader",
     "Weighted": "samplers",
@@ -43,7 +41,6 @@ __all__ = [
     "Mixture",
     "MixtureOrder",
     "SampleOrder",
-    "SampleStream",
     "TokenBudget",
     "TrainLoader",
     "Weighted",

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from distrain.checks import whole
 from distrain.data.collate import BatchReader, Collate, Fetch, length_of, load_here
-from distrain.data.samplers import SampleOrder
-from distrain.data.stream import SampleStream, TrainSampler, eval_batches, micro_batches
+from distrain.data.samplers import SampleOrder, Shuffled
+from distrain.data.stream import eval_batches, micro_batches, train_batches
 from distrain.data.workers import WorkerBatches
 
 
@@ -123,9 +123,6 @@ class TrainLoader(WorkerLoader):
         collate: makes a batch of a list of samples; None is torch's default.
         pin_memory: return batches in page-locked memory, for faster copies to a GPU.
 
-    Attributes:
-        stream: the `SampleStream` of all ranks.
-
     Raises:
         ConfigError: the data set is empty or not map-style, or the batch does not divide.
     """
@@ -148,9 +145,9 @@ class TrainLoader(WorkerLoader):
     ) -> None:
         size = length_of(dataset, "data.train")
         self.num_samples = size if sampler is None else sampler.per_epoch or size
-        self.stream = SampleStream(
-            size, batch_size=batch_size, seed=seed, shuffle=shuffle, sampler=sampler
-        )
+        self._batch_size = whole("data.batch_size", batch_size, least=1)
+        whole("seed", seed, least=0)
+        self._order = sampler or Shuffled(size, seed=seed, shuffle=shuffle)
         self.accumulation = micro_batches(batch_size, ranks=world_size, accumulation=accumulation)
         self.samples_per_forward = batch_size // world_size // self.accumulation
         self._rank, self._world_size, self._seed = rank, world_size, seed
@@ -163,14 +160,15 @@ class TrainLoader(WorkerLoader):
 
         With workers, their processes end with `close` or with the last reference to the batches.
         """
-        sampler = TrainSampler(
-            self.stream,
+        batches = train_batches(
+            self._order,
+            batch_size=self._batch_size,
             start=start_iter,
             rank=self._rank,
             world_size=self._world_size,
             accumulation=self.accumulation,
         )
-        return self._load(self._fetch, sampler, start_iter)
+        return self._load(self._fetch, batches, start_iter)
 
 
 class EvalLoader:

@@ -3,6 +3,9 @@
 Iteration i trains on the samples at positions [i * B, (i + 1) * B) of an endless sequence of seeded
 permutations of the data set, B being the batch over all ranks. A rank takes its part of it, so a
 run can start at any iteration, on any number of ranks, and sees the same global batches.
+
+Example: 3 samples in batches of 2, not shuffled: 0 1, 2 0, 1 2, 0 1, ... in the epochs 0 0, 0 1,
+1 1, 2 2, ...; shuffled, each epoch has an order of its own.
 """
 
 from __future__ import annotations
@@ -10,59 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Sampler
 
-from distrain.checks import whole
 from distrain.data.collate import MicroBatch
-from distrain.data.permutation import Ints
-from distrain.data.samplers import SampleOrder, Shuffled
+from distrain.data.samplers import SampleOrder
 from distrain.errors import ConfigError
 
 _BLOCK = 4096  # positions per call: a numpy call costs as much for 1 as for 1000
-
-
-class SampleStream:
-    """The endless sequence of samples that all ranks share.
-
-    Example: 3 samples in batches of 2, not shuffled: 0 1, 2 0, 1 2, 0 1, ... in the epochs 0 0,
-    0 1, 1 1, 2 2, ...; shuffled, each epoch has an order of its own.
-
-    Args:
-        size: of the data set.
-        batch_size: B, over all ranks.
-        seed: of the run.
-        shuffle: False repeats the data set in its own order.
-        sampler: another order of samples; `shuffle` does not count then.
-
-    Raises:
-        ConfigError: a number is too small.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        batch_size: int,
-        seed: int,
-        shuffle: bool = True,
-        sampler: SampleOrder | None = None,
-    ) -> None:
-        self.size = whole("length of the data set", size, least=1)
-        self.batch_size = whole("data.batch_size", batch_size, least=1)
-        whole("seed", seed, least=0)
-        self._order = sampler or Shuffled(size, seed=seed, shuffle=shuffle)
-
-    def indices(self, iteration: int) -> tuple[Ints, Ints]:
-        """Return the (B,) epochs and (B,) samples of an iteration's batch, in O(B) anywhere."""
-        return self.at(iteration * self.batch_size, self.batch_size)
-
-    def at(self, first: int, num: int) -> tuple[Ints, Ints]:
-        """Return the (num,) epochs and (num,) samples from a position of the sequence on."""
-        return self._order.at(first, num)
-
-    def samples(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints]:
-        """Return the epochs and samples of one forward, see `SampleOrder.samples`."""
-        return self._order.samples(epochs, indices)
 
 
 def micro_batches(
@@ -97,28 +53,24 @@ def micro_batches(
     )
 
 
-class TrainSampler(Sampler[MicroBatch]):
-    """Endless micro-batches of one rank, from an iteration on."""
-
-    def __init__(
-        self, stream: SampleStream, *, start: int, rank: int, world_size: int, accumulation: int
-    ) -> None:
-        self._stream = stream
-        self._start = start
-        self._rank = rank
-        # micro-batch m of all ranks together is the same set on any number of ranks
-        self._shape = (-1, world_size, stream.batch_size // (world_size * accumulation))
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        size = self._stream.batch_size
-        first, num = self._start * size, max(1, _BLOCK // size) * size
-        while True:
-            block = (
-                part.reshape(self._shape)[:, self._rank] for part in self._stream.at(first, num)
-            )
-            for epochs, samples in zip(*block, strict=True):
-                yield MicroBatch(*self._stream.samples(epochs, samples))
-            first += num
+def train_batches(
+    order: SampleOrder,
+    *,
+    batch_size: int,
+    start: int,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+) -> Iterator[MicroBatch]:
+    """Yield the endless micro-batches of a rank from iteration `start` on."""
+    # micro-batch m of all ranks together is the same set on any number of ranks
+    shape = (-1, world_size, batch_size // (world_size * accumulation))
+    first, num = start * batch_size, max(1, _BLOCK // batch_size) * batch_size
+    while True:
+        block = (part.reshape(shape)[:, rank] for part in order.at(first, num))
+        for epochs, samples in zip(*block, strict=True):
+            yield MicroBatch(*order.samples(epochs, samples))
+        first += num
 
 
 def eval_batches(share: range, *, batch_size: int) -> list[MicroBatch]:

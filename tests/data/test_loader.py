@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from distrain.data.loader import EvalLoader, TrainLoader
-from distrain.data.stream import SampleStream, micro_batches
+from distrain.data.samplers import Shuffled
+from distrain.data.stream import micro_batches
 from distrain.errors import ConfigError
 
 SIZE, B, SEED = 29, 24, 5  # no batch ends with an epoch before iteration 29
@@ -62,8 +63,8 @@ def ledger() -> dict[int, tuple[list[int], torch.Tensor]]:
 
 
 def test_the_stream_is_permutation_after_permutation() -> None:
-    stream = SampleStream(SIZE, batch_size=B, seed=SEED)
-    parts = [stream.indices(iteration) for iteration in range(SIZE)]
+    order = Shuffled(SIZE, seed=SEED)
+    parts = [order.at(iteration * B, B) for iteration in range(SIZE)]
     epochs, samples = (np.concatenate(column) for column in zip(*parts, strict=True))
     assert epochs.tolist() == [position // SIZE for position in range(SIZE * B)]
     orders = samples.reshape(B, SIZE)
@@ -72,13 +73,13 @@ def test_the_stream_is_permutation_after_permutation() -> None:
 
 
 def test_without_shuffling_it_is_the_sets_own_order_over_and_over() -> None:
-    stream = SampleStream(3, batch_size=2, seed=0, shuffle=False)
-    batches = [[part.tolist() for part in stream.indices(i)] for i in range(4)]
+    order = Shuffled(3, seed=0, shuffle=False)
+    batches = [[part.tolist() for part in order.at(2 * i, 2)] for i in range(4)]
     assert batches == [[[0, 0], [0, 1]], [[0, 1], [2, 0]], [[1, 1], [1, 2]], [[2, 2], [0, 1]]]
 
 
 def test_a_batch_may_hold_several_epochs() -> None:
-    epochs, samples = SampleStream(2, batch_size=7, seed=0).indices(1)
+    epochs, samples = Shuffled(2, seed=0).at(7, 7)
     assert epochs.tolist() == [3, 4, 4, 5, 5, 6, 6]
     assert sorted(samples[1:3]) == sorted(samples[3:5]) == sorted(samples[5:]) == [0, 1]
 
@@ -90,15 +91,13 @@ def test_a_batch_may_hold_several_epochs() -> None:
 def test_any_iteration_is_where_the_formula_says(
     size: int, batch_size: int, iteration: int
 ) -> None:
-    stream = SampleStream(size, batch_size=batch_size, seed=1)
-    epochs, samples = stream.indices(iteration)
+    order = Shuffled(size, seed=1)
     first = iteration * batch_size
+    epochs, samples = order.at(first, batch_size)
     assert epochs.tolist() == [p // size for p in range(first, first + batch_size)]
     assert ((samples >= 0) & (samples < size)).all()
-    # each sample by itself, from a stream of single ones
-    single = SampleStream(size, batch_size=1, seed=1)
-    for k in {0, batch_size // 2, batch_size - 1}:
-        assert single.indices(first + k)[1][0] == samples[k]
+    for k in {0, batch_size // 2, batch_size - 1}:  # each sample by itself
+        assert order.at(first + k, 1)[1][0] == samples[k]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -134,15 +133,15 @@ def check_against(
 def test_the_loader_starts_at_any_iteration_at_once() -> None:
     far = 10**9
     batch = next(loader_of(1, 2).batches(far))
-    _, samples = SampleStream(SIZE, batch_size=B, seed=SEED).indices(far)
+    _, samples = Shuffled(SIZE, seed=SEED).at(far * B, B)
     assert batch["sample"].tolist() == samples[B // 2 :].tolist()
 
 
 def test_the_stream_goes_on_where_a_block_of_positions_ends() -> None:
     loader = loader_of(dataset=TensorDataset(torch.arange(SIZE)), batch_size=1000)
-    stream = SampleStream(SIZE, batch_size=1000, seed=SEED)
+    order = Shuffled(SIZE, seed=SEED)
     for iteration, (batch,) in enumerate(islice(loader.batches(0), 10)):
-        assert batch.tolist() == stream.indices(iteration)[1].tolist()
+        assert batch.tolist() == order.at(iteration * 1000, 1000)[1].tolist()
 
 
 def test_draws_differ_between_samples_epochs_and_seeds(ledger: Any) -> None:

@@ -8,7 +8,7 @@ from resume_cases import conf_of
 from torch import nn
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data.stream import SampleStream
+from distrain.data.samplers import Shuffled
 from distrain.distributed.ranks import Topology
 from distrain.errors import ConfigError, ExitCode
 from distrain.job.data import loading
@@ -73,9 +73,9 @@ def test_a_collator_trains_as_in_a_plain_loop(tmp_path):
     model = build_model(made, ranks=Topology(), strategy=strategy, is_new=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     collate = transformers.DataCollatorWithPadding(tokenizer())
-    stream = SampleStream(10, batch_size=4, seed=3)
+    order = Shuffled(10, seed=3)
     for iteration in range(6):
-        batch = collate([Sentences()[int(i)] for i in stream.indices(iteration)[1]])
+        batch = collate([Sentences()[int(i)] for i in order.at(4 * iteration, 4)[1]])
         optimizer.zero_grad()
         model(**batch).backward()
         optimizer.step()

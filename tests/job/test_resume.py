@@ -30,7 +30,7 @@ import distrain.hooks  # noqa: F401 - here once, and not in every fork
 from distrain import HookBase
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.store import CheckpointStore
-from distrain.data.stream import SampleStream
+from distrain.data.samplers import Shuffled
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ExitCode
 from distrain.job import training
@@ -249,11 +249,11 @@ def plain_ddp(rank):
     model = convert_sync_batchnorm(initial())
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), **plain_sgd())
-    dataset, stream = Images(noise=0.0), SampleStream(29, batch_size=BATCH, seed=3)
+    dataset, order = Images(noise=0.0), Shuffled(29, seed=3)
     for iteration in range(PLAIN_ITERS):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * iteration / PLAIN_ITERS))
-        indices = stream.indices(iteration)[1].reshape(2, -1)[rank].tolist()
+        indices = order.at(iteration * BATCH, BATCH)[1].reshape(2, -1)[rank].tolist()
         images, labels, index, drawn = zip(*(dataset[i] for i in indices), strict=True)
         x, y = torch.stack(images), torch.stack(labels)
         ddp(x, y, torch.tensor(index), torch.tensor(drawn)).backward()
