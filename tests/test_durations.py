@@ -4,7 +4,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from distrain.data import TrainLoader
-from distrain.data.epoch_length import iters_per_epoch
+from distrain.data.epochs import iters_per_epoch
 from distrain.durations import epochs, iterations, seconds, whole_iterations
 from distrain.errors import ConfigError
 from distrain.hooks.periodic import ends_period

@@ -11,7 +11,7 @@ from torch import nn
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checks import wrong
 from distrain.config.instantiate import build
-from distrain.data.epoch_length import iters_per_epoch
+from distrain.data.epochs import iters_per_epoch
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
 from distrain.distributed.strategy import Strategy

@@ -15,8 +15,7 @@ from typing_extensions import override
 
 from distrain.checks import one_of, whole, wrong
 from distrain.data.batch import to_channels_last, to_device
-from distrain.data.epoch_length import iters_per_epoch
-from distrain.data.epochs import EpochLoader
+from distrain.data.epochs import EpochLoader, iters_per_epoch
 from distrain.data.loader import Loader
 from distrain.distributed.ranks import local_device
 from distrain.distributed.strategy import Strategy, check_clipping
