@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import writer_client
 from distrain.checkpoint.encode import encode
+from distrain.checkpoint.retention import read_best
 from distrain.checkpoint.store import CheckpointStore
 from distrain.checkpoint.writer_client import Request
 from distrain.checkpoint.writer_process import perform
@@ -115,6 +116,12 @@ def checkpoints(folder: Path, *iterations: int, **options: Any) -> CheckpointSto
     for iteration in iterations:
         store.save(iteration, small_state(iteration), world_size=2)
     return store
+
+
+def best_of(store: CheckpointStore) -> dict[str, tuple[int, float]]:
+    """Return iteration and value of the best checkpoint by each metric's name."""
+    best = read_best(str(store.folder))
+    return {name: (one["iteration"], one["metric"]) for name, one in best.items()}
 
 
 def path_of(folder: Path, iteration: int) -> Path:

@@ -86,9 +86,11 @@ def _delete(path: str) -> None:
 
 
 def read_best(folder: str) -> dict[str, dict[str, Any]]:
-    """Return `{"iteration": ..., "metric": ...}` of the best checkpoint by each metric's name.
+    """Return the best checkpoint by each metric's name, from the manifests.
 
-    The newest one that the manifests mark as best; `best.json` is a copy for users and tools.
+    `best.json` is a copy for users and tools. In each, "iteration" and "metric" are those of the
+    newest checkpoint that is marked as best. "top", of a metric of which several are kept, lists
+    them, best first.
 
     Raises:
         OSError: a manifest or the run's id cannot be read, after retries.
@@ -123,6 +125,9 @@ def _best_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, dict[str, 
     for iteration, _, manifest in own:
         for name, metric in manifest["best"].items():
             best.setdefault(name, {"iteration": iteration, "metric": metric})
+    for name, top in _top_of(own).items():
+        if name in best:
+            best[name]["top"] = top
     return dict(sorted(best.items()))
 
 
@@ -145,23 +150,13 @@ def _top_of(own: list[tuple[int, str, dict[str, Any]]]) -> dict[str, list[dict[s
     }
 
 
-def _with_top(
-    best: dict[str, dict[str, Any]], top: dict[str, list[dict[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    return {n: {**one, "top": top[n]} if n in top else one for n, one in best.items()}
+def _write_best(folder: str, best: dict[str, dict[str, Any]]) -> None:
+    """Update `best.json`: `{"metrics": ...}` as `read_best` returns it.
 
-
-def _write_best(
-    folder: str, best: dict[str, dict[str, Any]], top: dict[str, list[dict[str, Any]]]
-) -> None:
-    """Update `best.json`: `{"metrics": {name: {"iteration", "metric"}}}`.
-
-    A metric of which several checkpoints are kept has them as "top", best first. With a single
-    metric, "iteration" and "metric" are at the top as well.
+    With a single metric, its fields are on the top level as well.
     """
     if not best:
         return
-    best = _with_top(best, top)
     fields = {**next(iter(best.values())), "metrics": best} if len(best) == 1 else {"metrics": best}
     text = json.dumps(fields) + "\n"
     with contextlib.suppress(OSError):
@@ -178,7 +173,7 @@ def prune(folder: str, run_id: str, newest: int, keep: dict[str, Any], notes: li
     """
     own = [each for each in list_own(folder, run_id) if each[0] <= newest]
     try:
-        _write_best(folder, _best_of(own), _top_of(own))
+        _write_best(folder, _best_of(own))
     except OSError as error:
         notes.append(f"{BEST_FILE} could not be written: {error}")
     lasting = lasting_of(own, keep["every"])
@@ -217,14 +212,11 @@ def _has_right_sizes(path: str) -> bool:
 
 
 def known_best(folder: str | os.PathLike[str]) -> Mapping[str, Mapping[str, Any]]:
-    """Return the metrics of `best.json`, from the manifests; empty if a file cannot be read."""
-    folder = os.fspath(folder)
+    """Return the result of `read_best`; empty if a file cannot be read."""
     try:
-        run_id = read_run_id(folder)
-        own = [] if run_id is None else list_own(folder, run_id)
+        return read_best(os.fspath(folder))
     except OSError:
         return {}
-    return _with_top(_best_of(own), _top_of(own))
 
 
 def best_mark(best: Mapping[str, Mapping[str, Any]], iteration: int) -> str:

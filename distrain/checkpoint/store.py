@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import Found, clear_leftovers, describe, find_all, newest_valid
 from distrain.checkpoint.format import CheckpointDamaged
-from distrain.checkpoint.retention import read_best
 from distrain.checkpoint.scratch import remove, scratch_name
 from distrain.checkpoint.writer_client import Outcome, Request, Requests
 from distrain.checks import one_of, refuse_url, whole
@@ -35,13 +34,6 @@ _log = logging.getLogger("distrain")
 
 class SaveFailed(RunFailed):
     """A save failed with `on_error="raise"`; older checkpoints are untouched."""
-
-
-class Best(NamedTuple):
-    """Best checkpoint by a metric, and the metric's value."""
-
-    iteration: int
-    metric: float
 
 
 class Score(NamedTuple):
@@ -198,10 +190,6 @@ class CheckpointStore:
         """Return the request of a save to the writer process, but its tensors."""
         own = {"folder": str(self.folder), "parent": self._parent, "keep": self._keep}
         return {"iteration": iteration, **own, **fields}
-
-    def best(self) -> dict[str, Best]:
-        """Return the best checkpoint by each metric's name; OSError if unreadable."""
-        return {name: Best(**best) for name, best in read_best(str(self.folder)).items()}
 
     def poll(self) -> bool:
         """Collect outcomes of saves without waiting; return whether all have one."""

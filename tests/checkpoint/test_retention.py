@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoint_cases import (
+    best_of,
     checkpoints,
     iterations_in,
     names_in,
@@ -48,14 +49,14 @@ def test_every_nth(tmp_path: Path) -> None:
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     store = checkpoints(tmp_path, 10, keep_last=1)
-    assert store.best() == {}
+    assert best_of(store) == {}
     save(store, 20, best={"accuracy": 0.5})
     save(store, 30, 40)
-    assert store.best() == {"accuracy": (20, 0.5)}
+    assert best_of(store) == {"accuracy": (20, 0.5)}
     assert iterations_in(tmp_path) == [20, 40]
     save(store, 50, best={"accuracy": 0.7})
     save(store, 60)
-    assert store.best() == {"accuracy": (50, 0.7)}
+    assert best_of(store) == {"accuracy": (50, 0.7)}
     assert iterations_in(tmp_path) == [50, 60]
     fields = {"iteration": 50, "metric": 0.7}
     text = json.loads((tmp_path / "best.json").read_text())
@@ -68,7 +69,7 @@ def test_each_metric_has_a_best_of_its_own(tmp_path: Path) -> None:
     save(store, 30, best={"loss": 1.0})
     save(store, 40)
     assert iterations_in(tmp_path) == [20, 30, 40]
-    assert store.best() == {"accuracy": (20, 0.5), "loss": (30, 1.0)}
+    assert best_of(store) == {"accuracy": (20, 0.5), "loss": (30, 1.0)}
     save(store, 50, best={"accuracy": 0.6})
     save(store, 60, 70)
     assert iterations_in(tmp_path) == [30, 50, 70]
@@ -85,11 +86,11 @@ def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     save(store, 10, best={"accuracy": 0.5})
     store.close()
     resumed = checkpoints(tmp_path, keep_last=1)
-    assert resumed.best() == {"accuracy": (10, 0.5)}
+    assert best_of(resumed) == {"accuracy": (10, 0.5)}
     save(resumed, 20, 30)
     assert iterations_in(tmp_path) == [10, 30]
     save(resumed, 40, best={"accuracy": 0.6})
-    assert resumed.best() == {"accuracy": (40, 0.6)}
+    assert best_of(resumed) == {"accuracy": (40, 0.6)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -112,7 +113,7 @@ def test_a_best_that_could_not_be_saved_changes_nothing(
         patched.setattr(writer_process, "sync_folder", full)
         save(store, 20, best={"accuracy": 0.7})
     assert not store.wait()
-    assert store.best() == {"accuracy": (10, 0.5)}
+    assert best_of(store) == {"accuracy": (10, 0.5)}
     save(store, 30)
     assert iterations_in(tmp_path) == [10, 30]
     assert "checkpoint 20" in caplog.text
@@ -124,7 +125,7 @@ def test_the_manifests_decide_whatever_the_best_file_holds(tmp_path: Path, text:
     save(store, 10, best={"accuracy": 0.5})
     right = (tmp_path / "best.json").read_text()
     (tmp_path / "best.json").write_text(text)
-    assert store.best() == {"accuracy": (10, 0.5)}
+    assert best_of(store) == {"accuracy": (10, 0.5)}
     save(store, 20, 30)
     assert iterations_in(tmp_path) == [10, 30]
     assert (tmp_path / "best.json").read_text() == right
@@ -172,13 +173,13 @@ def test_killed_at_any_file_operation_the_best_is_marked_and_there(tmp_path: Pat
         resumed = checkpoints(folder, keep_last=1)
         newest = resumed.newest_valid()
         assert newest is not None
-        best = resumed.best()["accuracy"]
+        best = best_of(resumed)["accuracy"]
         # the state in the newest checkpoint says which value is the best, and so do the marks
         assert best == {20: (10, 0.5), 30: (30, 0.7)}[newest.iteration]
         save(resumed, 40, 50)
-        assert iterations_in(folder) == [best.iteration, 50]
-        assert resumed.best() == {"accuracy": best}
-        assert json.loads((folder / "best.json").read_text())["iteration"] == best.iteration
+        assert iterations_in(folder) == [best[0], 50]
+        assert best_of(resumed) == {"accuracy": best}
+        assert json.loads((folder / "best.json").read_text())["iteration"] == best[0]
         assert scratch_in(folder) == []
         outcomes.append(newest.iteration)
     assert outcomes == sorted(outcomes)

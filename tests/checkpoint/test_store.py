@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint_cases import (
     InlineStore,
+    best_of,
     checkpoints,
     identical,
     iterations_in,
@@ -306,6 +307,6 @@ def test_wrong_options_are_named(tmp_path: Path, options: dict) -> None:
 def test_nothing_to_find(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "none")
     assert store.newest_valid() is None
-    assert store.best() == {}
+    assert best_of(store) == {}
     store.close()
     assert not store.folder.exists()

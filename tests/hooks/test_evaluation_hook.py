@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoint_cases import InlineStore, identical
+from checkpoint_cases import InlineStore, best_of, identical
 from ranks import run_ranks
 from torch import nn
 
@@ -164,7 +164,7 @@ def test_the_best_by_the_metric_of_a_set(tmp_path):
         "best": BestCheckpointer("eval/noisy/score", checkpoints=store),
     }
     train(hooks, 4)
-    assert store.best() == {"eval/noisy/score": (1, 3.0)}
+    assert best_of(store) == {"eval/noisy/score": (1, 3.0)}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from checkpoint_cases import InlineStore, iterations_in
+from checkpoint_cases import InlineStore, best_of, iterations_in
 
 from distrain import HookBase, Trainer, TrainerBase
 from distrain.checkpoint.store import CheckpointStore
@@ -73,13 +73,13 @@ def train(folder, *, iters=30, keep_last=1, period=None, metrics=("eval/score",)
 
 def test_the_final_evaluation_counts(tmp_path):
     store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, 0.4, 0.9)))
-    assert store.best() == {"eval/score": (30, 0.9)}
+    assert best_of(store) == {"eval/score": (30, 0.9)}
     assert iterations_in(store.folder) == [30]
 
 
 def test_a_final_evaluation_that_is_worse_does_not(tmp_path):
     store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, 0.8, 0.7)))
-    assert store.best() == {"eval/score": (20, 0.8)}
+    assert best_of(store) == {"eval/score": (20, 0.8)}
     assert iterations_in(store.folder) == [20, 30]
 
 
@@ -90,7 +90,7 @@ def test_a_final_evaluation_that_is_worse_does_not(tmp_path):
 )
 def test_a_metric_may_be_a_scalar_that_a_hook_puts(tmp_path, values, at_end, expected):
     store = train(tmp_path, metrics=["mine"], put=Put(values, at_end=at_end))
-    assert store.best() == {"mine": expected}
+    assert best_of(store) == {"mine": expected}
 
 
 def test_the_last_row_is_one_though_a_metric_of_a_hook_is_saved_before(tmp_path):
@@ -117,7 +117,7 @@ def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, 
     evaluation = EvalHook(10, function=scores(*values, names=("score", "other")))
     names = ("eval/score", "eval/other")
     store = train(tmp_path, iters=40, period=1000, metrics=names, eval=evaluation)
-    assert store.best() == {"eval/score": (20, 0.7), "eval/other": (30, 3.0)}
+    assert best_of(store) == {"eval/score": (20, 0.7), "eval/other": (30, 3.0)}
     assert iterations_in(store.folder) == [20, 30, 40]
     assert saved == [
         (10, {"eval/score": 0.5, "eval/other": 1.0}),
@@ -133,7 +133,7 @@ def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_the_best(tmp_path, value):
     store = train(tmp_path, eval=EvalHook(10, function=scores(0.5, value, value)))
-    assert store.best() == {"eval/score": (10, 0.5)}
+    assert best_of(store) == {"eval/score": (10, 0.5)}
 
 
 def test_two_for_one_metric_are_refused(tmp_path):

@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from checkpoint_cases import InlineStore, iterations_in
+from checkpoint_cases import InlineStore, best_of, iterations_in
 from ranks import run_ranks
 from resume_cases import conf_of, differing, state_of, train
 
@@ -76,7 +76,7 @@ def test_the_best_few_are_kept(tmp_path, mode, top):
     assert text["iteration"] == top[0]
     entries = text["metrics"]["eval/score"]["top"]
     assert entries == [{"iteration": i, "metric": VALUES[i // 10 - 1]} for i in top]
-    assert store.best() == {"eval/score": (top[0], VALUES[top[0] // 10 - 1])}
+    assert best_of(store) == {"eval/score": (top[0], VALUES[top[0] // 10 - 1])}
 
 
 def test_a_resumed_run_keeps_the_same(tmp_path):
@@ -89,7 +89,7 @@ def test_a_resumed_run_keeps_the_same(tmp_path):
     for name in ("straight", "broken"):
         folder = tmp_path / name / "checkpoints"
         assert iterations_in(folder) == [20, 30, 60, 70]
-    assert run(tmp_path / "straight").best() == run(tmp_path / "broken").best()
+    assert best_of(run(tmp_path / "straight")) == best_of(run(tmp_path / "broken"))
 
 
 def test_one_is_kept_as_before(tmp_path):
