@@ -31,9 +31,6 @@ class Found:
         world_size: number of ranks that wrote it; with a damaged manifest, this and all below are
             empty.
         bytes: total size of its files.
-        created: UTC time.
-        attempt: number of earlier starts of the run.
-        best: metrics by name that were the best so far.
         run_id: id of the run that wrote it.
         digests: sha256 of each part, equal for equal parts.
     """
@@ -44,9 +41,6 @@ class Found:
     why_not: str = ""
     world_size: int = 0
     bytes: int = 0
-    created: str = ""
-    attempt: int = 0
-    best: Mapping[str, float] = field(default_factory=dict)
     run_id: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,9 +90,6 @@ def describe(path: str | Path) -> Found:
         why_not=why_not,
         world_size=manifest["world_size"],
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
-        created=manifest["created"],
-        attempt=manifest["attempt"],
-        best=manifest["best"],
         run_id=manifest["run_id"],
         digests=manifest["parts"],
     )
