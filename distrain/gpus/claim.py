@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,39 +74,25 @@ def read(path: Path) -> Claim:
     if not isinstance(fields, dict):
         return Claim()
     # any user can write the file: types are checked, control characters replaced
-    checked = {name: _CHECKED[name](value) for name, value in fields.items() if name in _CHECKED}
+    checked = {
+        field.name: _checked(fields[field.name], type(field.default))
+        for field in dataclasses.fields(Claim)
+        if field.name in fields
+    }
     return Claim(**{name: value for name, value in checked.items() if value is not None})
 
 
-def _whole(value: object) -> int | None:
-    return value if type(value) is int and 0 <= value < _MAX_NUMBER else None
-
-
-def _number(value: object) -> float | None:
-    is_valid = type(value) in (int, float) and 0 <= value < _MAX_NUMBER  # type: ignore[operator]
-    return float(value) if is_valid else None  # type: ignore[arg-type]
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _names(value: object) -> tuple[str, ...] | None:
-    return tuple(map(_printable, value)) if isinstance(value, list) else None
+def _checked(value: Any, kind: type) -> Any:
+    """Return a value checked to be of a kind; None if it is not."""
+    if kind is str:
+        return _printable(value)
+    if kind is tuple:
+        return tuple(map(_printable, value)) if isinstance(value, list) else None
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    is_number = type(value) is int or (kind is float and type(value) is float)
+    return kind(value) if is_number and 0 <= value < _MAX_NUMBER else None
 
 
 def _printable(value: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value)[:_MAX_CHARACTERS])
-
-
-_CHECKED: dict[str, Callable[[object], Any]] = {
-    "run": _printable,
-    "user": _printable,
-    "pid": _whole,
-    "since": _number,
-    "nice": _flag,
-    "count": _whole,
-    "gpus": _names,
-    "number": _whole,
-    "looked_s": _number,
-}
