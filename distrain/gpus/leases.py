@@ -6,6 +6,7 @@ the last of them, by `kill -9` too. The lock alone decides; the claim in the fil
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import time
 from collections.abc import Iterable, Sequence
@@ -92,19 +93,15 @@ def take(folder: Path, claim: Claim) -> Leases | None:
     """Lease all GPUs of a claim, or none of them: None if one is held. Under the mutex."""
     fds: list[int] = []
     paths = [lease_path(folder, uuid) for uuid in claim.gpus]
-    try:
+    with contextlib.ExitStack() as taken:
         for path in paths:
             fd = _lease(path, claim)
             if fd is None:
-                break
+                return None
             fds.append(fd)
-        else:
-            return Leases(claim, tuple(map(str, paths)), fds)
-    except BaseException:
-        _close_all(fds)
-        raise
-    _close_all(fds)
-    return None
+            taken.callback(close, fd)
+        taken.pop_all()
+    return Leases(claim, tuple(map(str, paths)), fds)
 
 
 def _lease(path: Path, claim: Claim) -> int | None:
@@ -119,11 +116,6 @@ def _lease(path: Path, claim: Claim) -> int | None:
         close(fd)
         raise
     return fd
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        close(fd)
 
 
 def hold(paths: Sequence[str]) -> None:
