@@ -124,14 +124,14 @@ class RunFolder:
         if self.is_new or changed:
             head = "# Resolved configuration of this run. Its _target_s are code.\n"
             self._write(CONFIG_FILE, head + yaml.safe_dump(masked(conf), sort_keys=False))
-        git = git_state(os.getcwd())
+        git, diff = git_state(os.getcwd())
         record = start_record(masked_overrides(argv), git) | {"changed": changed}
         record["iteration"] = kept_iter
         record["overrides"] = masked_overrides(argv if overrides is None else overrides)
         self._secrets = secrets_of(argv, conf)
-        if git is not None and git.diff:
+        if diff:
             name = "git.diff" if not starts else f"git-{len(starts)}.diff"
-            self._write(name, git.diff)
+            self._write(name, diff)
             record["git"]["diff"] = name
         self._write(STARTS_FILE, _rendered([*starts, record]))
 

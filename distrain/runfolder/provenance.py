@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -20,17 +19,8 @@ LEFT_OUT = "left out:"
 """First words in place of a diff that is too long."""
 
 
-@dataclass(frozen=True)
-class GitState:
-    """State of a git repository: hash of HEAD, untracked files, diff from HEAD."""
-
-    commit: str
-    untracked: list[str]
-    diff: str
-
-
-def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
-    """Return the JSON record of a start of the command `argv`."""
+def start_record(argv: Sequence[str], git: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the JSON record of a start of the command `argv`; `git` as `git_state` returns it."""
     return {
         "argv": list(argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -40,22 +30,20 @@ def start_record(argv: Sequence[str], git: GitState | None) -> dict[str, Any]:
         "pid": os.getpid(),
         "python": f"{platform.python_version()} {sys.executable}",
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        "git": None
-        if git is None
-        else {"commit": git.commit, "changed": bool(git.diff), "untracked": git.untracked},
+        "git": git,
     }
 
 
-def git_state(folder: str) -> GitState | None:
-    """Return the state of the git repository around a folder, None without one."""
+def git_state(folder: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the JSON record of the git repository around a folder, or None; diff from HEAD."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return None
+        return None, ""
     diff = _git(folder, "diff", "HEAD") or ""
     if len(diff) > _MAX_DIFF_BYTES:
         diff = f"{LEFT_OUT} {len(diff)} bytes\n"
-    untracked = _git(folder, "ls-files", "--others", "--exclude-standard") or ""
-    return GitState(commit.strip(), untracked.splitlines()[:100], diff)
+    untracked = (_git(folder, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    return {"commit": commit.strip(), "changed": bool(diff), "untracked": untracked[:100]}, diff
 
 
 def _git(folder: str, *arguments: str) -> str | None:

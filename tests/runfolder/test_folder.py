@@ -398,7 +398,7 @@ def test_the_state_of_the_users_repository_is_recorded(tmp_path, monkeypatch):
     repo, path = tmp_path / "repo", tmp_path / "run"
     repo.mkdir()
     monkeypatch.chdir(repo)
-    assert git_state(str(repo)) is None
+    assert git_state(str(repo)) == (None, "")
     git(repo, "init", "-q")
     (repo / "model.py").write_text("width = 1\n")
     (repo / ".gitignore").write_text("*.log\n")
