@@ -112,7 +112,9 @@ class RunFolder:
                 self.is_new = True
             else:
                 self._check_used(conf, is_restart=is_restart)
-                changed = self._check_same(conf, frozen)
+                changed = changed_keys(frozen, conf)
+                allowed = conf.get("allow_changes", ())
+                self.notices += check_changes(f"run.dir={self.path}", changed, allowed)
                 kept_iter = kept(self.path)
                 if not _has_uploads_left(self.path, mirror_of(conf)):
                     self.done_iter = _done_iter(self.path, conf["trainer"]["max_iter"], changed)
@@ -193,16 +195,6 @@ class RunFolder:
             raise ConfigError(
                 f"resume=must: {self.path} holds no checkpoint; resume=auto starts at iteration 0"
             )
-
-    def _check_same(
-        self, conf: Mapping[str, Any], frozen: Mapping[str, Any]
-    ) -> dict[str, list[Any]]:
-        """Return old and new value of each changed key; ConfigError if one may not change."""
-        changed = changed_keys(frozen, conf)
-        self.notices += check_changes(
-            f"run.dir={self.path}", changed, conf.get("allow_changes", ())
-        )
-        return changed
 
     def _write(self, name: str, text: str) -> None:
         """Write a file, and keep its earlier content for `_undo`.
