@@ -48,7 +48,8 @@ def started(job: Count, times: int = 1) -> None:
 
 def test_submission_says_where_and_returns_without_torch(cluster: Cluster, tmp_path: Path) -> None:
     code = (
-        "import sys; from counting import Count; from distrain.launch.slurm import SlurmLauncher\n"
+        "import sys; from counting import Count\n"
+        "from distrain.launch.slurm.launcher import SlurmLauncher\n"
         "launcher = SlurmLauncher(nodes=2, gpus_per_node=2, sbatch={'comment': 'x y'})\n"
         f"print(launcher.start(Count({str(tmp_path)!r})))\n"
         "assert 'torch' not in sys.modules"
@@ -247,7 +248,7 @@ def test_edits_after_submission_change_nothing(
     monkeypatch.chdir(project)
     submit_code = (
         "import sys; sys.path.insert(0, ''); import mine\n"
-        "from distrain.launch.slurm import SlurmLauncher\n"
+        "from distrain.launch.slurm.launcher import SlurmLauncher\n"
         "launcher = SlurmLauncher(snapshot=True, sbatch={'begin': 'now+2'})\n"
         "print(*launcher.submit([mine.Job()]))"
     )

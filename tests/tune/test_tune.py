@@ -107,7 +107,7 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
 
 
 def test_what_to_tell_a_launcher_that_submits():
-    slurm = {"_target_": "distrain.launch.slurm.SlurmLauncher", "follow": True}
+    slurm = {"_target_": "distrain.launch.slurm.launcher.SlurmLauncher", "follow": True}
     assert _job_arguments(slurm, None) == ["launch.follow=false"]
     limited = _job_arguments({**slurm, "array_parallelism": None}, 3)
     assert limited == ["launch.follow=false", "launch.array_parallelism=3"]
