@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -27,18 +28,20 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distrain.errors import ExitCode
+from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch import Job, failure
-from distrain.launch.elastic import RankFiles, no_handlers_of_torch, silence_torch
 from distrain.launch.failure import Failure
 from distrain.launch.options import RankOptions
-from distrain.launch.rank import RankTask, log_path, rank_main
+from distrain.launch.rank import RankTask, log_path, loopback_env, rank_main
 from distrain.launch.rendezvous import StaticRendezvous
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import Watchdog
 from distrain.process import open_files
+from distrain.process.environment import environment
 
 SURVIVOR_S = 3.0
 """Seconds in which ranks that survive a failed one may notice it and log it."""
@@ -70,7 +73,7 @@ def run_node(
     Raises:
         ConfigError, NonFiniteLoss, RankFailed: as the failing rank's job.
     """
-    silence_torch()
+    _silence_torch()
     rendezvous = rendezvous or StaticRendezvous()
     world_size, method = ranks * rendezvous.num_nodes, options.start_method or "spawn"
     open_files.raise_limit()
@@ -91,20 +94,58 @@ def run_node(
         monitor_interval=0.1,
     )
     watchdog = Watchdog(options.watchdog_s, log_dir=log_dir, rendezvous=rendezvous)
-    files = RankFiles(log_dir, nodes=rendezvous.num_nodes, watchdog=watchdog)
+    files = _RankFiles(log_dir, nodes=rendezvous.num_nodes, watchdog=watchdog)
     with files, warnings.catch_warnings():
         # Python 3.12 on warns of fork with other threads, such as the store's: the child uses
         # nothing that they hold
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         agent = _Agent(spec, files, method, rendezvous, watchdog, stop)
         agent.grace_s, agent.log_dir, agent.on_failure = options.grace_s, log_dir, on_failure
-        with no_handlers_of_torch():
+        with environment({"TORCHELASTIC_SIGNALS_TO_HANDLE": ""}):  # torch installs no handlers
             result = agent.run()
     if result.is_failed():
         assert agent.cause is not None
         raise agent.cause.error()
     is_stopped = ExitCode.STOPPED in result.return_values.values()
     return ExitCode.STOPPED if is_stopped else ExitCode.FINISHED
+
+
+class _RankFiles(LogsSpecs):
+    """Environment of each rank: its failure file, its heartbeat file, and network variables.
+
+    Failure files lie in a temporary folder until the end of the `with`: the run folder may be full
+    or lost.
+    """
+
+    def __init__(self, log_dir: Path, *, nodes: int, watchdog: Watchdog) -> None:
+        super().__init__()
+        self._log_dir = log_dir
+        self._watchdog = watchdog
+        self._errors = TemporaryFolder("errors-")
+        self._network = loopback_env(os.environ) if nodes == 1 else {}
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Return the destinations of a new attempt; add variables to `envs`, by local rank."""
+        self._watchdog.add_files(envs.values())
+        files = {}
+        for local_rank, env in envs.items():
+            files[local_rank] = f"{self._errors_dir}/rank_{env['RANK']}.json"
+            Path(files[local_rank]).unlink(missing_ok=True)  # of the attempt before
+            env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
+            env.update(self._network)
+        console = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=console, stderrs=dict(console), error_files=files)
+
+    def __enter__(self) -> None:
+        self._errors_dir = self._errors.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._errors.__exit__(*error)
+        self._watchdog.close()
 
 
 class _Agent(LocalElasticAgent):
@@ -122,7 +163,7 @@ class _Agent(LocalElasticAgent):
     def __init__(
         self,
         spec: WorkerSpec,
-        files: RankFiles,
+        files: _RankFiles,
         start_method: str,
         peers: StaticRendezvous,
         watchdog: Watchdog,
@@ -253,6 +294,14 @@ class _Agent(LocalElasticAgent):
         worker, process = self._ranks(worker_group)[0]
         code = process.exitcode if process.exitcode is not None else int(ExitCode.FAILED)
         return {worker.global_rank: ProcessFailure(worker.local_rank, process.pid, code, "")}
+
+
+def _silence_torch() -> None:
+    """Keep the log of torch's agent from the console: our own lines report the same."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    logger.propagate = False
 
 
 def _num_cpus() -> int:
