@@ -36,7 +36,7 @@ from distrain.files.temp_folder import TemporaryFolder
 from distrain.launch import Job, failure
 from distrain.launch.failure import Failure
 from distrain.launch.options import RankOptions
-from distrain.launch.rank import RankTask, log_path, loopback_env, rank_main
+from distrain.launch.rank import log_path, loopback_env, rank_main
 from distrain.launch.rendezvous import StaticRendezvous
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import Watchdog
@@ -79,7 +79,6 @@ def run_node(
     open_files.raise_limit()
     open_files.check_agent(ranks, world_size=world_size)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, _num_cpus() // ranks)
-    task = RankTask(job, log_dir, os.getpid(), threads)
     log_dir.mkdir(parents=True, exist_ok=True)
     if method == "fork" and world_size > 1:
         # DistributedDataParallel imports it when it is first made: 1.6 s, paid here once
@@ -88,7 +87,8 @@ def run_node(
         role="distrain",
         local_world_size=ranks,
         entrypoint=rank_main,
-        args=(task,),
+        # log_dir as a Path: torch substitutes ${local_rank} and the like in a str
+        args=(job, log_dir, os.getpid(), threads),
         rdzv_handler=rendezvous,
         max_restarts=options.max_restarts,
         monitor_interval=0.1,

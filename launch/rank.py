@@ -8,7 +8,6 @@ import faulthandler
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,21 +25,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _log: IO[bytes] | None = None  # faulthandler writes to it at the very end
 
 
-@dataclass(frozen=True)
-class RankTask:
-    """Arguments of the ranks of an agent."""
-
-    job: Job  # to run
-    log_dir: Path  # folder of the logs
-    agent_pid: int  # process of the agent
-    num_threads: int | None  # of torch in each rank; None: unchanged
-
-
-def rank_main(task: RankTask) -> int:
+def rank_main(job: Job, log_dir: Path, agent_pid: int, num_threads: int | None) -> int:
     """Run a job as a rank of an agent; return its exit code.
 
     The process gets its own session: a Ctrl-C reaches only the agent, which requests the stop. It
     is killed when the agent ends, by `kill -9` too.
+
+    Args:
+        job: to run.
+        log_dir: folder of the logs.
+        agent_pid: process of the agent.
+        num_threads: of torch; None: unchanged.
 
     Raises:
         SystemExit: FAILED, when the job has failed; the error is in TORCHELASTIC_ERROR_FILE.
@@ -52,16 +47,16 @@ def rank_main(task: RankTask) -> int:
     pulse = heartbeat.current()
     os.setsid()
     die_with_parent()
-    if os.getppid() != task.agent_pid:  # it ended before die_with_parent
+    if os.getppid() != agent_pid:  # it ended before die_with_parent
         os._exit(ExitCode.FAILED)
     rank = int(os.environ["RANK"])
-    log = open_log(task.log_dir, rank)
-    if task.num_threads is not None:
+    log = open_log(log_dir, rank)
+    if num_threads is not None:
         import torch
 
-        torch.set_num_threads(task.num_threads)
+        torch.set_num_threads(num_threads)
     try:
-        code = ExitCode(task.job())
+        code = ExitCode(job())
         pulse.finish()
         limit_exit(0)  # of the process; the job's code is returned
         return code
