@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distrain import heartbeat
 from distrain.files.temp_folder import TemporaryFolder
+from distrain.gpus.processes import stat
 from distrain.launch.failure import Failure
 from distrain.launch.rank import append, log_path
 from distrain.launch.rendezvous import StaticRendezvous
@@ -76,7 +77,7 @@ class Watchdog:
         self._next_check_s = now_s + _CHECK_S
         beats = {rank: heartbeat.read(file) for rank, file in self._files.items()}
         self._progress.update(beats, now_s)
-        places = self._progress.places(lambda rank: _process_state(pids[rank]))
+        places = self._progress.places(lambda rank: stat(pids[rank])[0])
         self._publish(places, now_s)
         left = self._left_early(places)
         if left is not None:
@@ -162,12 +163,3 @@ def _is_waiting_for_other_node(stuck: list[Place], remote: Mapping[int, list[Pla
             if place.order < stuck[0].order or (is_equal and not place.is_overdue):
                 return True
     return False
-
-
-def _process_state(pid: int) -> str:
-    """Return the state of a process as one letter; "" if unknown."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""

@@ -30,14 +30,15 @@ def command(pid: int) -> str:
 def is_of(pid: int, ancestor: int) -> bool:
     """Return whether a process is the given one, or a descendant of it."""
     while pid > 1 and pid != ancestor:
-        pid = _parent(pid)
+        pid = stat(pid)[1]
     return pid == ancestor
 
 
-def _parent(pid: int) -> int:
-    """Return the parent of a process; 0 if it is not seen."""
+def stat(pid: int) -> tuple[str, int]:
+    """Return the state of a process, as one letter, and its parent; "" and 0 if it is not seen."""
     try:
         with open(f"/proc/{pid}/stat", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
+            state, parent, *_ = file.read().rpartition(")")[2].split()
+            return state, int(parent)
+    except (OSError, ValueError):
+        return "", 0
