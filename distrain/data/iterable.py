@@ -12,8 +12,7 @@ from distrain.checks import wrong
 from distrain.data.collate import Collate
 from distrain.data.epoch_ends import EpochEnds, has_ranks
 from distrain.data.loader import WorkerLoader
-from distrain.data.part_batches import PartBatches
-from distrain.data.readers import PartReader, SharedReader, Turn, Turns
+from distrain.data.readers import PartBatches, PartReader, SharedReader, Turn, Turns
 from distrain.data.source import (
     Source,
     has_shuffle_buffer,
