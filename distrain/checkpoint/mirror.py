@@ -5,8 +5,11 @@ Nothing here touches the store: the mirror process does. Training never waits fo
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint.catalog import find_all
+from distrain.checkpoint.child_process import ChildProcess
 from distrain.checkpoint.format import iteration_of
-from distrain.checkpoint.mirror_client import MirrorProcess
 from distrain.checkpoint.mirror_process import MAX_BACKOFF_S
 from distrain.checkpoint.retention import read_run_id
 from distrain.errors import RunFailed
@@ -27,6 +30,11 @@ POLL_S = 1.0
 
 STALL_S = 1800.0  # without an event, as while a download is verified, a fetch has failed
 _WARN_EVERY = 10  # failures in a row
+_CODE = (
+    "import json, sys; "
+    "sys.path += [path for path in json.loads(sys.argv[1]) if path not in sys.path]; "
+    "from distrain.checkpoint.mirror_process import main; main(sys.argv[2:])"
+)
 
 
 class MirrorUnreadable(Exception):
@@ -35,6 +43,20 @@ class MirrorUnreadable(Exception):
 
 class MirrorRefused(Exception):
     """The mirror cannot be used for this run; the text is the reason."""
+
+
+class MirrorProcess(ChildProcess):
+    """A process that carries out one task, see `mirror_process.main`; it answers with events."""
+
+    def __init__(self, **task: Any) -> None:
+        paths = json.dumps([*sys.path, str(Path(__file__).resolve().parents[2])])
+        super().__init__("mirror", _CODE, [paths, json.dumps({**task, "parent": os.getpid()})])
+
+    def go_on(self) -> None:
+        """Signal the process to go on, or to finish."""
+        # the next event reports its death; closed if another thread starts it again
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.send()
 
 
 class Mirror:

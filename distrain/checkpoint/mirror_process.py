@@ -1,6 +1,6 @@
 """Mirror process: uploads and downloads checkpoints; training never waits for a store.
 
-Started by `mirror_client` with a task as JSON, see `main`. It writes one event per line, as JSON,
+Started by `mirror` with a task as JSON, see `main`. It writes one event per line, as JSON,
 on its standard output. It ends when its standard input does, or the training process: an upload
 that is cut off has no manifest. Without torch: it starts in a second.
 """

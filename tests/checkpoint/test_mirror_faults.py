@@ -13,7 +13,7 @@ from s3_server import BUCKET, S3Server, until
 
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint import mirror as mirror_module
-from distrain.checkpoint import mirror_client, mirror_process
+from distrain.checkpoint import mirror_process
 from distrain.checkpoint.mirror import Fetch, Mirror, MirrorUnreadable
 from distrain.checkpoint.mirror_store import Place, StoreError
 from distrain.checkpoint.mirror_upload import Uploader
@@ -33,7 +33,7 @@ def test_a_process_that_cannot_be_started_is_a_failure_that_is_retried(
     checkpoints(tmp_path / "run", 10)
     real, calls = mirror_module.MirrorProcess, []
 
-    def start(**task: Any) -> mirror_client.MirrorProcess:
+    def start(**task: Any) -> mirror_module.MirrorProcess:
         calls.append(task)
         if len(calls) < 3:
             raise BlockingIOError("no more processes")
@@ -64,7 +64,7 @@ def test_what_a_library_prints_is_no_event(tmp_path: Path, monkeypatch: pytest.M
     noisy = (
         "import os; nice = os.nice; os.nice = lambda n: (print('a notice', flush=True), nice(n)); "
     )
-    monkeypatch.setattr(mirror_client, "_CODE", noisy + mirror_client._CODE)
+    monkeypatch.setattr(mirror_module, "_CODE", noisy + mirror_module._CODE)
     mirror = Mirror(f"file://{tmp_path}/place", tmp_path / "run", keep=KEEP)
     assert finish(mirror)
     assert (mirror.uploaded, mirror.failed) == (1, 0)
@@ -75,8 +75,8 @@ def test_a_library_that_cannot_be_imported_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
     checkpoints(tmp_path / "run", 10)
-    broken = "import sys; sys.modules['fsspec'] = None; " + mirror_client._CODE
-    monkeypatch.setattr(mirror_client, "_CODE", broken)
+    broken = "import sys; sys.modules['fsspec'] = None; " + mirror_module._CODE
+    monkeypatch.setattr(mirror_module, "_CODE", broken)
     url = f"file://{tmp_path}/place"
     if work == "fetch":
         fetch = Fetch(url, tmp_path / "run", newer_than=-1)
@@ -140,7 +140,7 @@ def test_a_full_local_disk_is_not_a_store_that_cannot_be_read(
     checkpoints(tmp_path / "run", 10)
     assert finish(Mirror(url, tmp_path / "run", keep=KEEP))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
-    monkeypatch.setattr(mirror_client, "_CODE", limit + mirror_client._CODE)
+    monkeypatch.setattr(mirror_module, "_CODE", limit + mirror_module._CODE)
     with pytest.raises(
         RunFailed, match="cannot be written: .*new.*: File too large; no checkpoint"
     ):
