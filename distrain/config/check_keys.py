@@ -120,7 +120,7 @@ def _is_by_name(value: Any, nodes: list[Any]) -> bool:
 
 
 def _target(value: Any, key: str) -> dict[str, Any]:
-    """Check a node for `config.build`."""
+    """Check a node for `config.instantiate.build`."""
     if not isinstance(value, dict):
         raise wrong(key, value, f"a mapping, at least {key}._target_=package.module.Name")
     path = value.get("_target_")

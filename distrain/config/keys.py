@@ -55,7 +55,7 @@ class Length(str):
 
 
 class Target(dict[str, Any]):
-    """A node for `config.build`: `_target_` and the object's keywords."""
+    """A node for `config.instantiate.build`: `_target_` and the object's keywords."""
 
 
 @dataclass

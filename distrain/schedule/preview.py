@@ -28,7 +28,8 @@ def schedule_values(
     distrain's schedules are evaluated in closed form; others are stepped on a stand-in.
 
     Args:
-        build: makes the schedule for an optimizer, such as `config.build` with its node.
+        build: makes the schedule for an optimizer, such as `config.instantiate.build` with its
+            node.
         optimizer: the run's optimizer; only the settings of its groups are read.
         iterations: counted from 0, in any order.
         group: index of the group.
