@@ -1,21 +1,16 @@
 """Learning-rate schedules."""
 
-from typing import TYPE_CHECKING
-
-from distrain._lazy import attach
-
-if TYPE_CHECKING:
-    from distrain.schedule.schedules import (
-        OneCycleLR,
-        WarmupConstantLR,
-        WarmupCosineLR,
-        WarmupCosineRestartsLR,
-        WarmupExponentialLR,
-        WarmupLinearLR,
-        WarmupMultiStepLR,
-        WarmupPolynomialLR,
-        WarmupStableDecayLR,
-    )
+from distrain.schedule.schedules import (
+    OneCycleLR,
+    WarmupConstantLR,
+    WarmupCosineLR,
+    WarmupCosineRestartsLR,
+    WarmupExponentialLR,
+    WarmupLinearLR,
+    WarmupMultiStepLR,
+    WarmupPolynomialLR,
+    WarmupStableDecayLR,
+)
 
 __all__ = [
     "OneCycleLR",
@@ -28,4 +23,3 @@ __all__ = [
     "WarmupPolynomialLR",
     "WarmupStableDecayLR",
 ]
-__getattr__, __dir__ = attach(__name__, dict.fromkeys(__all__, "schedules"))

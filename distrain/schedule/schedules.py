@@ -19,18 +19,6 @@ from typing_extensions import Unpack, override
 from distrain.checks import number, one_of, whole, wrong
 from distrain.schedule.warmup import HorizonLR, Warmup, WarmupLR
 
-__all__ = [
-    "OneCycleLR",
-    "WarmupConstantLR",
-    "WarmupCosineLR",
-    "WarmupCosineRestartsLR",
-    "WarmupExponentialLR",
-    "WarmupLinearLR",
-    "WarmupMultiStepLR",
-    "WarmupPolynomialLR",
-    "WarmupStableDecayLR",
-]
-
 
 class WarmupConstantLR(WarmupLR):
     """The base rate after the warm-up: `decay(t) = 1`."""

@@ -27,14 +27,13 @@ from resume_cases import (
 from torch.nn.parallel import DistributedDataParallel
 
 import distrain.hooks  # noqa: F401 - here once, and not in every fork
-from distrain import HookBase
+from distrain import HookBase, schedule
 from distrain.checkpoint import staging  # noqa: F401
 from distrain.checkpoint.store import CheckpointStore
 from distrain.data.samplers import Shuffled
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ExitCode
 from distrain.job import training
-from distrain.schedule import schedules as schedule
 
 pytestmark = pytest.mark.ranks
 
