@@ -68,17 +68,10 @@ class TensorBoardWriter(Writer):
     Args:
         folder: the folder of the files, relative to the run folder; the run folder itself, whose
             name TensorBoard shows then, by default.
-        layout: charts of the Custom Scalars tab: heading -> title of a chart -> regular expressions
-            that the names of its curves begin with. None: `default_layout`.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] = ".",
-        *,
-        layout: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
-    ) -> None:
-        self._folder, self._layout = Path(folder), layout
+    def __init__(self, folder: str | os.PathLike[str] = ".") -> None:
+        self._folder = Path(folder)
         self._names: set[str] = set()
         self._events: dict[tuple[str, ...], _ScalarsEvent] = {}
         self._step = 0  # the newest iteration written
@@ -99,8 +92,6 @@ class TensorBoardWriter(Writer):
         if run.changes:
             markdown = "\n".join(f"- `{line}`" for line in run.changes)
             self._add_text("changes", markdown, plugin="text", step=start)
-        if self._layout is not None:
-            self._add_layout(self._layout, step=start)
         with contextlib.suppress(OSError):  # the first row tries again, and its error is logged
             self._file.flush()
 
@@ -122,9 +113,9 @@ class TensorBoardWriter(Writer):
             values[iteration].append(Summary.Value(tag=name, histo=_histogram(histogram)))
         for iteration in sorted(values):
             self._add_values(values[iteration], step=iteration)
-        if self._layout is None and not self._names.issuperset(row.new):
+        if not self._names.issuperset(row.new):
             self._names.update(row.new)
-            self._add_layout(default_layout(self._names), step=row.iteration)
+            self._add_layout(step=row.iteration)
         if not row.more_follow:
             self._file.flush()
 
@@ -164,11 +155,9 @@ class TensorBoardWriter(Writer):
         value = Summary.Value(tag=tag, metadata=_metadata(plugin), tensor=tensor)
         self._add_values([value], step=step)
 
-    def _add_layout(
-        self, categories: Mapping[str, Mapping[str, Sequence[str]]], *, step: int
-    ) -> None:
+    def _add_layout(self, *, step: int) -> None:
         layout = Layout()
-        for heading, charts in categories.items():
+        for heading, charts in default_layout(self._names).items():
             chart = [
                 Chart(title=title, multiline=MultilineChartContent(tag=tags))
                 for title, tags in charts.items()

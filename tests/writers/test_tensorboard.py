@@ -196,14 +196,6 @@ def test_layout_follows_the_names(tmp_path: Path) -> None:
     assert len(read_as_tensorboard(tmp_path).Tensors("custom_scalars__config__")) == 2
 
 
-def test_own_layout_stays(tmp_path: Path) -> None:
-    mine = {"mine": {"both": ["loss", "accuracy"]}}
-    writer = Opened(TensorBoardWriter(tmp_path, layout=mine))
-    writer.write(row(9, loss=1.0))
-    writer.close()
-    assert layout_of(tmp_path) == mine
-
-
 def test_default_layout_shows_each_curve_where_it_belongs() -> None:
     names = [
         "total_loss", "loss_box", "eval/loss", "accuracy", "eval/accuracy", "iou", "c++", "lr",
