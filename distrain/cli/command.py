@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +22,7 @@ from distrain.cli import completion
 from distrain.cli.sweep import check_objective, objective_of, sweep_name, worst
 from distrain.config.compose import explain, resolve
 from distrain.config.import_path import import_from_here
-from distrain.config.instantiate import build
+from distrain.config.instantiate import build_as
 from distrain.config.origins import clean
 from distrain.config.overrides import readable
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed, exit_code
@@ -132,7 +132,8 @@ class Command:
 
         conf = resolve(cfg)
         self._secrets |= secrets_of((), conf)
-        launcher = _launcher(conf["launch"])
+        expected = "a subclass of distrain.launch.Launcher"
+        launcher = build_as(Launcher, conf["launch"], "launch", expected)
         handover = None if conf["plan"] else launcher.handover
         if handover is not None and not launcher.owns_run:
             message = handover.receive()
@@ -234,15 +235,6 @@ class Command:
             f"distrain: {masked_text(str(explained), self._secrets)}", file=sys.stderr, flush=True
         )
         return exit_code(explained)
-
-
-def _launcher(conf: Mapping[str, Any]) -> Launcher:
-    launcher = build(conf, "launch")
-    if not isinstance(launcher, Launcher):
-        raise ConfigError(
-            f"launch._target_={conf['_target_']}: expected a subclass of distrain.launch.Launcher"
-        )
-    return launcher
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import Unpack
 
@@ -21,6 +21,7 @@ from distrain.config.import_path import locate, name_of
 from distrain.errors import ConfigError, add_note
 
 _SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+_T = TypeVar("_T")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -63,6 +64,17 @@ def build(node: Mapping[str, Any], key: str = "", /, **context: Any) -> Any:
 def build_nested(node: Mapping[str, Any], key: str = "", /, **context: Any) -> Any:
     """As `build`; inner nodes get the context too, as the schedules of a chain the optimizer."""
     return _build(node, key, _Mode(context=context), context)
+
+
+def build_as(
+    kind: Callable[..., _T], node: Mapping[str, Any], key: str, expected: str, /, **context: Any
+) -> _T:
+    """As `build`; ConfigError if the object is no instance of `kind`, a class."""
+    built: _T = build(node, key, **context)
+    # not type[_T]: mypy refuses abstract classes there
+    if not isinstance(built, typing.cast("type", kind)):
+        raise wrong(_join(key, "_target_"), node["_target_"], expected)
+    return built
 
 
 def _build(node: Mapping[str, Any], key: str, mode: _Mode, context: Mapping[str, Any]) -> Any:

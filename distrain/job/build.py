@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from distrain.checkpoint.store import CheckpointStore
-from distrain.checks import wrong
-from distrain.config.instantiate import build
+from distrain.config.instantiate import build_as
 from distrain.data.epochs import iters_per_epoch
 from distrain.data.stream import micro_batches
 from distrain.distributed.ranks import Topology
@@ -118,19 +117,13 @@ def _check_evaluation(model: nn.Module, eval_sets: Mapping[str, Any]) -> None:
 
 
 def _build_step(node: Conf | None) -> Step | None:
-    step = None if node is None else build(node, "step")
-    if node is not None and not isinstance(step, Step):
-        raise wrong("step._target_", node["_target_"], "a class of distrain.Step")
-    return step
+    return None if node is None else build_as(Step, node, "step", "a class of distrain.Step")
 
 
 def _build_hooks(**context: Any) -> dict[str, HookBase]:
-    hooks: dict[str, HookBase] = {}
-    for name, node in context["conf"]["hooks"].items():
-        if node is None:
-            continue
-        hooks[name] = build(node, f"hooks.{name}", **context)
-        if not isinstance(hooks[name], HookBase):
-            expected = "a hook; derive it from distrain.HookBase"
-            raise wrong(f"hooks.{name}._target_", node["_target_"], expected)
-    return hooks
+    expected = "a hook; derive it from distrain.HookBase"
+    return {
+        name: build_as(HookBase, node, f"hooks.{name}", expected, **context)
+        for name, node in context["conf"]["hooks"].items()
+        if node is not None
+    }

@@ -9,7 +9,7 @@ import torch
 
 from distrain.checks import wrong
 from distrain.config.import_path import locate
-from distrain.config.instantiate import build
+from distrain.config.instantiate import build, build_as
 from distrain.data.collate import Collate
 from distrain.data.iterable import IterableLoader
 from distrain.data.loader import TrainLoader
@@ -106,11 +106,9 @@ def train_loader(conf: Conf, ranks: Topology, dataset: Any, *, accumulation: int
         if dataset is None:
             raise ConfigError("data.train: expected a value, the _target_ of a data set")
         return (IterableLoader if is_iterable_style(dataset) else TrainLoader)(**arguments)
-    loader = build(data["loader"], "data.loader", **arguments)
-    if not isinstance(loader, (Seekable, Iterable)):
-        expected = "a loader with a method batches(start_iter); derive it from distrain.data.Loader"
-        raise wrong("data.loader._target_", data["loader"]["_target_"], expected)
-    return loader
+    expected = "a loader with a method batches(start_iter); derive it from distrain.data.Loader"
+    kinds: Any = (Seekable, Iterable)
+    return build_as(kinds, data["loader"], "data.loader", expected, **arguments)
 
 
 def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
@@ -121,8 +119,5 @@ def _sampler(conf: Conf, dataset: Any) -> SampleOrder:
         kind = type(dataset).__name__
         raise ConfigError(f"data.sampler: expected null, as {kind} is read in its own order")
     context = {"dataset": dataset, "batch_size": conf["data"]["batch_size"], "seed": conf["seed"]}
-    sampler = build(node, "data.sampler", **context)
-    if not isinstance(sampler, SampleOrder):
-        expected = "a sampler; derive it from distrain.data.SampleOrder"
-        raise wrong("data.sampler._target_", node["_target_"], expected)
-    return sampler
+    expected = "a sampler; derive it from distrain.data.SampleOrder"
+    return build_as(SampleOrder, node, "data.sampler", expected, **context)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distrain.config.instantiate import build
+from distrain.config.instantiate import build_as
 from distrain.distributed.strategy import Strategy
 from distrain.distributed.strategy_by_name import make_strategy
-from distrain.errors import ConfigError
 
 STRATEGY_KEYS = ("strategy", "ddp", "fsdp", "comm_hook", "comm_options")
 
@@ -21,11 +20,6 @@ def build_strategy(trainer_conf: dict[str, Any]) -> Strategy:
     settings = {key: trainer_conf[key] for key in STRATEGY_KEYS}
     strategy = settings.pop("strategy")
     if isinstance(strategy, dict):
-        target = strategy["_target_"]
-        strategy = build(strategy, "trainer.strategy")
-        if not isinstance(strategy, Strategy):
-            raise ConfigError(
-                f"trainer.strategy._target_={target}: expected a class that is derived from "
-                "distrain.distributed.Strategy"
-            )
+        expected = "a class that is derived from distrain.distributed.Strategy"
+        strategy = build_as(Strategy, strategy, "trainer.strategy", expected)
     return make_strategy(strategy, **settings)
