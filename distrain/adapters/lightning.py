@@ -12,7 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
-from distrain.adapters.lightning_schedules import EveryNth, SteppedByModule, several_parts
+from distrain.adapters.lightning_schedules import (
+    EveryNth,
+    SteppedByModule,
+    optimizers_and_schedules,
+)
 from distrain.checks import whole
 from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
@@ -153,19 +157,25 @@ class LightningModel(nn.Module):
                 depends on a metric.
         """
         configure = cast("Callable[[], Any]", self.module.configure_optimizers)
+        optimizers, schedules = optimizers_and_schedules(configure())
+        is_known = optimizers and all(isinstance(each, Optimizer) for each in optimizers)
+        if not is_known or (len(optimizers) > 1 and not self.is_manual):
+            kinds = ", ".join(type(each).__name__ for each in optimizers)
+            one = "one optimizer; several need automatic_optimization=False"
+            expected = "optimizers" if self.is_manual else one
+            raise ConfigError(f"configure_optimizers gives {kinds}; expected {expected}")
         if self.is_manual:
-            optimizers, self.schedules = several_parts(configure())
+            self.schedules = [
+                each["scheduler"] if isinstance(each, Mapping) else each for each in schedules
+            ]
             named = {f"optimizer_{n}": optimizer for n, optimizer in enumerate(optimizers)}
             return named, {
                 name: SteppedByModule(optimizer, self.schedules)
                 for name, optimizer in named.items()
             }
-        optimizer, schedules = _parts(configure())
         if len(schedules) > 1:
             raise ConfigError(f"configure_optimizers gives {len(schedules)} schedules; give one")
-        if not schedules:
-            return optimizer, None
-        return optimizer, self._per_iteration(schedules[0])
+        return optimizers[0], self._per_iteration(schedules[0]) if schedules else None
 
     def _per_iteration(self, given: Any) -> LRScheduler | EveryNth:
         entry = given if isinstance(given, Mapping) else {"scheduler": given}
@@ -218,23 +228,6 @@ def _loss(output: Any) -> Tensor | None:
     """Return the loss in the output of a step: a tensor, or the item "loss" of a mapping."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
-
-
-def _parts(configured: Any) -> tuple[Optimizer, list[Any]]:
-    """Return the optimizer and the schedules from any form that Lightning accepts."""
-    schedules: Any = []
-    if isinstance(configured, Mapping):
-        schedules = configured.get("lr_scheduler", [])
-        configured = configured.get("optimizer")
-    elif isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
-        configured, schedules = configured
-    optimizers = [*configured] if isinstance(configured, list | tuple) else [configured]
-    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
-        raise ConfigError(
-            f"configure_optimizers gives {', '.join(type(o).__name__ for o in optimizers)}; "
-            "expected one optimizer; several need automatic_optimization=False"
-        )
-    return optimizers[0], schedules if isinstance(schedules, list) else [schedules]
 
 
 def _operation(name: str, reduce_fx: Any) -> Operation:

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from distrain.errors import ConfigError
-
 
 class EveryNth:
     """A schedule that takes one step every `num` iterations, for schedules of epochs."""
@@ -68,20 +66,21 @@ class SteppedByModule:
             schedule.load_state_dict(saved)
 
 
-def several_parts(configured: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Return optimizers and schedules from any form that Lightning accepts."""
-    optimizers: list[Any] = []
-    schedules: list[Any] = []
+def optimizers_and_schedules(configured: Any) -> tuple[list[Any], list[Any]]:
+    """Return the optimizers, not checked, and the schedules from any form that Lightning accepts.
+
+    A schedule may be the mapping of Lightning, with keys such as `interval`.
+    """
     if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
-        optimizers, schedules = [*configured[0]], [*configured[1]]
-    else:
-        for each in configured if isinstance(configured, list | tuple) else [configured]:
-            optimizers.append(each["optimizer"] if isinstance(each, Mapping) else each)
-            if isinstance(each, Mapping) and "lr_scheduler" in each:
-                schedules.append(each["lr_scheduler"])
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        kinds = ", ".join(type(each).__name__ for each in optimizers)
-        raise ConfigError(f"configure_optimizers gives {kinds}: expected optimizers")
-    return optimizers, [
-        each["scheduler"] if isinstance(each, Mapping) else each for each in schedules
-    ]
+        optimizers, schedules = configured
+        return optimizers, _listed(schedules)
+    optimizers, schedules = [], []
+    for each in _listed(configured):
+        entry = each if isinstance(each, Mapping) else {"optimizer": each}
+        optimizers += _listed(entry.get("optimizer"))
+        schedules += _listed(entry.get("lr_scheduler", []))
+    return optimizers, schedules
+
+
+def _listed(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list | tuple) else [value]
