@@ -132,6 +132,13 @@ class Command:
         os.kill(self.pid, number)
 
 
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_agents_import():
     """Import once, and not in every forked command, what takes an agent 2 s."""
@@ -306,7 +313,8 @@ def test_a_signal_asks_the_ranks_to_stop(launch, tmp_path, name):
 
 def test_a_signal_that_comes_early_is_not_lost(launch, tmp_path):
     command = launch(steps=10_000, max_restarts=1)
-    time.sleep(0.15)  # the command listens; its ranks may not be there yet
+    while not catches(command.pid, signal.SIGTERM):  # its ranks may not be there yet
+        time.sleep(0.001)
     command.signal(signal.SIGTERM)
     assert command.result() is ExitCode.STOPPED
 
