@@ -23,6 +23,9 @@ FREE_KEYS = (
 )
 """Keys that may change between two starts of a run: they do not change the computation."""
 
+NOTED_KEYS = ("checkpoint.mirror",)
+"""Free keys whose change is reported: without a mirror, checkpoints are on one disk only."""
+
 _FREE_OF_HOOKS = ("period", "every")
 
 HORIZON_KEYS = ("trainer.max_iter", "trainer.max_epochs", "schedule.max_iters")
@@ -67,7 +70,7 @@ def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> lis
         listed = ", ".join(lines) + more
         raise ConfigError(f"{place}: this run has another configuration ({listed}); {fix}")
     return [
-        f"{key}: {old} -> {new} from here on"
+        f"{key}: {shown(old)} -> {shown(new)} from here on"
         for key, (old, new) in changed.items()
         if not is_free(key)
     ]
@@ -75,7 +78,9 @@ def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> lis
 
 def _may_change(key: str, old: Any, new: Any, permitted: Sequence[str]) -> bool:
     return not _is_fixed(key) and (
-        is_free(key) or covers((*HORIZON_KEYS, *permitted), key) or _is_path(key, old, new)
+        is_free(key)
+        or covers((*HORIZON_KEYS, *NOTED_KEYS, *permitted), key)
+        or _is_path(key, old, new)
     )
 
 
@@ -88,7 +93,7 @@ def is_free(key: str) -> bool:
     """Return whether a key may change without a notice."""
     parts = key.split(".")  # hooks.NAME.period, or that of an evaluation set below it
     is_period = parts[0] == "hooks" and len(parts) > 2 and parts[2] in _FREE_OF_HOOKS
-    return is_period or covers(FREE_KEYS, key)
+    return is_period or (covers(FREE_KEYS, key) and key not in NOTED_KEYS)
 
 
 def _is_path(key: str, old: Any, new: Any) -> bool:

@@ -42,6 +42,7 @@ def conf(**changes):
         "optim": {"lr": 0.1, "betas": (0.9, 0.99)},
         "data": {"batch_size": 8, "workers": 0},
         "launch": {"ranks": 2},
+        "checkpoint": {"mirror": None},
         "hooks": {},
         "vars": {},
     }
@@ -151,6 +152,12 @@ def test_a_run_may_be_made_longer_and_the_user_is_told(tmp_path):
     assert folder.notices == ["trainer.max_iter: 30 -> 60 from here on"]
     assert starts(path)[1]["changed"] == {"trainer.max_iter": [30, 60]}
     assert yaml.safe_load((path / "run.yaml").read_text())["trainer"]["max_iter"] == 60
+
+
+def test_a_mirror_that_is_left_out_is_reported(tmp_path):
+    path = freeze(tmp_path / "a", checkpoint__mirror="s3://bucket/a").path
+    folder = freeze(path)
+    assert folder.notices == ["checkpoint.mirror: s3://bucket/a -> null from here on"]
 
 
 def test_the_data_may_lie_elsewhere_and_the_user_is_told(tmp_path):
