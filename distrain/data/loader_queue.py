@@ -41,8 +41,8 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         self._space.register(self._writer, select.POLLOUT)
         ready = select.poll()
         ready.register(self._reader, select.POLLIN)
-        # multiprocessing makes a selector for each call
-        self._poll = lambda timeout=0.0: bool(ready.poll(1000 * timeout))
+        # multiprocessing makes a selector for each call; a negative time would be without end
+        self._poll = lambda timeout=0.0: bool(ready.poll(1000 * max(timeout, 0)))
 
     @override
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:

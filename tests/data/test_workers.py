@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from distrain.data.collate import Fetch, MicroBatch
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.data.loader_errors import FILES_HINT, SHM_HINT
+from distrain.data.loader_queue import LoaderQueue
 from distrain.data.workers import WorkerBatches
 from distrain.launch import failure
 
@@ -235,6 +237,14 @@ def test_items_of_large_batches_are_sent_without_a_thread(
 
 
 @pytest.mark.ranks
+def test_a_time_that_is_over_is_no_wait_without_end() -> None:
+    # as in a process that is suspended between computing the rest of its wait and the wait
+    ready = LoaderQueue(0, ctx=multiprocessing.get_context("fork"), rings=[])
+    assert not ready._poll(-1.0)
+    with pytest.raises(queue.Empty):
+        ready.get(timeout=0)
+
+
 def test_close_ends_them_at_once_and_the_loader_can_start_again() -> None:
     loader = TrainLoader(Told(), batch_size=2, workers=2)
     batches, others = loader.batches(0), loader.batches(5)
