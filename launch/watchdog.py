@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distrain import heartbeat
 from distrain.files.temp_folder import TemporaryFolder
-from distrain.gpus.processes import stat
+from distrain.gpus.processes import children, command, stat, waits_in
 from distrain.launch.failure import Failure
 from distrain.launch.rank import append, log_path
 from distrain.launch.rendezvous import StaticRendezvous
@@ -134,7 +134,10 @@ class Watchdog:
         return remote, silent
 
     def _dump_stacks(self, pids: Mapping[int, int], why: str) -> dict[int, str]:
-        """Have all ranks write their stacks to their logs; return them by rank."""
+        """Have all ranks write their stacks to their logs; return them by rank.
+
+        The states of a rank's own processes follow: it may wait for a loader process.
+        """
         logs = {rank: log_path(self._log_dir, rank) for rank in pids}
         sizes = {}
         for rank, pid in pids.items():
@@ -152,7 +155,19 @@ class Watchdog:
             if not stack:
                 stacks[rank] = f"rank {rank} did not answer when it was asked for its stacks"
                 append(log, stacks[rank] + "\n")
+            if states := _states_of_children(pids[rank]):
+                stacks[rank] += "\n" + states
+                append(log, states + "\n")
         return stacks
+
+
+def _states_of_children(pid: int) -> str:
+    """Return a line per child of a process: its program, its state and what it waits in."""
+    return "\n".join(
+        f"its process {child} ({command(child)}): state {stat(child)[0] or '?'}"
+        + (f", in {where}" if (where := waits_in(child)) else "")
+        for child in children(pid)
+    )
 
 
 def _is_waiting_for_other_node(stuck: list[Place], remote: Mapping[int, list[Place]]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import pwd
 
@@ -42,3 +44,21 @@ def stat(pid: int) -> tuple[str, int]:
             return state, int(parent)
     except (OSError, ValueError):
         return "", 0
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process; none if it is not seen."""
+    found: list[int] = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:
+            found += map(int, file.read().split())
+    return found
+
+
+def waits_in(pid: int) -> str:
+    """Return the function of the kernel that a process waits in; "" if it waits in none."""
+    try:
+        with open(f"/proc/{pid}/wchan") as file:
+            return file.read().strip("0")
+    except OSError:
+        return ""

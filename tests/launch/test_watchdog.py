@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class Fault(HookBase):
 
 
 def sleep_for_ever():
+    subprocess.Popen(["sleep", "1000"])  # as a loader process that the rank waits for
     time.sleep(10**6)
 
 
@@ -209,6 +211,7 @@ def test_a_rank_asleep_in_its_data_is_named_and_started_again(start, tmp_path):
         (tmp_path / "stderr").read_text(),
     )
     assert "sleep_for_ever" in run.log(1)
+    assert re.search(r"its process \d+ \(sleep\): state S", run.log(1))
     assert "backward" in run.log(0)
 
 
