@@ -12,11 +12,11 @@ from pathlib import Path
 
 from distrain import heartbeat
 from distrain.files.temp_folder import TemporaryFolder
-from distrain.gpus.processes import children, command, stat, waits_in
 from distrain.launch.failure import Failure
 from distrain.launch.rank import append, log_path
 from distrain.launch.rendezvous import StaticRendezvous
 from distrain.launch.stall import Place, Progress, ended_early, least_advanced, report
+from distrain.process.inspect import children, command, stat, waits_in
 
 _CHECK_S = 0.5  # between two checks of the heartbeats
 _PUBLISH_S = 2.0  # between two messages to the other nodes

@@ -69,7 +69,7 @@ def build_nested(node: Mapping[str, Any], key: str = "", /, **context: Any) -> A
 def build_as(
     kind: Callable[..., _T], node: Mapping[str, Any], key: str, expected: str, /, **context: Any
 ) -> _T:
-    """As `build`; ConfigError if the object is no instance of `kind`, a class."""
+    """As `build`; ConfigError if the object is no instance of `kind`, as for `isinstance`."""
     built: _T = build(node, key, **context)
     # not type[_T]: mypy refuses abstract classes there
     if not isinstance(built, typing.cast("type", kind)):

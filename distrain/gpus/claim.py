@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distrain.gpus.processes import owner
+from distrain.process.inspect import owner
 
 _MAX_BYTES = 64 << 10
 _MAX_CHARACTERS = 500

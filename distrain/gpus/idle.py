@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from distrain.gpus.nvml import Gpu, GpuLost
-from distrain.gpus.processes import owner
+from distrain.process.inspect import owner
 
 _IDLE_MIB = 1024  # of the driver, a display, monitoring
 _IDLE_FRACTION = 0.02  # of the total memory, if that is more

@@ -1,1 +1,1 @@
-"""Standard streams, threads, open files and environment of a process."""
+"""Standard streams, threads, open files and environment of a process; processes seen from it."""

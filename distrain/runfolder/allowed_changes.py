@@ -17,19 +17,19 @@ from distrain.runfolder.differences import covers, differences, flat
 from distrain.runfolder.files import read_starts
 
 FREE_KEYS = (
-    *("launch", "resume", "plan", "run", "vars", "sweep", "checkpoint", "data.workers"),
-    *("allow_changes", "trainer.max_time"),
+    *("launch", "resume", "plan", "run", "vars", "sweep", "data.workers"),
+    *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.on_error"),
+    *("checkpoint.mirror_wait", "allow_changes", "trainer.max_time"),
     *("trainer.strategy", "trainer.fsdp"),  # sharding of the state; sums may round differently
 )
 """Keys that may change between two starts of a run: they do not change the computation."""
 
-NOTED_KEYS = ("checkpoint.mirror",)
-"""Free keys whose change is reported: without a mirror, checkpoints are on one disk only."""
-
 _FREE_OF_HOOKS = ("period", "every")
 
 HORIZON_KEYS = ("trainer.max_iter", "trainer.max_epochs", "schedule.max_iters")
-"""Keys that may change, too: a run may be extended."""
+"""Keys that may change, too, which is reported: a run may be extended."""
+
+_REPORTED_KEYS = (*HORIZON_KEYS, "checkpoint.mirror")  # without it, states are on one disk only
 
 Changed = Mapping[str, Sequence[Any]]
 """Changed keys, each with its old and its new value."""
@@ -78,9 +78,7 @@ def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> lis
 
 def _may_change(key: str, old: Any, new: Any, permitted: Sequence[str]) -> bool:
     return not _is_fixed(key) and (
-        is_free(key)
-        or covers((*HORIZON_KEYS, *NOTED_KEYS, *permitted), key)
-        or _is_path(key, old, new)
+        is_free(key) or covers((*_REPORTED_KEYS, *permitted), key) or _is_path(key, old, new)
     )
 
 
@@ -93,7 +91,7 @@ def is_free(key: str) -> bool:
     """Return whether a key may change without a notice."""
     parts = key.split(".")  # hooks.NAME.period, or that of an evaluation set below it
     is_period = parts[0] == "hooks" and len(parts) > 2 and parts[2] in _FREE_OF_HOOKS
-    return is_period or (covers(FREE_KEYS, key) and key not in NOTED_KEYS)
+    return is_period or covers(FREE_KEYS, key)
 
 
 def _is_path(key: str, old: Any, new: Any) -> bool:

@@ -16,8 +16,8 @@ from distrain.gpus.claim import Claim
 from distrain.gpus.idle import use_of
 from distrain.gpus.leases import holders
 from distrain.gpus.nvml import Gpu, GpuLost, NoDriver, Nvml
-from distrain.gpus.processes import command, is_of, owner
 from distrain.gpus.shared_files import folder, mutex
+from distrain.process.inspect import command, is_of, owner
 from distrain.runs.escape import escaped
 from distrain.runs.table import ago, fitted
 from distrain.text import table

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import io
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from distrain.launch.rendezvous import StaticRendezvous, listen
 from distrain.launch.stall import Place, Progress, least_advanced, report
 from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import _is_waiting_for_other_node
+from distrain.process.inspect import waits_in
 
 LIMIT_S = 2
 
@@ -199,6 +201,15 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(start, tmp_path):
         assert "most recent call first" in run.log(rank)
         assert "_forward_backward" in run.log(rank)
     assert "did not answer" in run.log(1)
+
+
+@pytest.mark.parametrize(
+    ("wchan", "function"),
+    [("0", ""), ("poll_schedule_timeout.constprop.0", "poll_schedule_timeout.constprop.0")],
+)
+def test_the_function_that_a_process_waits_in_is_whole(monkeypatch, wchan, function):
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(wchan))
+    assert waits_in(1) == function
 
 
 @pytest.mark.ranks

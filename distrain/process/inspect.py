@@ -59,6 +59,7 @@ def waits_in(pid: int) -> str:
     """Return the function of the kernel that a process waits in; "" if it waits in none."""
     try:
         with open(f"/proc/{pid}/wchan") as file:
-            return file.read().strip("0")
+            function = file.read().strip()
     except OSError:
         return ""
+    return "" if function == "0" else function
