@@ -42,6 +42,7 @@ from distrain.launch.stop import StopRequest
 from distrain.launch.watchdog import Watchdog
 from distrain.process import open_files
 from distrain.process.environment import environment
+from distrain.process.garbage import importing
 
 SURVIVOR_S = 3.0
 """Seconds in which ranks that survive a failed one may notice it and log it."""
@@ -82,7 +83,8 @@ def run_node(
     log_dir.mkdir(parents=True, exist_ok=True)
     if method == "fork" and world_size > 1:
         # DistributedDataParallel imports it when it is first made: 1.6 s, paid here once
-        importlib.import_module("torch._dynamo")
+        with importing():
+            importlib.import_module("torch._dynamo")
     spec = WorkerSpec(
         role="distrain",
         local_world_size=ranks,

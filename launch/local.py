@@ -16,6 +16,7 @@ from distrain.launch.options import RankOptions
 from distrain.launch.stop import StopRequest
 from distrain.log import report
 from distrain.process.environment import env_int, environment
+from distrain.process.garbage import importing
 from distrain.run_layout import LOGS
 from distrain.text import counted
 
@@ -82,7 +83,8 @@ class LocalLauncher(RankOptions, Launcher):
         # importing torch, which comes next, prints nothing for seconds
         report(f"starting {counted(ranks, 'rank')}{grant.names()}")
         options = self.with_start_method()
-        from distrain.launch.agent import run_node
+        with importing():
+            from distrain.launch.agent import run_node
 
         log_dir = Path(job.run_dir).absolute() / LOGS
         job = grant.held_by(job)

@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass
 
 from distrain.checks import number, one_of, whole
+from distrain.process.garbage import importing
 
 _num_threads_after_import: int | None = None  # of this process, when it had just imported torch
 
@@ -63,7 +64,8 @@ def _may_fork() -> bool:
     if not os.path.isdir("/proc/self/task") or threading.active_count() > 1:
         return False
     is_first_import = "torch" not in sys.modules
-    import torch
+    with importing():
+        import torch
 
     if is_first_import:
         _num_threads_after_import = _num_threads()

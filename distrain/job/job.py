@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from distrain.errors import ExitCode, RunFailed
+from distrain.process.garbage import importing
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class TrainJob:
 
     def __call__(self) -> ExitCode:
         """Train as one rank, see `distrain.job.training.train`."""
-        from distrain.job.training import train
+        with importing():
+            from distrain.job.training import train
+
+            importlib.import_module("torch._dynamo")  # by each optimizer, when it is made
 
         try:
             return train(self.conf, self.run_dir)

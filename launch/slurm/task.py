@@ -29,6 +29,7 @@ from distrain.launch.slurm.attempts import (
 )
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
+from distrain.process.garbage import importing, skip_last
 from distrain.run_layout import LOGS
 
 _ENDPOINT_FILE = "endpoint"
@@ -119,6 +120,7 @@ class NodeTask:
             if record.code == ExitCode.STOPPED and stop.since is not None:
                 record.stop_s = time.monotonic() - stop.since
             record.write(self.run_dir)
+        skip_last()
         if record.code not in (ExitCode.FINISHED, ExitCode.STOPPED):
             line = record.error.splitlines()[0]
             print(f"distrain: {record.node}: {line}", file=sys.stderr, flush=True)
@@ -133,7 +135,8 @@ class NodeTask:
         if nodes > 1 and node_rank == 0:
             self._await_nodes(names, stop)
         options = self.options.with_start_method()  # before anything else imports torch
-        from distrain.launch.agent import run_node
+        with importing():
+            from distrain.launch.agent import run_node
         from distrain.launch.rendezvous import StaticRendezvous
 
         def on_failure(cause: Failure) -> None:
