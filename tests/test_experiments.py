@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sklearn.datasets
 import torch
+from run_module import run_module
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -408,18 +409,9 @@ def test_pydoc_gpt_decays_matrices_alone() -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_runs_on_two_ranks(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "distrain", f"+experiment={name}", f"run.dir={tmp_path}/run"),
-            *("trainer.max_iter=6", "trainer.window=2", "launch.ranks=2"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    words = ["trainer.max_iter=6", "trainer.window=2", "launch.ranks=2", f"run.dir={tmp_path}/run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = run_module("distrain", f"+experiment={name}", *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_module import run_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
@@ -17,15 +17,7 @@ COMMAND = ["-m", "distrain", "--config-dir", "conf", "+experiment=mine"]
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the README's command in `folder`; distrain itself is found as if it were installed."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *COMMAND, *overrides],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return run_module(*COMMAND[1:], *overrides, cwd=folder, env=env)
 
 
 def images(run_dir: Path) -> list[str]:

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from run_module import run_module
 
 from distrain.cli.evaluate import changed
 from distrain.config.instantiate import build
@@ -15,8 +14,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments, module="distrain.evaluate"):
-    line = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=ENV)
+    return run_module(module, *map(str, arguments), env=ENV)
 
 
 @pytest.fixture(scope="module")

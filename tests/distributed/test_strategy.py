@@ -2,13 +2,12 @@
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
+from run_module import run_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,15 +148,8 @@ class Halves(DDP):
 
 def distrain(folder, *overrides):
     """Run the command in the root of the repository, with modules of a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "distrain", "+experiment=digits", "launch.ranks=2", *overrides],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    words = ["+experiment=digits", "launch.ranks=2", *overrides]
+    return run_module("distrain", *words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(folder)})
 
 
 @pytest.mark.ranks

@@ -1,13 +1,11 @@
 """BestCheckpointer and EarlyStopping: which value counts, where it comes from, what is kept."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from checkpoint_cases import InlineStore, best_of, iterations_in
+from run_module import run_module
 
 from distrain import HookBase, Trainer, TrainerBase
 from distrain.checkpoint.store import CheckpointStore
@@ -154,10 +152,8 @@ def test_the_final_evaluation_counts_for_a_stop_of_a_run_that_goes_on(tmp_path):
 def test_the_demo_keeps_its_last_and_best(tmp_path):
     """The best of the two evaluations is the second."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "distrain", "+experiment=digits", "launch.ranks=1"]
-    command += ["trainer.max_iter=40", "hooks.eval.period=20", f"run.dir={run}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    words = ["+experiment=digits", "launch.ranks=1", "trainer.max_iter=40", "hooks.eval.period=20"]
+    result = run_module("distrain", *words, f"run.dir={run}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seen = {
@@ -231,10 +227,8 @@ def test_any_other_metric_that_nothing_put_is_told_at_the_end(caplog):
 
 
 def test_a_misspelt_metric_leaves_no_run(tmp_path):
-    command = [sys.executable, "-m", "distrain", "+experiment=digits", "launch.in_process=true"]
-    command += ["hooks.best.metric=eval/acuracy", "run.dir=run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    words = ["launch.in_process=true", "hooks.best.metric=eval/acuracy", "run.dir=run"]
+    result = run_module("distrain", "+experiment=digits", *words, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert "did you mean eval/accuracy?" in result.stderr.splitlines()[-1]
     assert not any(tmp_path.iterdir())

@@ -1,15 +1,13 @@
 """Traces of chosen steps: which, of which ranks, what is in them, and that others pay nothing."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
+from run_module import run_module
 from torch import nn
 
 from distrain import Trainer
@@ -159,16 +157,9 @@ def test_wrong_arguments(keywords, text):
 
 
 def test_the_command_takes_the_hooks_by_their_files(tmp_path):
-    command = [sys.executable, "-m", "distrain", "+experiment=digits", "trainer.max_iter=6"]
-    command += ["hooks=[default,throughput,memory,profiler]", "hooks.profiler.start=2"]
-    done = subprocess.run(
-        [*command, "launch.in_process=true", "trainer.window=3"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["+experiment=digits", "trainer.max_iter=6", "trainer.window=3"]
+    words += ["hooks=[default,throughput,memory,profiler]", "hooks.profiler.start=2"]
+    done = run_module("distrain", *words, "launch.in_process=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "digits"
     assert names(run) == ["rank_0.2.pt.trace.json"]

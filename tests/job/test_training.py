@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from checkpoint_cases import forge
 from project import write_project
+from run_module import run_module
 
 from distrain.cli.command import Command
 
@@ -64,15 +64,9 @@ def folder(tmp_path):
 
 
 def distrain(folder, *overrides, experiment="tiny"):
-    command = [sys.executable, "-m", "distrain", "--config-dir", "conf"]
-    return subprocess.run(
-        [*command, f"+experiment={experiment}", *overrides],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["--config-dir", "conf", f"+experiment={experiment}", *overrides]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return run_module("distrain", *words, cwd=folder, env=env)
 
 
 def rows(folder, run="tiny"):

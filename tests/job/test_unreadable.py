@@ -3,13 +3,12 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from checkpoint_cases import checkpoints, iterations_in, path_of, small_state
 from project import write_project
-from test_training import CONF, ROOT, TINY
+from run_module import run_module
+from test_training import CONF, TINY
 from torch import nn
 from writer_cases import Opened
 
@@ -231,14 +230,8 @@ main()
 
 def command(folder, *overrides, ending="no such name", name="EIO"):
     arguments = ["--config-dir", "conf", "+experiment=tiny", *overrides]
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, ending, name, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    (folder / "failing_open.py").write_text(COMMAND)
+    return run_module("failing_open", ending, name, *arguments, cwd=folder)
 
 
 @pytest.fixture

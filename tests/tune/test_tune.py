@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from run_module import run_module
 
 from distrain.cli.sweep import check_objective, swept_values
 from distrain.errors import ConfigError
@@ -20,8 +21,7 @@ DIGITS = ["+experiment=digits", "launch.in_process=true", "hooks.eval.period=4"]
 
 
 def command(*arguments, module="distrain", **options):
-    words = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+    return run_module(module, *arguments, **options)
 
 
 def test_no_run_is_promoted_while_another_cannot_start(tmp_path):

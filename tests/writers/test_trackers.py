@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import struct
-import subprocess
 import sys
 import threading
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_module import run_module
 
 from distrain.errors import ConfigError
 from distrain.events.histogram import Histogram
@@ -231,12 +231,9 @@ def test_a_tracker_that_hangs_holds_up_nothing_and_counts_its_losses(tmp_path, m
 
 def test_all_trackers_by_the_command(tmp_path, offline):
     names = "wandb,mlflow,csv,prometheus"
-    command = [sys.executable, "-m", "distrain", "+experiment=digits", f"+with=[{names}]"]
+    words = ["+experiment=digits", f"+with=[{names}]", "launch.ranks=2", "hooks.eval.period=20"]
     for max_iter in (20, 40):  # continued
-        more = ["launch.ranks=2", f"trainer.max_iter={max_iter}", "hooks.eval.period=20"]
-        done = subprocess.run(
-            [*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = run_module("distrain", *words, f"trainer.max_iter={max_iter}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
     run_dir = tmp_path / "runs" / "digits"
