@@ -12,6 +12,11 @@ from distrain.errors import ConfigError
 from distrain.hooks import CallbackHook, GarbageCollector
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_frozen():
+    gc.unfreeze()
+
+
 def litter():
     """Make 1,000 objects in cycles: more than a collection of the youngest waits for."""
     for _ in range(1000):
