@@ -15,7 +15,6 @@ from distrain.data.loader_errors import worker_error
 from distrain.data.ring import Ring, SlotBatch
 
 _HEADER = 4  # bytes of a message before its content
-_NUM_AHEAD = 2  # items sent before the first batch shows how large they are; torch's default
 
 
 class LoaderQueue(Queue):  # type: ignore[type-arg]
@@ -36,7 +35,7 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
 
     def __init__(self, maxsize: int, *, ctx: Any, rings: Sequence[Ring]) -> None:
         super().__init__(maxsize, ctx=ctx)
-        self._rings, self._num_sent = rings, 0
+        self._rings = rings
         self._space = select.poll()
         self._space.register(self._writer, select.POLLOUT)
         ready = select.poll()
@@ -49,16 +48,13 @@ class LoaderQueue(Queue):  # type: ignore[type-arg]
         """Send an item.
 
         The training process sends a small one itself, if the pipe has space: a thread that sends it
-        takes a third of the CPU of receiving a large batch. For small batches it is better: the
-        kernel lets a process that it wakes run on the CPU of the sender, who is expected to sleep.
+        takes a third of the CPU of receiving a batch.
         """
-        is_direct = self._num_sent < _NUM_AHEAD or any(ring.is_mapped for ring in self._rings)
-        if is_direct and self._thread is None and os.getpid() == self._opid:
+        if self._thread is None and os.getpid() == self._opid:
             content = _pickled(obj)
             if 0 < len(content) <= select.PIPE_BUF - _HEADER and self._space.poll(0):
                 self._sem.acquire()
                 self._writer.send_bytes(content)
-                self._num_sent += 1
                 return
         super().put(obj, block, timeout)
 

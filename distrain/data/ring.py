@@ -21,7 +21,7 @@ from typing_extensions import override
 
 # of a process: two are loaded ahead, one is in use, and one is spare for work that lags behind
 SLOTS = 4
-LEAST_BYTES = 1 << 18  # of tensors in a batch; torch's way is as fast for smaller ones
+_LEAST_SLOT_BYTES = 1 << 18  # ragged small batches fit, whatever the size of the first
 _HEADER = mmap.PAGESIZE  # its first bytes: which slots are in use
 _ALIGNMENT = 64  # bytes, that of torch's own memory
 
@@ -47,7 +47,7 @@ class Ring:
     """Slots of one loader process, made before it is forked.
 
     The memory has no name, so nothing is left in /dev/shm, however the processes end. It is
-    allocated by the first large batch. A slot is in use from then on until the training process
+    allocated by the first batch. A slot is in use from then on until the training process
     has dropped the last tensor in it; while all are in use, batches go torch's way.
     """
 
@@ -55,11 +55,6 @@ class Ring:
         self._fd = os.memfd_create("distrain-batches")
         weakref.finalize(self, os.close, self._fd)
         self._memory: mmap.mmap | None = None
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether this process has mapped the memory: large batches come through it."""
-        return self._memory is not None
 
     def allocate(self, slot_bytes: int) -> mmap.mmap:
         """Set the size, in the loader process, and map the memory."""
@@ -106,10 +101,11 @@ class RingWriter:
         """Size the slots by the first batch: batches of up to twice its bytes fit."""
         measured = SlotWriter(None)
         batch = _load_into(measured, reader, item)
-        if measured.pickle(batch) is None or measured.used < LEAST_BYTES:
+        if measured.pickle(batch) is None or measured.used == 0:
             self._is_off = True
             return batch
-        self._slot_bytes = -(-2 * measured.used // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = -(-2 * measured.used // mmap.PAGESIZE)
+        self._slot_bytes = max(_LEAST_SLOT_BYTES, pages * mmap.PAGESIZE)
         self._memory = self._ring.allocate(self._slot_bytes)
         return self._send(batch, 0, SlotWriter(_slot_bytes(self._memory, 0, self._slot_bytes)))
 
