@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from distrain.checks import number, one_of, whole
 from distrain.process.garbage import importing
 
+_TASKS = "/proc/self/task"
 _num_threads_after_import: int | None = None  # of this process, when it had just imported torch
 
 
@@ -54,25 +56,30 @@ class RankOptions:
         return dataclasses.replace(self.rank_options(), start_method=method)
 
 
+def import_torch() -> None:
+    """Import torch so that a launcher of this process can still fork its ranks."""
+    global _num_threads_after_import
+    if "torch" not in sys.modules:
+        with importing():
+            importlib.import_module("torch")
+        _num_threads_after_import = _num_threads()
+
+
 def _may_fork() -> bool:
     """Return whether a forked rank can use torch; imports it.
 
     It can if this process has only imported torch: the thread pools of OpenMP and autograd, and a
     CUDA context, do not survive a fork.
     """
-    global _num_threads_after_import
-    if not os.path.isdir("/proc/self/task") or threading.active_count() > 1:
+    if not os.path.isdir(_TASKS) or threading.active_count() > 1:
         return False
-    is_first_import = "torch" not in sys.modules
-    with importing():
-        import torch
+    import_torch()
+    import torch
 
-    if is_first_import:
-        _num_threads_after_import = _num_threads()
     baseline = _num_threads_after_import
     return baseline is not None and _num_threads() <= baseline and not torch.cuda.is_initialized()
 
 
 def _num_threads() -> int:
-    """Return the number of threads of this process, native ones included."""
-    return len(os.listdir("/proc/self/task"))
+    """Return the number of threads of this process, native ones included; 0 if they are unknown."""
+    return len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 0

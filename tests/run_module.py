@@ -1,8 +1,8 @@
 """`python -m MODULE` in a fork of a process that has imported torch and Hydra already.
 
 Importing them takes most of the time of a short command. distrain itself is imported by each
-command, which ends as any process does. What a test says about the start of a process, such as its
-signals or its words in /proc, needs a real one: `subprocess`.
+command, which ends as any process does. A test of the start of a process, such as its signals or
+its words in /proc, needs a real one: `subprocess`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_module(
     env: dict[str, str] | None = None,
     timeout_s: float = 200,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE ARGUMENTS` to its end, and return its exit code and what it said."""
+    """Run `python -m MODULE ARGUMENTS` to its end; return its exit code and output."""
     if os.getpid() not in _servers:
         _servers[os.getpid()] = _Server()
     request = {

@@ -20,6 +20,7 @@ from distrain.errors import (
     StoppedBeforeStart,
     exit_code,
 )
+from distrain.launch.options import import_torch
 
 _CONF = Path(__file__).parents[1] / "conf"
 
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Start the evaluation with the run's launcher and print the metrics."""
+    import_torch()
     from distrain.config.instantiate import build
     from distrain.job.eval_sets import eval_nodes, only_set
     from distrain.job.evaluation import RESULT_FILE, EvaluateJob

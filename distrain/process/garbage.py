@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import inside `with`: no collection then, and none later searches what is there by then.
+    """Import inside `with`: nothing is collected, and later collections skip the objects made.
 
-    A process that is forked afterwards shares that memory, for its collections do not write to it.
+    A process that is forked afterwards shares their memory, as its collections do not write to it.
     """
     was_enabled = gc.isenabled()
     gc.disable()

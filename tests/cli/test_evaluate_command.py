@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from run_module import run_module
@@ -44,6 +46,28 @@ def test_it_gives_the_value_of_training_and_the_predictions(run, tmp_path):
     assert all(len(line["probabilities"]) == 10 for line in lines)
     for path, before in files.items():
         assert (run / path).read_bytes() == before, "an evaluation changes nothing of the run"
+
+
+FORKS = """
+import sys
+from distrain.errors import ExitCode
+from distrain.launch.local import LocalLauncher
+
+def show(self, job, grant, stop):
+    print(self.with_start_method().start_method)
+    return ExitCode.FINISHED
+
+LocalLauncher._run = show
+from distrain.cli.evaluate import main
+sys.exit(main())
+"""
+
+
+def test_its_ranks_are_forked_and_do_not_import_torch_again(run):
+    command = [sys.executable, "-c", FORKS, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "fork"
 
 
 @pytest.mark.parametrize("choice", ["local", "slurm"])
