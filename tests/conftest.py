@@ -14,7 +14,6 @@ if os.environ.get("TEST_CLOCK"):  # before distrain is imported; see `make test-
 import psutil
 import pytest
 import torch.distributed as dist
-from run_module import server_pid
 from s3_server import s3_server
 from stand_in import libraries  # noqa: F401 - a fixture
 
@@ -106,7 +105,6 @@ def nothing_is_left(request):
         else:
             del os.environ[name]
     new = set(psutil.Process().children(recursive=True)) - children
-    new = {child for child in new if child.pid != server_pid()}
     _, left = psutil.wait_procs(new, timeout=5.0)
     # multiprocessing's tracker of shared memory lives as long as this process
     left = [c for c in left if not any(name in " ".join(_words_of(c)) for name in lasting)]

