@@ -62,16 +62,17 @@ def import_torch() -> None:
     if "torch" not in sys.modules:
         with importing():
             importlib.import_module("torch")
-        _num_threads_after_import = _num_threads()
+        if os.path.isdir(_TASKS):
+            _num_threads_after_import = _num_threads()
 
 
 def _may_fork() -> bool:
     """Return whether a forked rank can use torch; imports it.
 
-    It can if this process has only imported torch: the thread pools of OpenMP and autograd, and a
-    CUDA context, do not survive a fork.
+    It can, on Linux, if this process has only imported torch: the thread pools of OpenMP and
+    autograd, and a CUDA context, do not survive a fork.
     """
-    if not os.path.isdir(_TASKS) or threading.active_count() > 1:
+    if threading.active_count() > 1:
         return False
     import_torch()
     import torch
@@ -81,5 +82,5 @@ def _may_fork() -> bool:
 
 
 def _num_threads() -> int:
-    """Return the number of threads of this process, native ones included; 0 if they are unknown."""
-    return len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 0
+    """Return the number of threads of this process, native ones included."""
+    return len(os.listdir(_TASKS))

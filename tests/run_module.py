@@ -7,7 +7,6 @@ its words in /proc, needs a real one: `subprocess`.
 
 from __future__ import annotations
 
-import array
 import importlib
 import json
 import os
@@ -47,8 +46,7 @@ class _Server:
 
     def run(self, request: dict[str, Any], files: list[int], timeout_s: float) -> int:
         self._socket.settimeout(timeout_s)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
-        self._socket.sendmsg([json.dumps(request).encode()], rights)
+        socket.send_fds(self._socket, [json.dumps(request).encode()], files)
         pid = int(self._socket.recv(64))
         try:
             return int(self._socket.recv(64))

@@ -31,7 +31,6 @@ from distrain.launch import Launcher, stop
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
 from distrain.process.environment import environment
-from distrain.process.garbage import skip_last
 from distrain.process.threads import limit_exit
 from distrain.redact import masked_text, secrets_of
 from distrain.runfolder.folder import RunFolder, await_run
@@ -265,7 +264,6 @@ def main(*argvs: Sequence[str]) -> None:
         code = 128 + signal.SIGINT
     stop.ignore()
     limit_exit(code)
-    skip_last()
     sys.exit(code)
 
 

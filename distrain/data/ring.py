@@ -47,8 +47,8 @@ class Ring:
     """Slots of one loader process, made before it is forked.
 
     The memory has no name, so nothing is left in /dev/shm, however the processes end. It is
-    allocated by the first batch. A slot is in use from then on until the training process
-    has dropped the last tensor in it; while all are in use, batches go torch's way.
+    allocated by the first batch. A slot is in use from then on until the training process has
+    dropped the last tensor in it; while all are in use, batches go torch's way.
     """
 
     def __init__(self) -> None:

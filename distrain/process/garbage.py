@@ -6,6 +6,7 @@ two at the end of the process as long as a second.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 def importing() -> Iterator[None]:
     """Import inside `with`: nothing is collected, and later collections skip the objects made.
 
-    A process that is forked afterwards shares their memory, as its collections do not write to it.
+    Nor does the end of this process search anything: its memory is returned anyway. A process that
+    is forked afterwards shares their memory, as its collections do not write to it.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -23,10 +25,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.unregister(gc.freeze)  # once, however many imports there are
+        atexit.register(gc.freeze)
         if was_enabled:
             gc.enable()
-
-
-def skip_last() -> None:
-    """Have the end of this process search nothing; its memory is returned anyway."""
-    gc.freeze()

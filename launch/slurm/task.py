@@ -29,7 +29,7 @@ from distrain.launch.slurm.attempts import (
 )
 from distrain.launch.stop import StopRequest
 from distrain.process import stdio
-from distrain.process.garbage import importing, skip_last
+from distrain.process.garbage import importing
 from distrain.run_layout import LOGS
 
 _ENDPOINT_FILE = "endpoint"
@@ -120,7 +120,6 @@ class NodeTask:
             if record.code == ExitCode.STOPPED and stop.since is not None:
                 record.stop_s = time.monotonic() - stop.since
             record.write(self.run_dir)
-        skip_last()
         if record.code not in (ExitCode.FINISHED, ExitCode.STOPPED):
             line = record.error.splitlines()[0]
             print(f"distrain: {record.node}: {line}", file=sys.stderr, flush=True)

@@ -91,7 +91,7 @@ def project(tmp_path, monkeypatch):
 
 
 @settings(
-    max_examples=100,
+    max_examples=200,
     phases=[Phase.explicit, Phase.generate],  # each example is quick to read as it is
     deadline=None,
     derandomize=True,

@@ -180,8 +180,8 @@ def test_tensors_that_share_memory_still_do(received):
 
 
 def test_small_batches_need_no_file(received, monkeypatch):
-    # torch's way makes a folder and a socket in it for each loader process: on a disk that is
-    # busy, an evaluation has waited for its first batch for seconds
+    # torch's way makes a folder and a socket in it for each loader process, and an evaluation
+    # starts new processes: its first batch would wait for the disk
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     small = Given(lambda indices: indices.clone())
     here = [flat(batch) for batch in loaded(small, workers=0)]
