@@ -5,21 +5,48 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import popen_fork
+from multiprocessing import current_process, popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 from distrain.data.loader_queue import LoaderQueue
 from distrain.data.ring import Ring
+from distrain.log import logger
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_START_S = 5.0  # for a fork to call `init_worker`, which it does in milliseconds
 _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 
 
 class _Popen(popen_fork.Popen):
+    """A fork that calls `init_worker`; one that does not is killed and forked again.
+
+    A lock that another thread held at the fork stays locked in the child for ever: in C libraries,
+    which nothing here can unlock.
+    """
+
+    def _launch(self, process_obj: _Worker) -> None:
+        limit_s = _START_S
+        while True:
+            read, process_obj.started_fd = os.pipe()
+            with open(read) as reading:
+                with open(process_obj.started_fd, "w"):  # the fork has it still
+                    super()._launch(process_obj)  # type: ignore[misc]
+                ready = select.poll()
+                ready.register(reading, select.POLLIN)
+                if ready.poll(1000 * limit_s):  # it is closed
+                    return
+            logger.warning("loader process %d does not start: it is forked again", self.pid)
+            self.kill()
+            self.wait()
+            self.close()
+            self.returncode = None
+            limit_s *= 2  # the machine may be that busy
+
     def terminate(self) -> None:
         self.kill()  # for torch and multiprocessing: SIGTERM is ignored, they would hang
 
@@ -27,6 +54,7 @@ class _Popen(popen_fork.Popen):
 class _Worker(ForkProcess):
     """A process that is killed at its deadline."""
 
+    started_fd: int  # of a pipe that `init_worker` closes
     deadline: float | None = None  # on time.monotonic(), once its end was requested
 
     @staticmethod
@@ -78,3 +106,6 @@ def init_worker(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before prctl
         os._exit(1)
+    process = current_process()
+    assert isinstance(process, _Worker)
+    os.close(process.started_fd)

@@ -1,5 +1,6 @@
 """How batches are made: samples, generators, and processes that leave nothing behind."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -11,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from distrain.data import worker_process
 from distrain.data.collate import Fetch, MicroBatch
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.data.loader_errors import FILES_HINT, SHM_HINT
@@ -278,6 +282,37 @@ def test_one_that_hangs_in_a_sample_is_ended_too() -> None:
     time.sleep(0.2)
     loader.close()  # a second of grace for both
     assert not any(process.is_running() for process in processes)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stuck", [1, 2])
+def test_a_fork_that_stands_still_is_made_again(
+    stuck: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As one does in which a lock is held that another thread held at the fork."""
+    for number in range(stuck):
+        (tmp_path / str(number)).touch()
+
+    def run(self: Any) -> None:
+        for number in range(stuck):
+            with contextlib.suppress(FileNotFoundError):
+                (tmp_path / str(number)).unlink()
+                time.sleep(1000)
+        ForkProcess.run(self)
+
+    monkeypatch.setattr(worker_process._Worker, "run", run)
+    monkeypatch.setattr(worker_process, "_START_S", 0.5)
+    opened = len(os.listdir("/proc/self/fd"))
+    loader = TrainLoader(Told(), batch_size=2, shuffle=False, workers=2)
+    assert [batch.tolist() for batch in islice(loader.batches(0), 3)] == [[0, 1], [2, 3], [4, 5]]
+    assert not [*tmp_path.iterdir()]
+    assert sum("is forked again" in line for line in caplog.messages) >= stuck
+    loader.close()
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert not psutil.Process().children()
 
 
 def about_this_process(index: int) -> dict[str, int]:
