@@ -4,6 +4,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE    # each of the tests' commands would compile all modules anew
+
+# Without pip's compiling, which does one file after another; some files are for another Python.
+INSTALL = -m pip install -q --no-compile -c constraints.txt
+COMPILE = -m compileall -qq -j 0 -x /tests?/
 
 .PHONY: demo test test-all test-gpu test-clock test-compat check docs image faults flatness bench bench-quick
 
@@ -87,11 +92,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt torch -e .
+	$(BIN)/python $(INSTALL) torch -e .
+	$(BIN)/python $(COMPILE) $(VENV)/lib || true
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt torch -e '.[dev]'
+	$(BIN)/python $(INSTALL) torch -e '.[dev]'
+	$(BIN)/python $(COMPILE) $(VENV)/lib || true
 	@touch $@ $(VENV)/installed
 
 $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
