@@ -46,7 +46,7 @@ def pytest_runtest_setup():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Let the processes of `-n 2` share the files: each runs whole in one of them."""
+    """Let the processes of `-n 3` share the files: each runs whole in one of them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

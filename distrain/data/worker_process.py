@@ -25,8 +25,8 @@ _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 class _Popen(popen_fork.Popen):
     """A fork that calls `init_worker`; one that does not is killed and forked again.
 
-    A lock that another thread held at the fork stays locked in the child for ever: in C libraries,
-    which nothing here can unlock.
+    A lock of a C library that another thread holds at the fork stays held in the child, which then
+    waits without end.
     """
 
     def _launch(self, process_obj: _Worker) -> None:
