@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE    # each of the tests' commands would compile all modules anew
 
-# Without pip's compiling, which does one file after another; some files are for another Python.
+# pip would compile one file after another; files for another Python are passed over.
 INSTALL = -m pip install -q --no-compile -c constraints.txt
 COMPILE = -m compileall -qq -j 0 -x /tests?/
 
@@ -15,7 +15,7 @@ COMPILE = -m compileall -qq -j 0 -x /tests?/
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
 
-# Three at once on two cores: a fifth of the time, the tests of two wait for others.
+# Three processes on two cores: for a fifth of their time tests wait for others.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 3 -m "not slow"
 

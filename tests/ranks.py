@@ -124,11 +124,12 @@ def _receive(rank: int, read: Connection, process: ForkProcess) -> tuple[float, 
 
 def _exit_code(process: ForkProcess) -> int | None:
     """Return the exit code of a rank that ends; None if it has not done so after 10 s."""
-    # `join(10)` would wait for the processes of its torch loaders too: 5 s, they look so seldom
-    assert process.pid is not None
-    file = os.pidfd_open(process.pid)
-    select.select([file], [], [], 10)
-    os.close(file)
+    if process.exitcode is None:
+        # `join(10)` would wait for the processes of its torch loaders too, which take 5 s
+        assert process.pid is not None
+        file = os.pidfd_open(process.pid)
+        select.select([file], [], [], 10)
+        os.close(file)
     return process.exitcode
 
 

@@ -292,7 +292,7 @@ def test_a_fork_that_stands_still_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As one does in which a lock is held that another thread held at the fork."""
+    """As one does with a lock that another thread of the rank held at the fork."""
     for number in range(stuck):
         (tmp_path / str(number)).touch()
 
