@@ -4,18 +4,20 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
-unexport PYTHONDONTWRITEBYTECODE    # each of the tests' commands would compile all modules anew
+unexport PYTHONDONTWRITEBYTECODE    # each command of the tests would compile distrain again
 
-# pip would compile one file after another; files for another Python are passed over.
-INSTALL = -m pip install -q --no-compile -c constraints.txt
-COMPILE = -m compileall -qq -j 0 -x /tests?/
+# pip would compile one file after another; files for other versions of Python are skipped.
+define install
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch -e $(1)
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+endef
 
 .PHONY: demo test test-all test-gpu test-clock test-compat check docs image faults flatness bench bench-quick
 
 demo: $(VENV)/installed
 	$(BIN)/python -m distrain +experiment=digits launch.ranks=2
 
-# Three processes on two cores: for a fifth of their time tests wait for others.
+# Three processes on two cores: a test waits for other processes a fifth of its time.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 3 -m "not slow"
 
@@ -93,13 +95,11 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(INSTALL) torch -e .
-	$(BIN)/python $(COMPILE) $(VENV)/lib || true
+	$(call install,.)
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(INSTALL) torch -e '.[dev]'
-	$(BIN)/python $(COMPILE) $(VENV)/lib || true
+	$(call install,'.[dev]')
 	@touch $@ $(VENV)/installed
 
 $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt

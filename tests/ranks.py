@@ -8,7 +8,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import select
 import signal
 import sys
 import tempfile
@@ -128,7 +127,7 @@ def _exit_code(process: ForkProcess) -> int | None:
         # `join(10)` would wait for the processes of its torch loaders too, which take 5 s
         assert process.pid is not None
         file = os.pidfd_open(process.pid)
-        select.select([file], [], [], 10)
+        wait([file], 10)
         os.close(file)
     return process.exitcode
 

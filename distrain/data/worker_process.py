@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import current_process, popen_fork
+from multiprocessing import Pipe, current_process, popen_fork
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
@@ -23,24 +23,20 @@ _IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class _Popen(popen_fork.Popen):
-    """A fork that calls `init_worker`; one that does not is killed and forked again.
-
-    A lock of a C library that another thread holds at the fork stays held in the child, which then
-    waits without end.
-    """
+    """A fork that calls `init_worker`; one that hangs before is killed and forked again."""
 
     def _launch(self, process_obj: _Worker) -> None:
+        # a lock that another thread holds at the fork is never released in the child
         limit_s = _START_S
         while True:
-            read, process_obj.started_fd = os.pipe()
-            with open(read) as reading:
-                with open(process_obj.started_fd, "w"):  # the fork has it still
+            has_started, process_obj.started = Pipe(duplex=False)
+            with has_started:
+                with process_obj.started:  # closed here; the fork has its own
                     super()._launch(process_obj)  # type: ignore[misc]
-                ready = select.poll()
-                ready.register(reading, select.POLLIN)
-                if ready.poll(1000 * limit_s):  # it is closed
+                if has_started.poll(limit_s):
                     return
-            logger.warning("loader process %d does not start: it is forked again", self.pid)
+            text = "loader process %d did not start within %g s; it is forked again"
+            logger.warning(text, self.pid, limit_s)
             self.kill()
             self.wait()
             self.close()
@@ -54,7 +50,7 @@ class _Popen(popen_fork.Popen):
 class _Worker(ForkProcess):
     """A process that is killed at its deadline."""
 
-    started_fd: int  # of a pipe that `init_worker` closes
+    started: Connection  # closed by `init_worker`
     deadline: float | None = None  # on time.monotonic(), once its end was requested
 
     @staticmethod
@@ -108,4 +104,4 @@ def init_worker(parent: int) -> None:
         os._exit(1)
     process = current_process()
     assert isinstance(process, _Worker)
-    os.close(process.started_fd)
+    process.started.close()

@@ -286,13 +286,13 @@ def test_one_that_hangs_in_a_sample_is_ended_too() -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stuck", [1, 2])
-def test_a_fork_that_stands_still_is_made_again(
+def test_one_that_hangs_at_its_fork_is_forked_again(
     stuck: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As one does with a lock that another thread of the rank held at the fork."""
+    """As one does on a lock that another thread of the rank held at the fork."""
     for number in range(stuck):
         (tmp_path / str(number)).touch()
 
