@@ -64,6 +64,12 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def kill(process: psutil.Process) -> None:
+    """Kill a process and wait for its end, before which its pipes accept a next request."""
+    process.kill()
+    until(lambda: has_ended(process))
+
+
 def filled(iteration: int, size: int = 500_000) -> dict:
     return {"model": {"w": torch.full((size,), float(iteration))}}
 
@@ -98,10 +104,7 @@ def test_it_has_its_own_session(store: CheckpointStore) -> None:
 def test_killed_while_idle_it_starts_again(store: CheckpointStore) -> None:
     store.save(1, small_state(1), world_size=1)
     assert store.wait()
-    process = writer()
-    process.kill()
-    while not has_ended(process):  # a signal takes a while to arrive on a loaded machine
-        time.sleep(0.01)
+    kill(writer())
     store.save(2, small_state(2), world_size=1)
     assert store.wait()
     assert iterations_in(store.folder) == [1, 2]
@@ -135,7 +138,7 @@ def test_killed_at_random_moments_of_a_save_loop(store: CheckpointStore) -> None
             saved += store.wait()
         else:
             time.sleep(draw.uniform(0, 0.02))
-            writer().kill()
+            kill(writer())
             store.wait()
             assert len(scratch_in(store.folder)) == 0
         found = store.newest_valid()
