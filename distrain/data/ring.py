@@ -27,12 +27,13 @@ _ALIGNMENT = 64  # bytes, that of torch's own memory
 
 
 class SlotBatch(NamedTuple):
-    """A batch on its way: pickled, but its tensors are in a slot."""
+    """A batch on its way: pickled, but its tensors are in a slot, or go torch's way."""
 
     worker: int
     slot: int
     slot_bytes: int
     pickled: bytes
+    others: list[Tensor]
 
 
 class _Place(NamedTuple):
@@ -73,7 +74,7 @@ class Ring:
         slot = _slot_bytes(memory, sent.slot, sent.slot_bytes)
         # each tensor's storage refers to a view of `slot`, and so do its views and saved tensors
         weakref.finalize(slot, _release, memory, sent.slot, os.getpid()).atexit = False
-        return _Unpickler(sent.pickled, slot).load()
+        return _Unpickler(sent.pickled, slot, sent.others).load()
 
 
 class RingWriter:
@@ -118,7 +119,7 @@ class RingWriter:
             self._memory[number] = 0 if was_empty else 1
             return batch
         self._memory[number] = 1
-        return SlotBatch(self._worker, number, self._slot_bytes, pickled)
+        return SlotBatch(self._worker, number, self._slot_bytes, pickled, slot.others)
 
 
 class SlotWriter:
@@ -126,6 +127,7 @@ class SlotWriter:
 
     Attributes:
         used: bytes.
+        others: tensors of the batch that are not in the slot.
         only_counts: whether there is no memory to write to.
     """
 
@@ -133,8 +135,10 @@ class SlotWriter:
         """Write to `memory`, (bytes,) uint8; None only counts."""
         self._memory, self.only_counts = memory, memory is None
         self.used = 0
+        self.others: list[Tensor] = []
         self._places: dict[int, _Place] = {}  # by address of the values
         self._copied: dict[int, Tensor] = {}  # by address of the storage
+        self._of_others: set[int] = set()  # addresses of their storages
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Return memory for a tensor; None if it does not fit."""
@@ -162,20 +166,30 @@ class SlotWriter:
             return None
         return buffer.getvalue()
 
-    def place(self, tensor: Tensor) -> _Place | None:
-        """Return where a tensor is in the slot, copying it if need be; None leaves it to torch."""
-        place = self._places.get(tensor.data_ptr())
-        if place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype):
-            return place
-        if not _is_plain(tensor) or not tensor.is_contiguous() or tensor.is_shared():
-            return None
-        address = tensor.untyped_storage().data_ptr()
-        if address in self._copied:
+    def place(self, tensor: Tensor) -> _Place | int:
+        """Return where a tensor is in the slot, copying it if need be; or its number in `others`.
+
+        Nothing is pickled torch's way here: that opens files, which only a receiver closes.
+        """
+        storage = tensor.untyped_storage().data_ptr()
+        is_copyable = _is_plain(tensor) and tensor.is_contiguous() and not tensor.is_shared()
+        if is_copyable and storage not in self._of_others:
+            place = self._places.get(tensor.data_ptr())
+            if place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype):
+                return place
+            if storage not in self._copied and (place := self._copy(tensor)) is not None:
+                self._copied[storage] = tensor
+                return place
+        if storage in self._copied:
             # a change in one of them has to be seen in the other, as after torch's way
             raise ValueError("two tensors of a batch share memory")
+        self._of_others.add(storage)
+        self.others.append(tensor)
+        return len(self.others) - 1
+
+    def _copy(self, tensor: Tensor) -> _Place | None:
         place = self._reserve(tuple(tensor.shape), tensor.dtype)
         if place is not None:
-            self._copied[address] = tensor
             self._places[tensor.data_ptr()] = place
             if self._memory is not None:
                 _tensor_at(self._memory, place).copy_(tensor)
@@ -249,17 +263,19 @@ class _Pickler(ForkingPickler):
 
     @override
     def persistent_id(self, obj: Any) -> Any:
-        return self._slot.place(obj) if type(obj) is Tensor else None
+        return self._slot.place(obj) if isinstance(obj, Tensor) else None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, pickled: bytes, slot: np.ndarray[Any, Any]) -> None:
+    def __init__(self, pickled: bytes, slot: np.ndarray[Any, Any], others: list[Tensor]) -> None:
         super().__init__(io.BytesIO(pickled))
-        self._slot = slot
+        self._slot, self._others = slot, others
         self._tensors: dict[int, Tensor] = {}
 
     @override
-    def persistent_load(self, pid: _Place) -> Tensor:
+    def persistent_load(self, pid: _Place | int) -> Tensor:
+        if isinstance(pid, int):
+            return self._others[pid]
         if pid.offset not in self._tensors:
             self._tensors[pid.offset] = _tensor_at(self._slot, pid)
         return self._tensors[pid.offset]
