@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 from typing_extensions import override
@@ -85,6 +86,7 @@ class RingWriter:
         self._memory: mmap.mmap | None = None
         self._is_off = False
         self._slot_bytes = 0
+        ForkingPickler.register(Tensor, _reduced)
 
     def load(self, reader: Any, item: Any) -> Any:
         """Return `reader[item]`, as a `SlotBatch` if it has large tensors and a slot is free."""
@@ -254,6 +256,11 @@ def _release(memory: mmap.mmap, number: int, owner: int) -> None:
     # a process forked from the training process has copies of its tensors, too
     if os.getpid() == owner:
         memory[number] = 0
+
+
+def _reduced(tensor: Tensor) -> Any:
+    # torch's way forgets that the values are yet to be conjugated or negated
+    return reduce_tensor(tensor.resolve_conj().resolve_neg())
 
 
 class _Pickler(ForkingPickler):

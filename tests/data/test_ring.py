@@ -54,6 +54,7 @@ def flat(batch):
     if isinstance(batch, torch.Tensor):
         if batch.requires_grad:
             return "requires_grad", flat(batch.detach())
+        batch = batch.resolve_conj().resolve_neg()
         values = batch.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return type(batch), batch.dtype, batch.shape, batch.stride(), values
     if isinstance(batch, dict):
@@ -99,6 +100,11 @@ def square(indices):
     return [base, base.T, base[:1].expand(128, 128), base]
 
 
+def conjugate(indices):
+    base = torch.complex(torch.ones(SIDE), torch.ones(SIDE)) * indices[0]
+    return [base, base.conj(), base.conj().imag]
+
+
 def with_gradient(indices):
     base = torch.arange(float(SIDE)) + indices[0]
     return {"plain": base, "leaf": base.detach().requires_grad_()}
@@ -113,6 +119,7 @@ CASES = {
     "types and strides": (Given(odd), {}),
     "views of one shape": (Given(square), {}),
     "gradient": (Given(with_gradient), {}),
+    "conjugate": (Given(conjugate), {}),
     "no tensors": (Given(lambda indices: indices.tolist()), {}),
 }
 
