@@ -22,7 +22,7 @@ FILES_HINT = "the limit on open files (ulimit -n) is too low; raise it, or set d
 class WorkerError:
     """An exception in a loader process; torch's own form hides its message below other lines."""
 
-    error: Exception | None  # None if it cannot be pickled
+    error: Exception | None  # None if it cannot be pickled, or means something else if raised
     name: str
     text: str
     notes: list[str]
@@ -46,7 +46,9 @@ def worker_error(error: Exception) -> WorkerError:
         is_full = "Too many open files" not in str(error)
         add_note(error, SHM_HINT if is_full else FILES_HINT)
     trace = "".join(traceback.format_exception(error))
-    sent = error if _survives_pickle(error) else None
+    # a StopIteration would end the loop over the batches, as if there were no more
+    is_sent = not isinstance(error, StopIteration) and _survives_pickle(error)
+    sent = error if is_sent else None
     return WorkerError(sent, type(error).__name__, str(error), vars(error)["__notes__"], trace)
 
 

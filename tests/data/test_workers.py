@@ -468,6 +468,8 @@ def test_a_batch_that_cannot_be_sent_is_an_error_of_its_iteration(error, line):
     [
         (PhotoError("photo.jpg", 5), "PhotoError: photo.jpg:5 ("),
         (ValueError("no header\nmore"), "ValueError: no header ("),
+        # of next() on an exhausted iterator; raised here it would end the loop over the batches
+        (StopIteration("no more"), "StopIteration: no more ("),
         (
             RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"),
             "RuntimeError: unable to write to file </torch_7_1>: No space left on device (28) ("
