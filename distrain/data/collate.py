@@ -113,13 +113,40 @@ def set_generators(seed: int) -> None:
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
     """Restore the states of python's, numpy's and torch's CPU generators at the end of `with`."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = _states()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        _set_states(states)
+
+
+class Generators:
+    """States of python's, numpy's and torch's CPU generators, apart from those of the process."""
+
+    def __init__(self) -> None:
+        self._states: tuple[Any, ...] | None = None  # None: as in the process, at first
+
+    @contextlib.contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Let the generators of the process have these states, which go on, inside `with`."""
+        before = _states()
+        if self._states is not None:
+            _set_states(self._states)
+        try:
+            yield
+        finally:
+            self._states = _states()
+            _set_states(before)
+
+
+def _states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 def load_here(

@@ -146,7 +146,7 @@ class IterableLoader(WorkerLoader):
             yield batch
 
     def _shared(self, start_iter: int) -> Iterator[tuple[Any, Any]]:
-        source, first = self._source(), 0
+        source, first = self._source(epoch_seed=None if self._draws else self._seed), 0
         if self._position is not None:
             source.load_state_dict(self._position)
         else:
@@ -215,5 +215,6 @@ class IterableLoader(WorkerLoader):
                 *(num, why),
             )
 
-    def _source(self) -> Source:
-        return Source(self._dataset, seed=self._seed if self._draws else None)
+    def _source(self, epoch_seed: int | None = None) -> Source:
+        seed = self._seed if self._draws else None
+        return Source(self._dataset, seed=seed, epoch_seed=epoch_seed)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import worker
 
-from distrain.data.collate import BatchReader, Collate
+from distrain.data.collate import BatchReader, Collate, Generators
 from distrain.data.ring import collate_samples
 from distrain.data.source import Source
 from distrain.errors import ConfigError
@@ -26,9 +26,11 @@ class SharedReader(BatchReader):
 
     Forward f of rank r of W takes the n samples from (f * W + r) * n on, of the endless sequence of
     epochs after the source's position: on any number of ranks and processes the same sequence.
+    An order that is drawn is the same, too: where samples are not seeded, reading has generators
+    apart from those of the process, which differ.
 
     Args:
-        source: of all samples.
+        source: of all samples; seeded before each sample, or before each epoch.
         size: n, samples per micro-batch.
         rank: r.
         world_size: W.
@@ -50,13 +52,15 @@ class SharedReader(BatchReader):
         self._rank, self._world_size = rank, world_size
         self._collate = collate or collate_samples
         self._next = 0  # position of the next sample
+        self._generators = None if draws else Generators()
         self.draws = draws
 
     def __getitem__(self, forward: int) -> tuple[Any, Any]:
         """Return the batch of a forward, and the position after it if it is that of all ranks."""
         first = (forward * self._world_size + self._rank) * self._size
         # not the information of the process: a data set that sees it would read a part only
-        with _worker_info(None):
+        generators = self._generators.exchanged() if self._generators else contextlib.nullcontext()
+        with _worker_info(None), generators:
             while self._next < first:
                 self._read()
             samples = [self._read() for _ in range(self._size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -24,15 +25,18 @@ class Source(Iterator[Any]):
     Args:
         dataset: yields the samples of an epoch each time it is iterated over, or is a function that
             returns such an iterable, and may take the number of the `epoch`.
-        seed: of the run, for random numbers that reading draws; None if it draws none.
+        seed: of the run, to set the generators of the process before each sample; None: not.
+        epoch_seed: of the run, to set them before each epoch only; None: not.
 
     Attributes:
         epoch: number of the epoch.
         sample: number of samples of it that were read.
     """
 
-    def __init__(self, dataset: Any, *, seed: int | None) -> None:
-        self._dataset, self._seed = dataset, seed
+    def __init__(
+        self, dataset: Any, *, seed: int | None = None, epoch_seed: int | None = None
+    ) -> None:
+        self._dataset, self._seed, self._epoch_seed = dataset, seed, epoch_seed
         self._is_stateful = isinstance(dataset, Stateful) and not has_shuffle_buffer(dataset)
         self._own: Any = None
         self._is_private = False
@@ -47,7 +51,7 @@ class Source(Iterator[Any]):
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._start()
-        self._set_generators(self.sample)
+        self._set_generators(self.sample, self._seed)
         try:
             sample = next(self._iterator)
         except StopIteration:
@@ -76,7 +80,7 @@ class Source(Iterator[Any]):
             self._dataset, self._is_private = _private(self._dataset), True
         dataset = self._dataset
         _begin_epoch(dataset, self.epoch)
-        self._set_generators(0)
+        self._set_generators(0, self._seed if self._epoch_seed is None else self._epoch_seed)
         if self._own is not None and self._is_stateful:
             dataset.load_state_dict(self._own)
             found: Iterator[Any] = iter(dataset)
@@ -86,16 +90,17 @@ class Source(Iterator[Any]):
             dataset = dataset(epoch=self.epoch) if takes_epoch else dataset()
         iterator: Iterator[Any] = iter(dataset)
         if self.sample:
-            with kept_generators():
+            # with the seed of an epoch the next sample's random numbers follow those of all before
+            with contextlib.nullcontext() if self._seed is None else kept_generators():
                 for number in range(self.sample):
-                    self._set_generators(number)
+                    self._set_generators(number, self._seed)
                     next(iterator, None)
         return iterator
 
-    def _set_generators(self, sample: int) -> None:
-        if self._seed is not None:
+    def _set_generators(self, sample: int, seed: int | None) -> None:
+        if seed is not None:
             at = np.array([self.epoch], np.int64), np.array([sample], np.int64)
-            set_generators(int(sample_seeds(*at, seed=self._seed)[0]))
+            set_generators(int(sample_seeds(*at, seed=seed)[0]))
 
 
 class FirstSample:
@@ -108,7 +113,7 @@ class FirstSample:
         return 1
 
     def __getitem__(self, index: int) -> Any:
-        return next(Source(self._dataset, seed=None))
+        return next(Source(self._dataset))
 
 
 def is_iterable_style(dataset: Any) -> bool:

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import random
 import tarfile
 
 import datasets
@@ -159,6 +160,48 @@ def test_any_number_of_ranks_and_workers_sees_the_same_batches(dataset):
         ]
         found = torch.cat([batch for step in zip(*of_ranks, strict=True) for batch in step])
         assert found.tolist() == expected[:72]
+
+
+def drawn_order():
+    """An order and a shuffle buffer of the global generators."""
+    buffer = []
+    for index in torch.randperm(SIZE).tolist():
+        buffer.append({"index": index})
+        if len(buffer) == 4:
+            yield buffer.pop(random.randrange(4))
+    yield from buffer
+
+
+def test_an_order_that_is_drawn_is_the_same_in_all_readers():
+    random.seed(1)
+    expected = torch.cat(indices(0, 1, drawn_order, 0, 6)).tolist()
+    for begin in (0, SIZE):
+        assert sorted(expected[begin : begin + SIZE]) == [*range(SIZE)]
+    assert expected[:SIZE] != expected[SIZE : 2 * SIZE]
+    for ranks, workers in ((2, 2), (3, 0)):
+        of_ranks = []
+        for rank in range(ranks):
+            random.seed(rank)  # as in training, each rank has other generators, and uses them
+            loader = IterableLoader(
+                drawn_order, batch_size=12, rank=rank, world_size=ranks, workers=workers
+            )
+            batches, drawn = loader.batches(0), []
+            own = random.Random(rank)
+            for _ in range(6):
+                drawn.append(next(batches)["index"])
+                assert random.random() == own.random()
+            of_ranks.append(drawn)
+            loader.close()
+        found = torch.cat([batch for step in zip(*of_ranks, strict=True) for batch in step])
+        assert found.tolist() == expected
+    # in the middle of the second epoch
+    loader = IterableLoader(drawn_order, batch_size=12)
+    batches = loader.batches(0)
+    for _ in range(4):
+        next(batches)
+    resumed = IterableLoader(drawn_order, batch_size=12)
+    resumed.load_state_dict([loader.state_dict()], iteration=4, rank=0)
+    assert next(resumed.batches(4))["index"].tolist() == expected[48:60]
 
 
 def test_a_checkpoint_continues_on_another_number_of_ranks_without_reading_again(caplog):
