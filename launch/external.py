@@ -106,4 +106,21 @@ def rank_env(env: Mapping[str, str]) -> dict[str, str]:
             f"launch=external: {', '.join(missing)} not set; start it with torchrun, or with srun "
             "after exporting MASTER_ADDR and MASTER_PORT, or use launch=local"
         )
+    _check_range(found, "WORLD_SIZE", 1)
+    _check_range(found, "RANK", 0, int(found["WORLD_SIZE"]) - 1)
+    _check_range(found, "LOCAL_WORLD_SIZE", 1)
+    _check_range(found, "LOCAL_RANK", 0)
+    _check_range(found, "MASTER_PORT", 1, 65535)
     return found
+
+
+def _check_range(env: Mapping[str, str], name: str, least: int, most: int | None = None) -> None:
+    """Raise ConfigError unless a variable is an integer from `least` to `most`."""
+    # a rank that is not among the ranks would be waited for, without a message
+    text = env[name].strip()
+    if not text.isdecimal() or not least <= int(text) <= (int(text) if most is None else most):
+        limits = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(
+            f"launch=external: {name}={env[name]}: expected an integer {limits}, as the program "
+            "that starts the ranks sets it"
+        )

@@ -1,6 +1,7 @@
 """launch=external: processes that another program starts take one run folder, or none hangs."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -93,6 +94,24 @@ def test_without_rank_0_a_rank_says_where_it_waited():
 def test_one_rank_opens_no_store(monkeypatch):
     monkeypatch.setattr(Handover, "_connect", None)  # calling it would fail
     Handover(rank_environment(0, 1, 1)).send({"code": 0}, is_last=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "first", "from 0 to 1"),
+        ("WORLD_SIZE", "0", ">= 1"),
+        ("LOCAL_RANK", "-1", ">= 0"),
+        ("MASTER_PORT", "$PORT", "from 1 to 65535"),
+    ],
+)
+def test_a_variable_that_is_no_number_of_a_rank_is_one_line(name, value, expected):
+    env = {**rank_environment(1, 29500), name: value}
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{name}={value}: expected an integer {expected}")
+    ):
+        rank_env(env)
 
 
 def test_a_container_that_names_a_world_of_one(monkeypatch):
