@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from distrain.log import logger
 from distrain.trainer.trainer import Trainer
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -18,6 +19,9 @@ class StopRequest:
 
     since: float | None = None
     _trainer: Trainer | None = None
+
+    def __init__(self) -> None:
+        self.numbers: list[signal.Signals] = []  # those that this handles
 
     @property
     def requested(self) -> bool:
@@ -31,8 +35,20 @@ class StopRequest:
             self._trainer.request_stop()
 
     def forward_to(self, trainer: Trainer) -> None:
-        """Request the stop of this trainer on a signal, also on one that came before."""
+        """Request the stop of this trainer on a signal, also on one that came before.
+
+        Handlers that the model, the data or a library has set since are replaced: the run would be
+        killed at its time limit without a checkpoint.
+        """
         self._trainer = trainer
+        for number in self.numbers:
+            if signal.getsignal(number) is not self:
+                other = signal.signal(number, self)
+                logger.warning(
+                    "%s requests a stop with a checkpoint: the handler %r, set while the run was "
+                    "built, is replaced; a hook may set its own in before_train",
+                    *(number.name, getattr(other, "__qualname__", other)),
+                )
         if self.requested:
             trainer.request_stop()
 
@@ -47,6 +63,7 @@ def stop_signals() -> Iterator[StopRequest]:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
             continue
         outer = before[number] = signal.signal(number, stop)
+        stop.numbers.append(number)
         # a signal that the command's own handler has noted counts
         stop.since = stop.since or getattr(outer, "since", None)
     try:
