@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -114,12 +115,12 @@ def rank_env(env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _check_range(env: Mapping[str, str], name: str, least: int, most: int | None = None) -> None:
+def _check_range(env: Mapping[str, str], name: str, least: int, most: float = math.inf) -> None:
     """Raise ConfigError unless a variable is an integer from `least` to `most`."""
     # a rank that is not among the ranks would be waited for, without a message
     text = env[name].strip()
-    if not text.isdecimal() or not least <= int(text) <= (int(text) if most is None else most):
-        limits = f">= {least}" if most is None else f"from {least} to {most}"
+    if not text.isdecimal() or not least <= int(text) <= most:
+        limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ConfigError(
             f"launch=external: {name}={env[name]}: expected an integer {limits}, as the program "
             "that starts the ranks sets it"

@@ -91,7 +91,7 @@ class Source(Iterator[Any]):
         iterator: Iterator[Any] = iter(dataset)
         if self.sample:
             # with the seed of an epoch the next sample's random numbers follow those of all before
-            with contextlib.nullcontext() if self._seed is None else kept_generators():
+            with kept_generators() if self._epoch_seed is None else contextlib.nullcontext():
                 for number in range(self.sample):
                     self._set_generators(number, self._seed)
                     next(iterator, None)
