@@ -55,15 +55,23 @@ def _is_ours(path: str, run_id: str) -> bool:
 
 
 def set_aside(path: str, run_id: str, notes: list[str]) -> None:
-    """Free the name of a damaged checkpoint: delete it if this run wrote it, else rename it."""
+    """Free the name of a checkpoint that is damaged, or valid and of another run.
+
+    It is deleted if this run wrote it, else renamed.
+    """
     if not os.path.lexists(path):
         return
     if _is_ours(path, run_id):
         _delete(path)
         return
     other = f"{path}.damaged-{os.urandom(3).hex()}"
+    why = "damaged and not written by this run"
+    with contextlib.suppress(fmt.CheckpointDamaged):
+        fmt.verify(path)
+        other = f"{path}.other-{os.urandom(3).hex()}"
+        why = "written by another run"
     os.rename(path, other)
-    notes.append(f"{path} was damaged and not written by this run; renamed to {other}")
+    notes.append(f"{path} was {why}; renamed to {other}")
 
 
 def step_aside(path: str) -> None:

@@ -140,7 +140,7 @@ class CheckpointStore:
     ) -> None:
         """Copy the state after `iteration` iterations, and write it in the background.
 
-        A valid checkpoint of that iteration is left as it is.
+        A valid checkpoint of that iteration is left as it is; one of another run is renamed.
 
         Args:
             iteration: number of finished iterations.

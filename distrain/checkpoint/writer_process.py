@@ -61,13 +61,14 @@ def _reserve(staging_fd: int, size: int) -> None:
 def _save(job: dict[str, Any], memory: mmap.mmap, notes: list[str]) -> None:
     """Write and publish a checkpoint, then delete those no longer kept.
 
-    A valid one of that name stays, unless the new one has a metric's mark or score that it lacks.
+    A valid one of this run with that name stays, unless the new one has a metric's mark or score
+    that it lacks.
     """
     folder = job["folder"]
     _make_folder(folder, job["parent"])
     run_id = retention.run_id_of(folder)
     path = os.path.join(folder, job["name"])
-    marks = _marks(path)
+    marks = _marks(path, run_id)
     if marks is None or not _marks_of(job["manifest"]).items() <= marks.items():
         scratch = os.path.join(folder, job["scratch"])
         os.mkdir(scratch, 0o755)
@@ -169,12 +170,14 @@ def _make_folder(folder: str, parent: int | None) -> None:
         sync_folder(around)
 
 
-def _marks(path: str) -> dict[str, float] | None:
-    """Return the marks and scores of a checkpoint; None if it is missing or damaged."""
+def _marks(path: str, run_id: str) -> dict[str, float] | None:
+    """Return the marks and scores of a checkpoint; None if there is no valid one of this run."""
     try:
-        return _marks_of(fmt.verify(path))
+        manifest = fmt.verify(path)
     except fmt.CheckpointDamaged:
         return None
+    # that of another run holds another state: a resumed run has passed it over
+    return _marks_of(manifest) if manifest["run_id"] == run_id else None
 
 
 def _marks_of(manifest: dict[str, Any]) -> dict[str, float]:

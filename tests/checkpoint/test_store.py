@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -153,6 +154,23 @@ def test_what_may_be_somebody_elses_is_moved_aside(
     (aside,) = store.folder.glob("iter_0000000100.damaged-*")
     assert (aside / "precious").read_text() == "x"
     assert str(aside) in caplog.text
+
+
+def test_a_valid_checkpoint_of_another_run_does_not_stand_for_this_state(
+    store: CheckpointStore,
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoints(store.folder, 50).close()
+    other = checkpoints(tmp_path_factory.mktemp("other"), 100)
+    other.close()
+    shutil.copytree(path_of(other.folder, 100), path_of(store.folder, 100))
+    store.save(100, small_state(2), world_size=5)
+    assert store.wait()
+    assert identical(store.load(100), small_state(2))
+    (aside,) = store.folder.glob("iter_0000000100.other-*")
+    assert identical(store.load(aside), small_state(100))
+    assert f"was written by another run; renamed to {aside}" in caplog.text
 
 
 def test_a_state_that_cannot_be_saved_is_the_callers_mistake(store: CheckpointStore) -> None:

@@ -11,6 +11,7 @@ from checkpoint_cases import forge
 from project import write_project
 from run_module import run_module
 
+from distrain.checkpoint.catalog import describe
 from distrain.cli.command import Command
 
 ROOT = Path(__file__).parents[2]
@@ -395,6 +396,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(folder):
     assert result.returncode == 0, result.stderr
     assert "iter_0000000030 was written by another run" in result.stderr
     assert "continuing after iteration 20" in result.stderr
+    assert describe(mine / "iter_0000000030").run_id == (mine / "run_id").read_text().strip()
 
 
 def test_a_model_that_has_changed_is_told_and_nothing_begins_at_0(folder):
