@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distrain.checkpoint.catalog import Found, describe, find_all, newest_valid
@@ -16,6 +15,7 @@ from distrain.checkpoint.retention import read_best
 from distrain.checks import wrong
 from distrain.config.check_keys import check
 from distrain.distributed.ranks import topology
+from distrain.distributed.rng import kept_random_states
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
 from distrain.job.model import build_model
@@ -40,7 +40,7 @@ def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None =
     """
     conf = read_conf(run)
     found = find_checkpoint(run, checkpoint)
-    with torch.random.fork_rng(devices=[]):
+    with kept_random_states():  # building the model seeds all of them
         model = model_of(conf, found.path, ema=ema)
     return model.cpu().eval()
 
