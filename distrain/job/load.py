@@ -21,7 +21,7 @@ from distrain.errors import ConfigError
 from distrain.job.model import build_model
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
 from distrain.runfolder.files import read_frozen
-from distrain.weights.read import read_weights
+from distrain.weights.read import read_model
 
 
 def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None = None) -> nn.Module:
@@ -106,9 +106,9 @@ def model_of(conf: dict[str, Any], checkpoint: Path, *, ema: str | None = None) 
         ConfigError: the model cannot be built, or the weights do not fit.
     """
     model = build_model(conf, ranks=topology(), strategy=Strategy(), is_new=False)
-    weights = read_weights(checkpoint, ema=ema)
+    state = read_model(checkpoint, ema=ema)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state)
     except RuntimeError as error:  # one line per tensor that does not fit
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise ConfigError(f"{checkpoint} does not fit the model: {' '.join(lines)}") from error

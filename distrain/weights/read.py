@@ -61,7 +61,7 @@ def read_weights(path: str | Path, *, ema: str | None = None) -> dict[str, Tenso
     """
     path = Path(path)
     if path.is_dir():
-        return _of_checkpoint(path, ema)
+        return _tensors(read_model(path, ema=ema))
     if ema is not None:
         raise ConfigError(f"{path}: only a run's checkpoint has an average, ema={ema}")
     # the libraries report a file that cannot be opened as missing or damaged
@@ -69,22 +69,40 @@ def read_weights(path: str | Path, *, ema: str | None = None) -> dict[str, Tenso
     return _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)
 
 
-def _of_checkpoint(path: Path, ema: str | None) -> dict[str, Tensor]:
+def read_model(path: Path, *, ema: str | None = None) -> dict[str, Any]:
+    """Return the state of the model in the folder of a checkpoint, as `load_state_dict` takes it.
+
+    It may hold values that are no tensors, those of `get_extra_state`; for `ema` and errors see
+    `read_weights`.
+    """
     from distrain.checkpoint.decode import load_checkpoint
 
     try:
         state = load_checkpoint(path)
     except fmt.CheckpointDamaged as error:
         raise ConfigError(f"{error}; give another checkpoint") from error
-    weights = dict(state[fmt.MODEL_PART])
+    model = state.get(fmt.MODEL_PART)
+    if not isinstance(model, dict):
+        raise ConfigError(
+            f"{path}: it holds no state of a model, a dict called {fmt.MODEL_PART}; it has the "
+            f"parts {', '.join(state)}"
+        )
     if ema is not None:
-        hooks: Mapping[str, Any] = state.get("hooks", {})
-        averages = {n: s["average"] for n, s in hooks.items() if s and s.get("average")}
+        averages = _averages(state.get("hooks"))
         if ema not in averages:
             names = ", ".join(averages) or "none"
             raise ConfigError(f"{path}: it holds no average called ema={ema}; available: {names}")
-        weights |= averages[ema]
-    return _tensors(weights)
+        model.update(averages[ema])
+    return model
+
+
+def _averages(hooks: Any) -> dict[str, Mapping[str, Tensor]]:
+    """Return the averages in the states of hooks, by the hook's name; a user's may be anything."""
+    states = hooks.items() if isinstance(hooks, Mapping) else ()
+    found = {name: s.get("average") for name, s in states if isinstance(s, Mapping)}
+    return {
+        name: average for name, average in found.items() if isinstance(average, Mapping) and average
+    }
 
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:

@@ -139,6 +139,38 @@ def test_load_returns_the_model_of_a_checkpoint(run):
     assert distrain.load(run, ema="ema").weight.tolist() == [[9.5, 9.5]]
 
 
+class Worded(nn.Linear):
+    """A module with state that is no tensor, and with a version of its state."""
+
+    _version = 7
+
+    def get_extra_state(self):
+        return {"words": self.words}
+
+    def set_extra_state(self, state):
+        self.words = state["words"]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata["version"] == 7
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_load_restores_state_that_is_no_tensor(run):
+    text = (run / "run.yaml").read_text()
+    path = f"{Worded.__module__}.{Worded.__name__}"
+    (run / "run.yaml").write_text(text.replace("torch.nn.Linear", path))
+    model = Worded(2, 1)
+    model.words = ["a", "b"]
+    average = {"weight": torch.zeros(1, 2)}
+    store = CheckpointStore(run / "checkpoints")
+    state = {"model": model.state_dict(), "hooks": {"ema": {"average": average}}}
+    store.save(12, state, world_size=1)
+    store.close()
+    assert distrain.load(run).words == ["a", "b"]
+    loaded = distrain.load(run, ema="ema")
+    assert (loaded.words, loaded.weight.tolist()) == (["a", "b"], [[0, 0]])
+
+
 def test_load_leaves_the_random_generators_alone(run):
     seed_everything(5, rank=0)
     numbers = random.random(), np.random.rand(), torch.rand(1)

@@ -66,6 +66,33 @@ def test_the_average_takes_the_place_of_weights_and_buffers_stay(tmp_path):
         read_weights(other, ema="ema")
 
 
+def test_a_hook_may_have_any_state(tmp_path):
+    hooks = {"a": {"average": torch.ones(2)}, "b": {"average": 0.5}, "c": [1], "d": None}
+    hooks["ema"] = {"average": {"w": torch.zeros(2)}}
+    store = InlineStore(tmp_path / "checkpoints")
+    store.save(1, {"model": {"w": torch.ones(2)}, "hooks": hooks}, world_size=1)
+    store.close()
+    path = locate_weights(tmp_path)
+    assert read_weights(path, ema="ema")["w"].tolist() == [0.0, 0.0]
+    for name in "abcd":
+        with pytest.raises(ConfigError, match=f"no average called ema={name}; available: ema"):
+            read_weights(path, ema=name)
+
+
+@pytest.mark.parametrize("state", [{"net": {"w": torch.ones(2)}}, {"model": torch.ones(2)}])
+def test_a_checkpoint_without_a_model_is_one_line(tmp_path, capfd, state):
+    store = InlineStore(tmp_path / "checkpoints")
+    store.save(1, state, world_size=1)
+    store.close()
+    assert main([str(tmp_path), "-o", str(tmp_path / "o.safetensors")]) == 2
+    error = capfd.readouterr().err
+    assert (
+        f"it holds no state of a model, a dict called model; it has the parts {[*state][0]}"
+        in error
+    )
+    assert error.count("\n") == 1
+
+
 def test_files(tmp_path):
     state = nn.Linear(2, 2).state_dict()
     save_file(state, tmp_path / "a.safetensors")
