@@ -99,6 +99,7 @@ def test_files(tmp_path):
     torch.save(state, tmp_path / "b.pt")
     torch.save({"epoch": 3, "state_dict": state, "optimizer": {}}, tmp_path / "c.ckpt")
     torch.save({"model": state}, tmp_path / "d.pth")
+    torch.save({"best_acc1": torch.tensor(0.7), "state_dict": state}, tmp_path / "e.pth.tar")
     for path in tmp_path.iterdir():
         found = read_weights(locate_weights(path))
         assert found.keys() == state.keys()
