@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrain.distributed.strategy import Strategy
@@ -13,6 +13,8 @@ from distrain.errors import ConfigError
 
 ONLY = ""
 """Name of the optimizer where there is one alone."""
+
+_SHOWN = 3  # names in a message
 
 
 def by_name(optimizer: Optimizer | Mapping[str, Optimizer]) -> dict[str, Optimizer]:
@@ -61,12 +63,19 @@ def _names(named: Any) -> Iterable[str]:
 def state_dict(
     strategy: Strategy, module: nn.Module, optimizers: Mapping[str, Optimizer]
 ) -> dict[str, Any]:
-    """Return "model", and "optimizer", by name where there are several."""
+    """Return "model", "optimizer", by name where there are several, and "parameters".
+
+    The last has the names of the parameters of each optimizer: its own state has their numbers.
+    """
     states = {name: strategy.state_dict(module, each) for name, each in optimizers.items()}
-    if ONLY in states:
-        return states[ONLY]
     first = next(iter(states.values()))
-    return {**first, "optimizer": {name: state["optimizer"] for name, state in states.items()}}
+    by_number = {name: state["optimizer"] for name, state in states.items()}
+    names_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {
+        name: [names_of.get(id(p), "") for p in _parameters(each)]
+        for name, each in optimizers.items()
+    }
+    return {**first, "optimizer": by_number.get(ONLY, by_number), "parameters": names}
 
 
 def load_state_dict(
@@ -75,15 +84,63 @@ def load_state_dict(
     optimizers: Mapping[str, Optimizer],
     state: Mapping[str, Any],
 ) -> None:
-    """Load what `state_dict` returned; ConfigError if it is of other optimizers."""
-    if ONLY in optimizers:
-        strategy.load_state_dict(module, optimizers[ONLY], state)
-        return
-    saved = state["optimizer"]
+    """Load what `state_dict` returned; ConfigError if it is of other optimizers or parameters."""
+    saved = {ONLY: state["optimizer"]} if ONLY in optimizers else state["optimizer"]
     if saved.keys() != optimizers.keys():
         raise ConfigError(
             f"optim: {', '.join(optimizers)}: expected those of the checkpoint, "
             f"{', '.join(map(str, saved))}; begin another run with run.name=..."
         )
+    own = dict(module.named_parameters(remove_duplicate=False))
     for name, optimizer in optimizers.items():
+        names = state.get("parameters", {}).get(name, ())  # an earlier version saved none
+        _check_parameters(name, optimizer, saved[name], names, own)
         strategy.load_state_dict(module, optimizer, {**state, "optimizer": saved[name]})
+
+
+def _check_parameters(
+    name: str,
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    names: Sequence[str],
+    own: Mapping[str, nn.Parameter],
+) -> None:
+    """Check that a saved state is of the optimizer's parameters, in the same order.
+
+    Torch goes by their numbers: a parameter would get the state of another one, as its momentum. A
+    saved name that the model no longer has may be an earlier name of the same parameter.
+
+    Args:
+        name: of the optimizer.
+        optimizer: of this run.
+        saved: its state in the checkpoint.
+        names: of the parameters in the checkpoint, in order; empty if it has none.
+        own: all parameters of the model by name.
+    """
+    sizes, others = (
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, saved["param_groups"])
+    )
+    names_of = {id(parameter): here for here, parameter in own.items()}
+    moved = [
+        f"{there} (here {names_of.get(id(parameter), 'another')})"
+        for there, parameter in zip(names, _parameters(optimizer), strict=False)
+        if there in own and own[there] is not parameter
+    ]
+    if sizes == others and not moved:
+        return
+    key = f"optim.{name}" if name else "optim"
+    found = f"parameter groups of {others} tensors, here of {sizes}"
+    if sizes == others:
+        more = f" and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
+        found = (
+            f"states of other parameters, or in another order: {', '.join(moved[:_SHOWN])}{more}"
+        )
+    raise ConfigError(
+        f"{key}: the checkpoint has {found}; train the same parameters as before, or begin another "
+        "run from its weights with run.name=... and init.weights"
+    )
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

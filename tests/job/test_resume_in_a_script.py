@@ -77,6 +77,43 @@ def test_another_optimizer_is_refused(tmp_path):
         distrain.resume(trainer, distrain.CheckpointStore(tmp_path / "checkpoints"))
 
 
+class Pair(nn.Module):
+    """Two layers of one shape, made in an order; those that do not count are frozen."""
+
+    def __init__(self, order="ab", trained="ab"):
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(3, 3).requires_grad_(name in trained))
+
+    def forward(self, x):
+        return self.b(self.a(x)).square().mean()
+
+
+def trainer_of(model, checkpoints):
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    hooks = [PeriodicCheckpointer(checkpoints=checkpoints)]
+    return distrain.Trainer(model, optimizer, [torch.ones(3)], hooks=hooks)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"order": "ab"}, {"order": "ba"}),
+        ({"trained": "a"}, {"trained": "b"}),
+    ],
+)
+def test_no_parameter_gets_the_state_of_another(tmp_path, before, now):
+    checkpoints = distrain.CheckpointStore(tmp_path / "checkpoints")
+    trainer_of(Pair(**before), checkpoints).train(0, 2)
+    trainer = trainer_of(Pair(**before), checkpoints)
+    assert distrain.resume(trainer, checkpoints) == 2
+    with pytest.raises(
+        RunRefused, match=r"states of other parameters.*: a.weight \(here b.weight\)"
+    ):
+        distrain.resume(trainer_of(Pair(**now), checkpoints), checkpoints)
+
+
 @pytest.mark.parametrize("hook", [PeriodicCheckpointer, lambda **kw: BestCheckpointer("a", **kw)])
 def test_a_path_in_place_of_a_store_is_one_line(hook):
     with pytest.raises(ConfigError, match=r"checkpoints=runs/x: expected a CheckpointStore"):
