@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from distrain.checkpoint import format as fmt
 from distrain.checkpoint.catalog import Found, clear_leftovers, describe, find_all, newest_valid
 from distrain.checkpoint.format import CheckpointDamaged
+from distrain.checkpoint.retention import list_own, read_run_id
 from distrain.checkpoint.scratch import remove, scratch_name
 from distrain.checkpoint.writer_client import Outcome, Request, Requests
 from distrain.checks import one_of, refuse_url, whole
@@ -98,6 +99,19 @@ class CheckpointStore:
         self._requests: Requests | None = None
         self._newest = -1  # iteration of the newest save, unless it failed
         self._to_raise: SaveFailed | None = None
+
+    def newest_own(self) -> int | None:
+        """Return the iteration of the newest checkpoint that this folder's run wrote, unverified.
+
+        None without one, and where it cannot be read: a save reports that.
+        """
+        folder = str(self.folder)
+        try:
+            run_id = read_run_id(folder)
+            own = [] if run_id is None else list_own(folder, run_id)
+        except OSError:
+            return None
+        return own[0][0] if own else None
 
     def check(self, state: Mapping[str, Any]) -> Snapshot:
         """Encode a state as a save does, without a copy.

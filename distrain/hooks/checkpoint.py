@@ -13,6 +13,7 @@ from distrain.checks import whole, wrong
 from distrain.distributed.collectives import gather_to_main
 from distrain.distributed.rng import random_states
 from distrain.durations import seconds
+from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.hooks.metric import MetricHook
 from distrain.hooks.periodic import Period, checked_period, in_iterations, is_due, is_finished
@@ -51,6 +52,7 @@ class PeriodicCheckpointer(HookBase):
         if self._period is not None:
             self._period = in_iterations(self, self._period)
         self._saved_s = time.monotonic()
+        _check_unused(self.trainer, self._checkpoints)
         self._rehearse(self._checkpoints.check)
 
     def after_step(self) -> None:
@@ -138,6 +140,7 @@ class BestCheckpointer(MetricHook):
             if other is not self and other.metric == self.metric:
                 expected = "a metric that no other BestCheckpointer has; remove one of the two"
                 raise wrong(other.key, self.metric, expected)
+        _check_unused(self.trainer, self._checkpoints)
         super().before_train()
 
     def after_step(self) -> None:
@@ -253,6 +256,21 @@ def _checked(checkpoints: CheckpointStore) -> CheckpointStore:
         )
         raise wrong("checkpoints", checkpoints, expected)
     return checkpoints
+
+
+def _check_unused(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
+    """Refuse a training from 0 in a folder that has checkpoints of such a training.
+
+    Valid ones stay as they are, so the states of the same iterations would not be saved, and a
+    resumed run would continue from the older ones. Only a script that does not resume comes here.
+    """
+    newest = checkpoints.newest_own() if trainer.where.is_main and not trainer.start_iter else None
+    if newest:  # one of iteration 0 may be what it resumed from
+        raise ConfigError(
+            f"checkpoints={checkpoints.folder}: expected a folder without checkpoints for a "
+            f"training from iteration 0; it holds iteration {newest}: continue with "
+            "trainer.train(distrain.resume(trainer, checkpoints), ...), or give another folder"
+        )
 
 
 def _state(trainer: TrainerBase) -> dict[str, Any] | None:

@@ -86,10 +86,10 @@ def test_a_resumed_run_keeps_the_same(tmp_path):
     assert iterations_in(store.folder) == [10, 20, 30]
     state = {"hooks": {}, "early_stop": 0, **store.load(30)}
     run(tmp_path / "broken", start=30, state=state)
-    for name in ("straight", "broken"):
-        folder = tmp_path / name / "checkpoints"
-        assert iterations_in(folder) == [20, 30, 60, 70]
-    assert best_of(run(tmp_path / "straight")) == best_of(run(tmp_path / "broken"))
+    stores = [InlineStore(tmp_path / name / "checkpoints") for name in ("straight", "broken")]
+    for each in stores:
+        assert iterations_in(each.folder) == [20, 30, 60, 70]
+    assert best_of(stores[0]) == best_of(stores[1])
 
 
 def test_one_is_kept_as_before(tmp_path):

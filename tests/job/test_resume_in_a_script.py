@@ -77,6 +77,18 @@ def test_another_optimizer_is_refused(tmp_path):
         distrain.resume(trainer, distrain.CheckpointStore(tmp_path / "checkpoints"))
 
 
+@pytest.mark.parametrize("hook", [PeriodicCheckpointer, lambda **kw: BestCheckpointer("a", **kw)])
+def test_a_script_that_does_not_resume_is_refused_beside_checkpoints(tmp_path, hook):
+    script(tmp_path, 4)
+    model = Net()
+    store = distrain.CheckpointStore(tmp_path / "checkpoints")
+    hooks = [hook(checkpoints=store)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = distrain.Trainer(model, optimizer, [torch.ones(3)], hooks=hooks)
+    with pytest.raises(ConfigError, match=r"it holds iteration 4: continue with .*resume"):
+        trainer.train(0, 4)
+
+
 class Pair(nn.Module):
     """Two layers of one shape, made in an order; those that do not count are frozen."""
 
