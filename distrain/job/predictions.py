@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,14 @@ KINDS = (".jsonl", ".safetensors")
 
 
 def check_output(path: str) -> None:
-    """Raise ConfigError unless the file for predictions ends with .jsonl or .safetensors."""
-    if Path(path).suffix not in KINDS:
+    """Raise ConfigError unless the file for predictions has a known kind and can be written."""
+    file = Path(path).absolute()
+    if file.suffix not in KINDS:
         raise wrong("--predict", path, "a file name that ends with " + " or ".join(KINDS))
+    if file.is_dir():
+        raise wrong("--predict", path, "a file; it is a folder")
+    if not os.access(file.parent, os.W_OK | os.X_OK):  # else known after all predictions only
+        raise wrong("--predict", path, f"a file in a folder that can be written, not {file.parent}")
 
 
 def write_predictions(

@@ -103,6 +103,15 @@ def test_the_output_is_of_a_known_kind():
         check_output("p.csv")
 
 
+def test_the_output_can_be_written(tmp_path):
+    check_output(str(tmp_path / "p.jsonl"))
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"--predict=.*: expected a file; it is a folder"):
+        check_output(str(tmp_path / "a.jsonl"))
+    with pytest.raises(ConfigError, match=r"a folder that can be written, not .*/missing$"):
+        check_output(str(tmp_path / "missing" / "p.jsonl"))
+
+
 RUN = """
 run: {name: a, dir: runs/a}
 seed: 0
