@@ -57,10 +57,19 @@ def _write(output: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # other libraries require this key and contiguous tensors
-    plain = {name: tensor.contiguous() for name, tensor in weights.items()}
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
     try:
+        for name, tensor in weights.items():
+            # other libraries require contiguous tensors; tied ones of a file share their memory
+            whole = tensor.contiguous()
+            place = whole.untyped_storage().data_ptr()
+            plain[name] = whole.clone() if place in memory else whole
+            memory.add(place)
         with replacing(output) as scratch:
-            save_file(plain, scratch, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise ConfigError(f"{output}: cannot be written: {error}") from error
+            save_file(plain, scratch, metadata={"format": "pt"})  # others require this key
+    except KeyError as error:  # a dtype that it does not know
+        raise ConfigError(f"{output}: a safetensors file cannot hold {error}") from error
+    except (SafetensorError, RuntimeError) as error:  # also of sparse tensors, and without values
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{output}: cannot be written: {text}") from error

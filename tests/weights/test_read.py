@@ -173,3 +173,31 @@ def test_channels_last_weights_are_written_dense(tmp_path):
     store.close()
     assert main([str(tmp_path), "-o", str(tmp_path / "w.safetensors")]) == 0
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], weight)
+
+
+def test_tied_weights_of_a_file_are_written_under_both_names(tmp_path):
+    weight = torch.randn(2, 3)
+    torch.save({"a": weight, "b": weight, "c": weight[1:]}, tmp_path / "a.pt")
+    assert main([str(tmp_path / "a.pt"), "-o", str(tmp_path / "w.safetensors")]) == 0
+    found = load_file(tmp_path / "w.safetensors")
+    assert torch.equal(found["a"], weight)
+    assert torch.equal(found["b"], weight)
+    assert torch.equal(found["c"], weight[1:])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.zeros(2, dtype=torch.complex128), "cannot hold torch.complex128"),
+        (torch.eye(3).to_sparse(), "cannot be written"),
+        (torch.empty(3, device="meta"), "cannot be written"),
+    ],
+    ids=["complex128", "sparse", "meta"],
+)
+def test_what_a_safetensors_file_cannot_hold_is_one_line(tmp_path, capfd, tensor, why):
+    torch.save({"w": tensor}, tmp_path / "a.pt")
+    assert main([str(tmp_path / "a.pt"), "-o", str(tmp_path / "w.safetensors")]) == 2
+    error = capfd.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pt"]
