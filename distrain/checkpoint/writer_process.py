@@ -29,6 +29,7 @@ from distrain.checkpoint.scratch import create, lock, remove
 from distrain.files.atomic import sync_folder
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer ones
 CHUNK_BYTES = 1 << 20  # stays in the CPU cache for two hashes and the write
 NICE = 10
 
@@ -130,6 +131,9 @@ def _write_tensors(
 
     Returns:
         The file's entry in the manifest; the sha256 of each tensor's bytes by name.
+
+    Raises:
+        ValueError: the header is too long: no program could read the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -138,6 +142,12 @@ def _write_tensors(
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{os.path.basename(path)}: {len(tensors)} tensors need a header of {len(text)} bytes, "
+            f"but one of more than {MAX_HEADER_BYTES} cannot be read; join small tensors, or "
+            "shorten their names"
+        )
     text = len(text).to_bytes(8, "little") + text
     of_file, hashes = hashlib.sha256(text), {}
     with open(create(path), "wb") as file:

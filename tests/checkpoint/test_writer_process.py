@@ -16,7 +16,7 @@ from checkpoint_cases import checkpoints, iterations_in, path_of, scratch_in, sm
 from safetensors.torch import load
 
 from distrain.checkpoint import format as fmt
-from distrain.checkpoint.store import CheckpointStore, describe
+from distrain.checkpoint.store import CheckpointStore, SaveFailed, describe
 from distrain.checkpoint.writer_process import IGNORED_SIGNALS
 
 pytestmark = pytest.mark.ranks
@@ -258,6 +258,18 @@ def test_the_files_follow_the_safetensors_layout(tmp_path: Path) -> None:
     assert torch.equal(load(data)["double"], state["model"]["double"])
     empty = (path_of(tmp_path, 1) / fmt.TRAINING_FILE).read_bytes()
     assert load(empty) == {}
+
+
+def test_a_file_that_no_program_could_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distrain.checkpoint.writer_process.MAX_HEADER_BYTES", 10_000)
+    store = checkpoints(tmp_path, 10)
+    with pytest.raises(
+        SaveFailed, match="model.safetensors: 200 tensors need a header of .* bytes"
+    ):
+        store.save(20, {"model": {str(i): torch.ones(1) for i in range(200)}}, world_size=1)
+    assert iterations_in(tmp_path) == [10]
 
 
 def test_two_stores_write_the_same_bytes(tmp_path: Path) -> None:
