@@ -62,7 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.iterations < 2:
         parser.error(f"--iterations {options.iterations}: expected an integer >= 2")
-    stop_at = options.stop_at or max(1, options.iterations // 2 - 1)  # rarely the end of a window
+    stop_at = options.stop_at
+    if stop_at is None:
+        stop_at = max(1, options.iterations // 2 - 1)  # rarely the end of a window
     if not 0 < stop_at < options.iterations:
         parser.error(f"--stop-at {stop_at}: expected 1 to {options.iterations - 1}")
     plan = _Plan(overrides, options.iterations, stop_at)

@@ -112,7 +112,9 @@ def test_a_run_that_does_not_work_shows_why(small, capsys):
     assert "no checkpoint of iteration 12" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--iterations", "1"], ["--stop-at", "12"]])
+@pytest.mark.parametrize(
+    "options", [["--iterations", "1"], ["--stop-at", "12"], ["--stop-at", "0"]]
+)
 def test_numbers_out_of_range(small, options, capsys):
     with pytest.raises(SystemExit) as end:
         main([*small, *options])
