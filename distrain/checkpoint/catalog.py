@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from distrain.checkpoint import format as fmt
+from distrain.checkpoint.retention import read_run_id
 from distrain.checkpoint.scratch import in_use, is_scratch, remove
 from distrain.files.retry import retried
 
@@ -98,16 +99,21 @@ def describe(path: str | Path) -> Found:
 def newest_valid(folder: str | Path) -> Found | None:
     """Return the newest valid checkpoint or trained state in a folder, None without one.
 
-    Damaged ones are skipped with a warning.
+    Damaged ones, and those of another run than the folder's, are skipped with a warning.
 
     Raises:
         OSError: one cannot be read; resuming from an older one would lose its iterations.
     """
-    for path in reversed(retried(lambda: find_all(folder, with_trained=True))):
+    paths = retried(lambda: find_all(folder, with_trained=True))
+    run_id = read_run_id(os.fspath(folder)) if paths else None
+    for path in reversed(paths):
         found = describe(path)
-        if found.valid:
+        why = found.why_not
+        if found.valid and run_id not in (None, found.run_id):
+            why = f"{path} was written by another run: its run_id is not that of {folder}/run_id"
+        if not why:
             return found
-        _log.warning("checkpoint passed over: %s", found.why_not)
+        _log.warning("checkpoint passed over: %s", why)
     return None
 
 

@@ -1,8 +1,10 @@
 """Checkpoints are found newest first; what the dead left goes, what the living do stays."""
 
 import os
+import shutil
 from pathlib import Path
 
+import pytest
 from checkpoint_cases import checkpoints, path_of, scratch_in
 
 from distrain.checkpoint import format as fmt
@@ -32,6 +34,22 @@ def test_all_are_found_in_the_order_of_their_iterations(tmp_path: Path) -> None:
     assert find_all(tmp_path) == [path_of(tmp_path, iteration) for iteration in (9, 20, 100)]
     assert find_all(tmp_path / "run_id") == find_all(tmp_path / "nowhere") == []
     clear_leftovers(tmp_path / "nowhere")
+
+
+def test_the_newest_valid_one_is_not_that_of_another_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints(tmp_path / "own", 10)
+    checkpoints(tmp_path / "other", 20)
+    shutil.copytree(path_of(tmp_path / "other", 20), path_of(tmp_path / "own", 20))
+    found = newest_valid(tmp_path / "own")
+    assert found is not None
+    assert found.iteration == 10
+    assert "iter_0000000020 was written by another run" in caplog.text
+    (tmp_path / "own" / "run_id").unlink()  # then nothing is known of whose they are
+    found = newest_valid(tmp_path / "own")
+    assert found is not None
+    assert found.iteration == 20
 
 
 def test_what_a_damaged_manifest_says_is_not_believed(tmp_path: Path) -> None:
