@@ -19,6 +19,7 @@ from distrain.events.pending import (
 )
 
 _FLOATS, _TENSORS = {float}, {Tensor}
+_ROW_KEY = "iteration"  # of a row in metrics.jsonl and metrics.csv
 _MAX_CHECKED_CALLS = 1000  # sets of arguments of put_scalars that are remembered as checked
 _MAX_PENDING_ROWS = 1000  # of a storage without a trainer
 
@@ -89,7 +90,7 @@ class ScalarRecorder(ABC):
 
         Raises:
             ValueError: the tensor has more than one element, the operation does not exist, or the
-                name was put with other settings before.
+                name is "iteration" or was put with other settings before.
         """
         name = self._prefix + name
         kind = self.kinds.get(name)
@@ -174,6 +175,8 @@ class ScalarRecorder(ABC):
         if kind.reduce not in OPERATIONS:
             expected = ", ".join(OPERATIONS)
             raise ValueError(f"{name}: reduce={kind.reduce!r}: expected one of {expected}")
+        if name == _ROW_KEY:  # it would replace that of the row, by which a resumed run cuts them
+            raise ValueError(f"{name}: the iteration of each row has that name; use another name")
         known = self.kinds.setdefault(name, kind)
         if known != kind:
             raise ValueError(f"{name}: put as {kind}, but before as {known}; use another name")

@@ -167,6 +167,9 @@ def test_name_scopes_nest():
         (lambda s: s.put_scalar("a", torch.zeros(2)), r"a: .*one element.*\[2\]"),
         (lambda s: s.put_scalars(a=1.0, b=torch.zeros(3)), r"b: .*one element"),
         (lambda s: s.put_scalar("a", 1.0, reduce="median"), "expected one of"),
+        # metrics.jsonl would show it as the row's, and a resumed run drop all rows
+        (lambda s: s.put_scalar("iteration", 5.0), "iteration: .* use another name"),
+        (lambda s: s.put_scalars(iteration=5.0), "iteration: .* use another name"),
         (
             lambda s: s.put_image("i", np.zeros((4, 5, 6))),
             r"image 'i': expected shape .*not \(4, 5, 6\)",
