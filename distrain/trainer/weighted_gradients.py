@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from distrain.checks import did_you_mean
+from distrain.checks import did_you_mean, wrong
 from distrain.distributed.collectives import gather_to_all, sum_over_ranks
 from distrain.distributed.ranks import topology
 from distrain.distributed.strategy import Strategy
@@ -111,7 +112,8 @@ class WeightedGradients:
         local = torch.stack([*weights, zero + sum(bool(part.plain) for part in self._parts)])
         self._local, total = local, sum_over_ranks(local)
         self._host = _HostCopy(torch.stack([local, total]))
-        scales = torch.where(total > 0, topology().world_size / nonzero(total), zero)
+        # NaN stays NaN: gradients and losses show it, as one that is not finite
+        scales = torch.where(total == 0, zero, topology().world_size / nonzero(total))
         self._scales = dict(zip(self._names, scales, strict=False))
         self._combine()
         return None if last is None else self._scaled(last)
@@ -169,9 +171,17 @@ class WeightedGradients:
         Returns:
             losses of this rank by name, their weights in the mean over ranks, and whether all
             weights of all ranks are 0.
+
+        Raises:
+            ConfigError: the weights of a name have a sum below 0; on all ranks.
         """
         local, total = self._host.read()
-        counts = dict(zip(self._names, local, strict=False))
+        for name, weight in zip(self._names, total, strict=False):  # the same on all ranks
+            if weight < 0:
+                raise wrong(f"{name}: Loss.weight", weight, "at least 0, summed over all ranks")
+        # a mean without a weight would be left out, and with it the loss that is not finite
+        weights = (1.0 if math.isnan(weight) else weight for weight in local)
+        counts = dict(zip(self._names, weights, strict=False))
         losses: dict[str, Tensor] = {}
         for name, weight in zip(self._names, self._local, strict=False):  # on the device
             parts = [part for part in self._parts if name in part.totals]

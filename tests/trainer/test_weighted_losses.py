@@ -160,13 +160,20 @@ def test_an_update_without_elements_is_skipped_on_all_ranks_and_reported(caplog)
     assert "weights of all losses are 0 on all ranks at iteration 1: this update" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_or_is_skipped():
-    data = [[(1.0, 1.0), (2.0, 1.0), (math.inf, 2.0), (1.0, 1.0)]]
+@pytest.mark.parametrize("bad", [(math.inf, 2.0), (2.0, math.nan)])  # total or weight
+def test_a_loss_that_is_not_finite_stops_or_is_skipped(bad):
+    data = [[(1.0, 1.0), (2.0, 1.0), bad, (1.0, 1.0)]]
     with pytest.raises(NonFiniteLoss, match="loss not finite from iteration 1 on, on rank 0"):
         updates(0, data, accumulation=2)
     seen, skipped, _, _ = updates(0, data, accumulation=2, nonfinite="skip")
     assert seen[0] == seen[1]
     assert skipped == [0.0, 1.0]
+
+
+def test_a_weight_that_is_nan_on_one_rank_stops_all():
+    data = [[(1.0, 1.0), (1.0, 1.0)], [(1.0, 1.0), (1.0, math.nan)]]
+    with pytest.raises(NonFiniteLoss, match="loss not finite from iteration 1 on, on rank 1 of 2"):
+        run_ranks(updates, 2, data)
 
 
 def test_fp16_does_not_overflow_by_large_sums():
@@ -265,6 +272,10 @@ class Turning(nn.Module):
             "b: Loss with a new name: expected those of the first step",
         ),
         ([lambda w: distrain.Loss(w, -1)], "loss: Loss.weight=-1: expected a finite number >= 0"),
+        (
+            [lambda w: distrain.Loss(w, torch.tensor(-1))],  # not read back before the update
+            r"loss: Loss.weight=-1.0: expected at least 0, summed over all ranks",
+        ),
         ([lambda w: distrain.Loss(2.0, 1)], "loss: Loss.total=float: expected a tensor with one"),
         (
             [lambda w: distrain.Loss(w, torch.ones(2))],
