@@ -19,7 +19,7 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.heartbeat import Phase
 from distrain.trainer.loss import Loss, WeightedLosses
-from distrain.trainer.model_call import call, takes_whole_batch, total_loss
+from distrain.trainer.model_call import call, check_name, takes_whole_batch, total_loss
 from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
 from distrain.trainer.numerics import Precision, autocast_dtype
 from distrain.trainer.set_metrics import KEY, SetMetrics
@@ -174,6 +174,8 @@ def _sums(values: Any, length: int) -> _Sums:
             f"metrics() returned {type(values).__name__}: expected a dict with one value per "
             f"sample, [{length}], by name"
         )
+    for name in values:
+        check_name("metrics()", name)
     weighted = WeightedLosses({n: v for n, v in values.items() if isinstance(v, Loss)})
     for name, value in values.items():
         if name in weighted.totals:

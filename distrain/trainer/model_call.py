@@ -54,6 +54,7 @@ def total_loss(output: Any) -> dict[str, Tensor]:
     if isinstance(output, Mapping) and output:
         is_weighted = False
         for name, loss in output.items():
+            check_name("the model's forward", name)
             if isinstance(loss, Loss):
                 is_weighted = True
             elif not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -77,6 +78,12 @@ def total_loss(output: Any) -> dict[str, Tensor]:
         f"the model's forward returned {_describe(output)}: expected a loss in training, a tensor "
         "with one element, or a dict of losses by name"
     )
+
+
+def check_name(source: str, name: object) -> None:
+    """Raise ConfigError unless the name of a loss or a metric is text; `source` returned it."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{source} returned {name!r} as a name: expected text, as {str(name)!r}")
 
 
 def mean_losses(

@@ -106,6 +106,15 @@ def test_metrics_is_to_return_a_dict():
         evaluate(Wrong(), EvalLoader(Samples(7), batch_size=3), device=CPU)
 
 
+def test_the_name_of_a_metric_is_text():
+    class PerClass(Model):
+        def metrics(self, batch):
+            return {0: batch}
+
+    with pytest.raises(ConfigError, match=r"metrics\(\) returned 0 as a name: expected text"):
+        evaluate(PerClass(), EvalLoader(Samples(7), batch_size=3), device=CPU)
+
+
 class Points(torch.utils.data.Dataset):
     """Points that draw from every generator without a seed of their own."""
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain import HookBase, Trainer, get_event_storage
+from distrain import HookBase, Loss, Trainer, get_event_storage
 from distrain.distributed import DDP
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.hooks import CallbackHook, EarlyStopping, EvalHook, IterationTimer, LRScheduler
@@ -227,6 +227,8 @@ def test_named_losses_are_summed_and_put():
         (lambda w: {"loss": w, "logits": w.expand(4)}, r"'logits': a tensor of shape \[4\]"),
         (lambda w: {"loss": w, "loss_a": w}, "'loss' among"),
         (lambda w: {}, "returned dict"),
+        (lambda w: {0: w, 1: w}, "returned 0 as a name: expected text, as '0'"),
+        (lambda w: {1: Loss(w, 1)}, "returned 1 as a name: expected text, as '1'"),
     ],
 )
 def test_a_model_without_loss_is_told_what_came(answer, message):
