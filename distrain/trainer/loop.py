@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distrain import heartbeat
-from distrain.checks import whole
+from distrain.checks import whole, wrong
 from distrain.distributed.ranks import default_store, new_cpu_group, topology
 from distrain.durations import seconds, whole_iterations
 from distrain.errors import ConfigError
@@ -241,9 +241,17 @@ class TrainerBase:
         """Record the results of an evaluation, for the writers and for `metric_now`.
 
         Args:
-            metrics: by the scalars' full names, as "eval/accuracy"; equal on all ranks.
+            metrics: by the scalars' full names, as "eval/accuracy"; equal on all ranks. A tensor
+                with one element is read back.
+
+        Raises:
+            ConfigError: a value is not one number.
         """
-        for name, value in metrics.items():
+        for name, given in metrics.items():
+            try:
+                value = float(given)  # writers and checkpoints hold plain numbers
+            except (TypeError, ValueError, RuntimeError) as error:  # torch: several elements
+                raise wrong(name, given, "one number") from error
             self.storage.put_scalar(name, value, smoothing_hint=False, reduce="local")
             self._reported[name] = (self.iter_done, value)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -12,8 +13,8 @@ from distrain import HookBase, TrainerBase
 from distrain.cli.command import Command
 from distrain.config.instantiate import build
 from distrain.errors import ConfigError, ExitCode
-from distrain.hooks import PeriodicWriter
-from distrain.writers import Writer
+from distrain.hooks import EvalHook, PeriodicWriter
+from distrain.writers import JsonLinesWriter, Writer
 
 CSV = {"_target_": "examples.csv_writer.CsvWriter", "names": ["square", "rare"]}
 
@@ -143,6 +144,23 @@ class Evaluates(HookBase):
     def after_step(self):
         if self.trainer.iter_done % self.period == 0:
             self.trainer.report_metrics({"eval/done": float(self.trainer.iter_done)})
+
+
+def test_metrics_that_are_tensors_are_written_too(tmp_path):
+    evaluation = EvalHook(1, function=lambda: {"a": torch.tensor(0.5), "b": np.float32(2)})
+    writer = PeriodicWriter([JsonLinesWriter()], run_dir=str(tmp_path))
+    trainer = Steps([evaluation, writer], window=4)  # within it each evaluation has its own row
+    trainer.train(0, 4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["eval/a"], line["eval/b"]) for line in lines] == [
+        (iteration, 0.5, 2.0) for iteration in range(4)
+    ]
+
+
+def test_a_metric_of_several_numbers_is_refused():
+    hook = EvalHook(1, function=lambda: {"a": torch.zeros(2)})
+    with pytest.raises(ConfigError, match=r"eval/a=tensor\(.*\): expected one number"):
+        Steps([hook]).train(0, 2)
 
 
 class KeepsState(HookBase):
