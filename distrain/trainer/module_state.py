@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ def kept_generators() -> Iterator[None]:
 def no_trace(module: nn.Module) -> Iterator[None]:
     """Restore a module's buffers and attributes, the generators and the storage at the end."""
     attributes = [(part, dict(vars(part))) for part in module.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if _is_writable(buffer)]
+    buffers = KeptBuffers(module.modules())
     with contextlib.ExitStack() as inside:
         inside.enter_context(kept_generators())
         inside.enter_context(EventStorage())
@@ -73,9 +73,27 @@ def no_trace(module: nn.Module) -> Iterator[None]:
                 for name in vars(part).keys() - before.keys():
                     del vars(part)[name]
                 vars(part).update(before)
-            with torch.no_grad():
-                for buffer, old in buffers:
-                    buffer.copy_(old)
+            buffers.restore()
+
+
+class KeptBuffers:
+    """Buffers of modules as they are now: the tensors and their contents.
+
+    A forward may change them in place, or assign others: `self.center = 0.9 * self.center + ...`.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [(part._buffers, dict(part._buffers)) for part in modules if part._buffers]
+        kept = {id(b): b for _, named in self._places for b in named.values() if b is not None}
+        self._contents = [(b, b.detach().clone()) for b in kept.values() if _is_writable(b)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the modules these buffers again; those that are new since stay."""
+        for buffers, before in self._places:
+            buffers.update(before)
+        for buffer, old in self._contents:
+            buffer.copy_(old)
 
 
 def _is_writable(buffer: Tensor) -> bool:

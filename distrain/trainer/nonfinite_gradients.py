@@ -13,6 +13,7 @@ from distrain.distributed.collectives import gather_to_all
 from distrain.distributed.strategy import Strategy
 from distrain.errors import NonFiniteLoss
 from distrain.log import logger
+from distrain.trainer.module_state import KeptBuffers
 
 
 class _Rank(NamedTuple):
@@ -53,16 +54,14 @@ class SkippedUpdates:
         self._max = whole("trainer.max_skipped", max_in_a_row, least=1)
         self._parameters = parameters
         self._strategy = strategy
-        self._buffers = list(module.buffers())
-        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._modules = list(module.modules())
+        self._kept = KeptBuffers([])
         self._scaler = scaler
         self._in_a_row = self._counted = 0
 
-    @torch.no_grad()
     def keep_buffers(self) -> None:
         """Copy the buffers; called before the forward."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            kept.copy_(buffer)
+        self._kept = KeptBuffers(self._modules)
 
     @staticmethod
     def propagate_nonfinite(loss: Tensor) -> Tensor:
@@ -79,9 +78,7 @@ class SkippedUpdates:
         if bool(torch.isfinite(norm)):
             self._in_a_row = self._counted = 0
             return True
-        with torch.no_grad():
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                buffer.copy_(kept)
+        self._kept.restore()
         names = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
         # a collective, as all ranks decide alike
         ranks = [_Rank(*each) for each in gather_to_all([names, float(norm)])]

@@ -41,6 +41,29 @@ def train(iterations, *, loss=lambda loss, w, at: loss, batch=lambda x, at: x, *
     return trainer, model, None
 
 
+class Centred(nn.Module):
+    """Assigns a buffer in each forward, as DINO does, and has one that cannot be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+        self.register_buffer("center", torch.zeros(1))
+        self.register_buffer("ones", torch.ones(1).expand(3))
+
+    def forward(self, batch):
+        batch = batch.mean() * (math.nan if get_event_storage().iter == 1 else 1.0)
+        self.center = 0.5 * self.center + 0.5 * batch
+        return (self.w * self.center).sum()
+
+
+def test_a_buffer_that_was_assigned_is_restored():
+    model = Centred()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, optimizer, [torch.ones(2)], nonfinite="skip").train(0, 3)
+    assert model.center.item() == 0.75  # of two batches
+    assert model.w.item() == pytest.approx(1 - 0.1 * (0.5 + 0.75))
+
+
 def nan_on(rank, world_size):
     """Spoil one rank's loss or batch; every rank must do the same."""
     mine = rank == world_size - 1
