@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from distrain.checkpoint.portable import from_portable, to_portable
 from distrain.checkpoint.store import CheckpointStore, Score
 from distrain.checks import whole, wrong
@@ -155,6 +157,16 @@ class BestCheckpointer(MetricHook):
             if self._is_unsaved():
                 self._save()
         super().after_train()
+
+    @override
+    def has_improved(self) -> bool | None:
+        trainer = self.trainer
+        kind = trainer.storage.kinds.get(self.metric)
+        if kind is not None and kind.is_loss and trainer.where.world_size > 1:
+            # ranks that decide by their own values would save in different iterations, and hang
+            expected = "a metric that is equal on all ranks, as eval/loss: this is each rank's own"
+            raise wrong(self.key, self.metric, expected)
+        return super().has_improved()
 
     def _all(self) -> list[BestCheckpointer]:
         return [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]

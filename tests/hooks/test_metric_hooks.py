@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from checkpoint_cases import InlineStore, best_of, iterations_in
+from ranks import run_ranks
 from run_module import run_module
 
 from distrain import HookBase, Trainer, TrainerBase
@@ -126,6 +127,31 @@ def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, 
     ]
     state = store.load(30)["hooks"]
     assert (state["best_eval/score"]["best"], state["best_eval/other"]["best"]) == (0.7, 3.0)
+
+
+def best_by_loss(rank, folder):
+    store = CheckpointStore(folder / "checkpoints")
+    model = torch.nn.Linear(1, 1)
+    data = [torch.full((2, 1), float(rank + 1))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = BestCheckpointer("loss", mode="min", checkpoints=store)
+    Trainer(Mean(model), optimizer, data, hooks={"best": hook}).train(0, 5)
+
+
+class Mean(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).square().mean()
+
+
+def test_the_loss_of_each_rank_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"hooks\.best\.metric=loss: expected a metric that is eq"
+    ):
+        run_ranks(best_by_loss, 2, tmp_path, timeout_s=60)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
