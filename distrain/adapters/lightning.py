@@ -35,7 +35,7 @@ class LightningModel(nn.Module):
     `self.log` and `self.log_dict` put scalars: `reduce_fx` is the operation over ranks, and
     `batch_size` the weight in the mean. "loss" is skipped: the trainer puts it. `batch_idx` is the
     iteration. Evaluation reports the scalars logged by `validation_step`, or else its loss, as
-    `eval/<name>`: the mean over batches, weighted by their size.
+    `eval/<name>`: the mean over batches, weighted by their size; another `reduce_fx` is refused.
 
     `self.global_step`, `self.current_epoch` and ranks are correct, also in `self.trainer`, which
     has no other attributes. Overridden hooks are called, or refused by name: `lightning_hooks`.
@@ -63,7 +63,8 @@ class LightningModel(nn.Module):
         self.is_manual = getattr(module, "automatic_optimization", True) is False
         self.schedules: list[Any] = []  # of manual optimization
         self._epoch_iters = epoch_iters
-        self._evaluated: dict[str, Any] | None = None  # scalars logged by a validation step
+        # scalars logged by a validation step, with their operations
+        self._evaluated: dict[str, tuple[Any, Operation]] | None = None
         self._eval_batches = 0
         self._trainer = TrainerView(epoch_iters)
         self._trained = -1  # iteration of the last training step
@@ -104,7 +105,7 @@ class LightningModel(nn.Module):
             if self._trained >= 0:
                 self._show_progress(self._trained + 1)
             loss = _loss(self._call("validation_step", batch, self._eval_batches))
-            values = self._evaluated
+            values = {name: _mean(name, *logged) for name, logged in self._evaluated.items()}
             if not values and loss is not None:
                 values = {"loss": loss}
             if not values:
@@ -204,12 +205,12 @@ class LightningModel(nn.Module):
         **ignored: Any,
     ) -> None:
         """Replacement of the module's `log`; flags of progress bars and loggers are ignored."""
+        operation = _operation(name, reduce_fx)
+        _check_number(name, value)
         if self._evaluated is not None:
-            self._evaluated[name] = value
+            self._evaluated[name] = value, operation
         elif name != "loss":
-            get_event_storage().put_scalar(
-                name, value, reduce=_operation(name, reduce_fx), count=batch_size
-            )
+            get_event_storage().put_scalar(name, value, reduce=operation, count=batch_size)
 
     def _log_dict(self, dictionary: Mapping[str, Any], *flags: Any, **keywords: Any) -> None:
         for name, value in dictionary.items():
@@ -228,6 +229,29 @@ def _loss(output: Any) -> Tensor | None:
     """Return the loss in the output of a step: a tensor, or the item "loss" of a mapping."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise ConfigError for a value that is not one number, as an object of torchmetrics."""
+    if isinstance(value, Tensor):
+        got = None if value.numel() == 1 else f"a tensor of shape {[*value.shape]}"
+    else:
+        got = None if hasattr(value, "__float__") else type(value).__name__
+    if got is not None:
+        raise ConfigError(
+            f"self.log({name!r}): expected one number, not {got}; log the value of the batch, and "
+            "name torchmetrics objects in eval.metrics for values over the whole set"
+        )
+
+
+def _mean(name: str, value: Any, operation: Operation) -> Any:
+    """Return a value of a validation step; ConfigError if it is not to be averaged."""
+    if operation != "mean":
+        raise ConfigError(
+            f"self.log({name!r}): reduce_fx={operation!r} in validation_step: expected 'mean', as "
+            "an evaluation averages over samples; write a function for eval.metrics"
+        )
+    return value
 
 
 def _operation(name: str, reduce_fx: Any) -> Operation:

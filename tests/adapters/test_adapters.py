@@ -217,6 +217,25 @@ def test_a_step_without_loss_and_a_strange_operation_are_said():
         model(points(1))
 
 
+def test_what_is_logged_is_one_number():
+    line = Line()
+    model = LightningModel(line)
+    for value, got in [(object(), "not object"), (torch.ones(2), r"not a tensor of shape \[2\]")]:
+        line.training_step = lambda batch, i, value=value: line.log("x", value)
+        line.validation_step = line.training_step
+        for step in (model, model.metrics):
+            with EventStorage(), pytest.raises(ConfigError, match=rf"self.log\('x'\): .*{got}"):
+                step(points(1))
+
+
+def test_an_evaluation_takes_means_only():
+    line = Line()
+    model = LightningModel(line)
+    line.validation_step = lambda batch, i: line.log("hits", 3.0, reduce_fx="sum")
+    with pytest.raises(ConfigError, match=r"log\('hits'\): reduce_fx='sum' in validation_step"):
+        model.metrics(points(1))
+
+
 def test_the_module_learns_of_its_device():
     line = Line()
     line.to = lambda device: setattr(line, "noted", device)
