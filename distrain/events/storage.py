@@ -45,6 +45,7 @@ class EventStorage(ScalarRecorder):
         early_stop: True on any rank ends training on all ranks at the end of the trainer's period.
         fold_arrived: brings windows that are reduced already into the histories.
         spread_of: returns the spread of a scalar over ranks.
+        dropped: names put in evaluations alone, which have been reported.
     """
 
     def __init__(self, start_iter: int = 0) -> None:
@@ -55,6 +56,7 @@ class EventStorage(ScalarRecorder):
         self.early_stop = False
         self.fold_arrived: Callable[[], object] | None = None
         self.spread_of: Callable[[str], Spread] | None = None
+        self.dropped: set[str] = set()
 
     def put_image(self, name: str, image: Tensor | NDArray[Any]) -> None:
         """Put an image: (3, H, W), (1, H, W) or (H, W); uint8, or floats in [0, 1].

@@ -337,6 +337,36 @@ class Broken(Net):
         return {"value": values.mean() if self.mistake == "mean" else values}
 
 
+class Noting(nn.Module):
+    """Puts the mean of its batch; in an evaluation also another value and an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        storage = get_event_storage()
+        storage.put_scalar("mean", x.mean())
+        if not self.training:
+            storage.put_scalar("rare", 1.0)
+            storage.put_image("seen", torch.zeros(2, 2))
+        return self.w * x.mean()
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_scalars_of_an_evaluation_replace_none_of_training(at_start, caplog):
+    model = Noting()
+    loader = EvalLoader(Points(8), batch_size=4)
+    hook = EvalHook(2, eval_loader=loader, at_start=at_start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, [torch.full((2, 4), 3.0)], hooks=[hook])
+    trainer.train(0, 4)
+    assert trainer.storage.history("mean").values() == [(3.0, i) for i in range(4)]
+    assert "rare" not in trainer.storage.histories()
+    assert caplog.text.count("are left out: rare; return them from the model's metrics") == 1
+    assert [at for _, _, at in trainer.storage.vis_data()] == [0] * 2 * at_start + [1, 1, 3, 3]
+
+
 class Order(HookBase):
     """Notes which samples were loaded before each step."""
 
