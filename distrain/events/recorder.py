@@ -37,6 +37,7 @@ class ScalarRecorder(ABC):
         self.is_reduced_by_trainer = False
         self._iter = start_iter
         self._prefix = ""
+        self._loaded: set[str] = set()  # names whose kind is that of a checkpoint
         self._checked_calls: set[tuple[object, ...]] = set()
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
@@ -178,8 +179,11 @@ class ScalarRecorder(ABC):
         if name == _ROW_KEY:  # it would replace that of the row, by which a resumed run cuts them
             raise ValueError(f"{name}: the iteration of each row has that name; use another name")
         known = self.kinds.setdefault(name, kind)
-        if known != kind:
+        # a resumed run may treat a name as a loss, or no more, as grad_norm with other settings
+        is_other = known[:2] != kind[:2] if name in self._loaded else known != kind
+        if is_other:
             raise ValueError(f"{name}: put as {kind}, but before as {known}; use another name")
+        self._loaded.discard(name)
         self.kinds[name] = kind  # LOSS itself: `put_losses` compares by identity
 
     def take_rows(self) -> list[ScalarRow]:

@@ -192,6 +192,7 @@ class EventStorage(ScalarRecorder):
         """Restore the histories of `state_dict`."""
         for name, saved in state.items():
             self.kinds[name] = ScalarKind(*(saved[key] for key in _KIND_KEYS))
+            self._loaded.add(name)
             self._histories.load(name, saved)
 
     def __enter__(self) -> EventStorage:

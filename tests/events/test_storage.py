@@ -188,6 +188,17 @@ def test_a_name_has_one_kind():
         storage.put_scalar("a", 1.0, reduce="max")
 
 
+def test_a_resumed_run_may_put_a_scalar_as_a_loss():
+    # grad_norm of the Histograms hook, and then with trainer.clip_norm
+    before, storage = EventStorage(0), EventStorage(1)
+    before.put_scalar("grad_norm", 1.0)
+    storage.load_state_dict(before.state_dict())
+    storage.put_losses({"grad_norm": torch.ones(())})
+    assert storage.kinds["grad_norm"].is_loss
+    with pytest.raises(ValueError, match="another name"):
+        storage.put_scalar("grad_norm", 1.0, reduce="max")
+
+
 def test_unknown_history_names_those_there_are():
     storage = EventStorage(0)
     storage.put_scalar("loss", 1.0)
