@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,8 +91,9 @@ class ScalarRecorder(ABC):
             count: number of samples that the value stands for: its weight in the mean over ranks.
 
         Raises:
-            ValueError: the tensor has more than one element, the operation does not exist, or the
-                name is "iteration" or was put with other settings before.
+            ValueError: the tensor has more than one element, the operation does not exist, the
+                count is below 0 or not finite, or the name is "iteration" or was put with other
+                settings before.
         """
         name = self._prefix + name
         kind = self.kinds.get(name)
@@ -109,7 +111,9 @@ class ScalarRecorder(ABC):
         else:
             row.put_float(name, float(value))
         if count is not None:
-            row.counts[name] = float(count)
+            row.counts[name] = _checked_count(name, count)
+        elif row.counts:
+            row.counts.pop(name, None)  # of an earlier put
 
     def put_scalars(
         self,
@@ -147,7 +151,11 @@ class ScalarRecorder(ABC):
                 if name not in tensors:
                     row.put_float(name, float(value))
         if count is not None:
-            row.counts.update(dict.fromkeys(scalars, float(count)))
+            weight = _checked_count(", ".join(scalars), count)
+            row.counts.update(dict.fromkeys(scalars, weight))
+        elif row.counts:
+            for name in scalars:
+                row.counts.pop(name, None)
 
     def put_losses(
         self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None = None
@@ -213,3 +221,11 @@ class ScalarRecorder(ABC):
             yield
         finally:
             self._prefix = old
+
+
+def _checked_count(name: str, count: float) -> float:
+    """Return the weight of a value: below 0 or NaN it would be left out without a word."""
+    weight = float(count)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name}: count={weight}: expected a finite number >= 0")
+    return weight

@@ -167,6 +167,11 @@ def test_name_scopes_nest():
         (lambda s: s.put_scalar("a", torch.zeros(2)), r"a: .*one element.*\[2\]"),
         (lambda s: s.put_scalars(a=1.0, b=torch.zeros(3)), r"b: .*one element"),
         (lambda s: s.put_scalar("a", 1.0, reduce="median"), "expected one of"),
+        (
+            lambda s: s.put_scalar("a", 1.0, count=-1),
+            "a: count=-1.0: expected a finite number >= 0",
+        ),
+        (lambda s: s.put_scalars(a=1.0, count=math.nan), "a: count=nan: expected a finite number"),
         # metrics.jsonl would show it as the row's, and a resumed run drop all rows
         (lambda s: s.put_scalar("iteration", 5.0), "iteration: .* use another name"),
         (lambda s: s.put_scalars(iteration=5.0), "iteration: .* use another name"),
@@ -179,6 +184,15 @@ def test_name_scopes_nest():
 def test_what_cannot_be_put_is_named(put, message):
     with pytest.raises(ValueError, match=message):
         put(EventStorage(0))
+
+
+def test_a_second_put_replaces_the_count_too():
+    storage = EventStorage(0)
+    storage.is_reduced_by_trainer = True
+    storage.put_scalars(a=1.0, b=1.0, c=1.0, count=3)
+    storage.put_scalar("a", 2.0)
+    storage.put_scalars(b=2.0)
+    assert storage.take_rows()[0].counts == {"c": 3.0}
 
 
 def test_a_name_has_one_kind():
