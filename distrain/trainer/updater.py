@@ -76,6 +76,7 @@ class Updater:
         start_momentum(self.optimizer)
         self.weighted = None
         self._has_run = False  # a backward
+        self._skipped_at = -1  # iteration of the last update that was skipped
         self._empty_updates = EmptyUpdates()
 
     def is_weighted(self, losses: Mapping[str, Tensor]) -> bool:
@@ -173,5 +174,9 @@ class Updater:
         may = not is_empty and (
             self.skipped is None or self.skipped.may_update(losses, iteration=trainer.iter)
         )
-        trainer.storage.put_scalar(SKIPPED_UPDATE, float(not may), smoothing_hint=False)
+        if not may:
+            self._skipped_at = trainer.iter
+        # of several updates in one iteration the last put counts
+        is_skipped = self._skipped_at == trainer.iter
+        trainer.storage.put_scalar(SKIPPED_UPDATE, float(is_skipped), smoothing_hint=False)
         return may

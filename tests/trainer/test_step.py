@@ -365,6 +365,22 @@ def test_each_optimizer_skips_its_own_updates_on_all_ranks(precision):
         assert not torch.equal(g1, g2)
 
 
+class TwoUpdates(distrain.Step):
+    def __call__(self, batch):
+        for bad in (self.iter == 1, False):
+            with self.update() as update:
+                update.backward(self.model(batch).sum() * (float("nan") if bad else 1.0))
+
+
+def test_the_first_of_two_updates_that_is_skipped_shows():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [torch.ones(2, 1)]
+    trainer = distrain.Trainer(model, optimizer, data, step=TwoUpdates(), nonfinite="skip")
+    trainer.train(0, 3)
+    assert [value for value, _ in trainer.storage.history("skipped_update").values()] == [0, 1, 0]
+
+
 def test_a_loss_of_a_step_that_is_not_finite_stops():
     with pytest.raises(NonFiniteLoss, match="critic/loss not finite from iteration 1 on"):
         skipping(0)
