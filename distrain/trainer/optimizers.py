@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,15 @@ def check(model: nn.Module, optimizers: Mapping[str, Optimizer], *, has_step: bo
     """Check that the optimizers and the step go with the model.
 
     Raises:
-        ConfigError: several models or optimizers without a step; or a trained parameter is in two
-            optimizers, or in none of several.
+        ConfigError: several models or optimizers without a step; a trained parameter is in two
+            optimizers, or in none of several; or an optimizer needs a closure.
     """
+    for name, optimizer in optimizers.items():
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:  # LBFGS
+            key, kind = f"optim.{name}".rstrip("."), type(optimizer).__name__
+            expected = "an optimizer whose step takes no closure, such as AdamW"
+            raise ConfigError(f"{key}: {kind} calls the model several times: expected {expected}")
     if not has_step and (isinstance(model, nn.ModuleDict) or ONLY not in optimizers):
         key, names = ("optim", optimizers) if ONLY not in optimizers else ("model", model)
         raise ConfigError(

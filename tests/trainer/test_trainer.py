@@ -238,6 +238,13 @@ def test_a_model_without_loss_is_told_what_came(answer, message):
         trainer.train(0, 1)
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    model = Named(lambda w: w)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ConfigError, match="optim: LBFGS calls the model several times: expected"):
+        Trainer(model, optimizer, [torch.ones(3)])
+
+
 def test_dict_batches_are_keywords():
     model, optimizer = fresh()
     x, y = batches(1)[0]
