@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -106,8 +106,13 @@ class Strategy:
         return tensor
 
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Return the () 2-norm of all gradients together, equal on all ranks."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        """Return the () 2-norm of all gradients together, equal on all ranks.
+
+        Raises:
+            ConfigError: gradients are sparse.
+        """
+        with _for_dense("trainer.nonfinite=skip", parameters):
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def clip(
         self, parameters: Sequence[Tensor], *, norm: float | None = None, value: float | None = None
@@ -121,10 +126,14 @@ class Strategy:
             parameters: those without a gradient are skipped.
             norm: largest 2-norm of all gradients together; `inf` measures only.
             value: largest absolute value of an element.
+
+        Raises:
+            ConfigError: gradients are sparse.
         """
-        if value is not None:
-            nn.utils.clip_grad_value_(parameters, value)
-        return None if norm is None else nn.utils.clip_grad_norm_(parameters, norm)
+        with _for_dense("trainer.clip_norm" if value is None else "trainer.clip_value", parameters):
+            if value is not None:
+                nn.utils.clip_grad_value_(parameters, value)
+            return None if norm is None else nn.utils.clip_grad_norm_(parameters, norm)
 
     def whole_parameters(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return a context in which each rank may call the module on its own. A collective."""
@@ -157,6 +166,18 @@ class Strategy:
         optimizer.load_state_dict(from_plain(state["optimizer"]))
         for group, keywords in zip(optimizer.param_groups, kept, strict=True):
             group.update(keywords)
+
+
+@contextmanager
+def _for_dense(key: str, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Raise ConfigError where torch fails, as it has no norm and no limit of sparse gradients."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            expected = "dense gradients; leave out sparse=True of the embedding, or this setting"
+            raise ConfigError(f"{key}: expected {expected}") from error
+        raise
 
 
 def check_clipping(norm: float | None, value: float | None) -> None:

@@ -245,6 +245,26 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
         Trainer(model, optimizer, [torch.ones(3)])
 
 
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 2, sparse=True)
+
+    def forward(self, rows):
+        return self.table(rows).sum()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"clip_norm": 1.0}, {"clip_value": 1.0}, {"nonfinite": "skip"}]
+)
+def test_what_needs_dense_gradients_says_so(setting):
+    model = Table()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, [torch.tensor([0, 2])], **setting)
+    with pytest.raises(ConfigError, match=rf"trainer.{[*setting][0]}.*: expected dense gradients"):
+        trainer.train(0, 1)
+
+
 def test_dict_batches_are_keywords():
     model, optimizer = fresh()
     x, y = batches(1)[0]
