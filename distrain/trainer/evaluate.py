@@ -112,6 +112,7 @@ def _without_scalars() -> Iterator[None]:
         yield
     if outer is None:
         return
+    outer.early_stop |= inner.early_stop
     outer.images.items += inner.images.items
     outer.pending_histograms.items += inner.pending_histograms.items
     lost = inner.kinds.keys() - outer.kinds.keys() - outer.dropped

@@ -367,6 +367,21 @@ def test_scalars_of_an_evaluation_replace_none_of_training(at_start, caplog):
     assert [at for _, _, at in trainer.storage.vis_data()] == [0] * 2 * at_start + [1, 1, 3, 3]
 
 
+class Stopping(Noting):
+    def forward(self, x):
+        get_event_storage().early_stop = not self.training
+        return super().forward(x)
+
+
+def test_an_evaluation_may_end_training_early():
+    model = Stopping()
+    hook = EvalHook(2, eval_loader=EvalLoader(Points(8), batch_size=4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, [torch.ones(2, 4)], hooks=[hook])
+    trainer.train(0, 100)
+    assert trainer.iter_done < 100
+
+
 class Order(HookBase):
     """Notes which samples were loaded before each step."""
 
