@@ -26,8 +26,8 @@ class _Popen(popen_fork.Popen):
     """A fork that calls `init_worker`; one that hangs before is killed and forked again."""
 
     def _launch(self, process_obj: _Worker) -> None:
-        # A lock that another thread holds at the fork is never released in the child. Before 3.10.15
-        # and 3.11.10 Python's own child takes one first, that of its list of threads
+        # A lock that another thread holds at the fork is never released in the child. Python's own
+        # child takes one first before 3.10.15 and 3.11.10, that of its list of threads
         # (python/cpython#112275): gloo's thread has it for a moment when a collective has ended.
         limit_s = _START_S
         while True:
