@@ -46,13 +46,16 @@ def changed_keys(frozen: Mapping[str, Any], conf: Mapping[str, Any]) -> dict[str
     return {key: list(values) for key, values in differences(before, masked(conf)).items()}
 
 
-def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> list[str]:
+def check_changes(
+    place: str, changed: Changed, permitted: Sequence[str], *, elsewhere: str = "run.name"
+) -> list[str]:
     """Return a notice per change that the user should know of.
 
     Args:
         place: of the frozen configuration, as key and value.
         changed: old and new value by dotted key.
         permitted: `allow_changes`.
+        elsewhere: what places a new run in another folder, for the error.
 
     Raises:
         ConfigError: one of the keys may not change.
@@ -64,7 +67,7 @@ def check_changes(place: str, changed: Changed, permitted: Sequence[str]) -> lis
             for key in refused[:5]
         ]
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        fix = "give another run.name, or the old values to continue it"
+        fix = f"give another {elsewhere}, or the old values to continue it"
         if not _is_fixed(refused[0]):
             fix += f", or allow_changes=[{','.join(refused[:5])}]"
         listed = ", ".join(lines) + more

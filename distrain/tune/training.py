@@ -22,7 +22,7 @@ from distrain.config.import_path import import_from_here, locate
 from distrain.config.overrides import quoted
 from distrain.errors import ConfigError, ExitCode
 from distrain.launch.client import ACTIVE
-from distrain.run_layout import CHECKPOINTS
+from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
 from distrain.runfolder.objective import Mode, objective
 from distrain.runs import control
 from distrain.runs.summary import summaries, summarize_one
@@ -82,7 +82,8 @@ class Runner:
         """Read the configuration of the first trial.
 
         Raises:
-            ConfigError: it cannot be composed, or `--parallel` does not work.
+            ConfigError: it cannot be composed, `--parallel` does not work, or a trial exists with
+                another configuration.
         """
         self.is_stopped = False
         self._search = search
@@ -91,6 +92,7 @@ class Runner:
         self._mirror = mirror_of(conf)
         self._job_arguments = _job_arguments(conf["launch"], search.parallel)
         self._waits_for_gpus = "wait" in conf["launch"]
+        self._check_same([trial for trial in trials if (trial.path / CONFIG_FILE).exists()])
 
     def train(self, trials: Sequence[Trial], rung: int) -> bool:
         """Train trials up to a rung, set their values or errors; False after Ctrl-C or SIGTERM."""
@@ -107,6 +109,24 @@ class Runner:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
         return not self.is_stopped
+
+    def _check_same(self, begun: Sequence[Trial]) -> None:
+        """Raise ConfigError if one of the trials that exist has another configuration.
+
+        A trial that has come to its rung is not started again: nothing else would find out.
+        """
+        if not begun:
+            return
+        done = subprocess.run(
+            [sys.executable, "-m", "distrain.tune.same"],
+            input="\n".join(json.dumps(self._arguments(each)) for each in begun),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ConfigError(lines[0].removeprefix("distrain: "))
 
     def stop(self, *_: object) -> None:
         """Let the runs save their states and stop; a signal handler."""

@@ -106,6 +106,20 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
     assert mirrored == {"optim.lr=0.1"}, "each run has a place of its own"
 
 
+def test_runs_of_another_configuration_are_not_taken(tmp_path):
+    arguments = [*TUNE, *DIGITS, "optim.lr=0.1,0.01"]
+    assert command(*arguments, module="distrain.tune", cwd=tmp_path).returncode == 0
+    again = command(*arguments, "launch.max_restarts=1", module="distrain.tune", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = command(*arguments, "model.width=8", module="distrain.tune", cwd=tmp_path)
+    assert other.returncode == 2, other.stdout
+    (line,) = other.stderr.splitlines()
+    assert "optim.lr=0.1: this run has another configuration (model.width: 24 -> 8)" in line
+    assert "give another --folder" in line
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_what_to_tell_a_launcher_that_submits():
     slurm = {"_target_": "distrain.launch.slurm.launcher.SlurmLauncher", "follow": True}
     assert _job_arguments(slurm, None) == ["launch.follow=false"]
