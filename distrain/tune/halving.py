@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrain.checks import refuse_url
 from distrain.cli.sweep import folder_name, swept_values
 from distrain.errors import ConfigError, ExitCode
 from distrain.runfolder.objective import Mode
@@ -69,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"distrain.tune: {error}", file=sys.stderr)
         return ExitCode.BAD_CONFIG
+    except OSError as error:  # as where --folder is a file, or the disk is full
+        print(f"distrain.tune: {error}", file=sys.stderr)
+        return ExitCode.FAILED
 
 
 def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list[Trial]]:
@@ -86,15 +90,18 @@ def plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Search, list
     for argument in rest:
         if option := _OPTIONS.get(argument.lstrip("+").partition("=")[0]):
             raise ConfigError(f"{argument}: expected {option}")
+    refuse_url("--folder", options.folder)
     fixed, swept = swept_values(rest)
     if not swept:
         raise ConfigError("expected at least one key with several values, as optim.lr=0.1,0.01")
-    if not any(argument.startswith("hooks.eval.period=") for argument in rest):
+    keys = [argument.lstrip("+~").partition("=")[0] for argument in rest]
+    if not any(key == "hooks.eval" or key.startswith("hooks.eval.period") for key in keys):
         fixed.append(f"hooks.eval.period={rungs[0]}")
     search = Search(
         fixed, options.folder, options.metric, options.mode, rungs, options.keep, options.parallel
     )
-    combinations = [list(each) for each in itertools.product(*swept)]
+    # without duplicates, as of optim.lr=0.1,0.1: they would be one run
+    combinations = [list(each) for each in dict.fromkeys(itertools.product(*swept))]
     return search, [
         Trial(each, search.folder / folder_name(",".join(each))) for each in combinations
     ]

@@ -15,6 +15,7 @@ from run_module import run_module
 from distrain.cli.sweep import check_objective, swept_values
 from distrain.errors import ConfigError
 from distrain.runfolder.objective import objective
+from distrain.tune.halving import build_parser, main, plan
 from distrain.tune.training import _job_arguments
 
 DIGITS = ["+experiment=digits", "launch.in_process=true", "hooks.eval.period=4"]
@@ -142,15 +143,43 @@ def test_what_to_tell_a_launcher_that_submits():
         ([], "expected at least one key with several values"),
         (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): expected a list of values"),
         (["optim.lrr=1,2"], "optim.lrr: no such key; did you mean optim.lr?"),
+        (["optim.lr=1,2", "--folder", "s3://bucket/x"], "--folder=s3:/bucket/x: expected a path"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    from distrain.tune.halving import main
-
     monkeypatch.chdir(tmp_path)
     assert main([*TUNE, "+experiment=digits", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        ([], ["hooks.eval.period=4"]),
+        (["++hooks.eval.period=2"], []),
+        (["hooks.eval=null"], []),
+        (["~hooks.eval"], []),
+    ],
+)
+def test_the_period_of_the_evaluation_is_that_of_the_user(arguments, added):
+    options = build_parser().parse_args(TUNE)
+    search, _ = plan(options, [*arguments, "optim.lr=0.1,0.2"])
+    assert search.arguments == [*arguments, *added]
+
+
+def test_equal_values_are_one_run():
+    _, trials = plan(build_parser().parse_args(TUNE), ["optim.lr=0.1,0.1", "seed=1,2"])
+    assert [trial.overrides[1] for trial in trials] == ["seed=1", "seed=2"]
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert main([*TUNE, *DIGITS, "optim.lr=0.1,0.2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("distrain.tune: ")
+    assert "'runs/s'" in line
 
 
 def test_swept_values():
