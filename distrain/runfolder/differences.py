@@ -12,7 +12,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     """Return the dotted keys that differ, with both values; None for a missing key."""
     a, b = flat(old), flat(yaml.safe_load(yaml.safe_dump(dict(new))))
     keys = [*a, *(key for key in b if key not in a)]
-    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+    pairs = {key: (a.get(key), b.get(key)) for key in keys}
+    return {key: (old, new) for key, (old, new) in pairs.items() if not _is_same(old, new)}
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Return whether two values are equal; NaN is equal to itself here, also in lists."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_is_same, old, new))
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return old.keys() == new.keys() and all(_is_same(old[key], new[key]) for key in old)
+    return bool(old == new or (old != old and new != new))
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -231,6 +231,12 @@ def test_of_many_keys_five_are_named(tmp_path):
         freeze(path, optim={"lr": 0.1, "betas": [0.9, 0.99]} | dict.fromkeys("abcdefg", 1))
 
 
+def test_nan_is_no_difference():
+    old = {"fill": float("nan"), "fills": [1.0, float("nan")]}
+    assert differences(old, {"fill": float("nan"), "fills": [1.0, float("nan")]}) == {}
+    assert set(differences(old, {"fill": 0.0, "fills": [2.0, float("nan")]})) == {"fill", "fills"}
+
+
 def test_differences_by_hand():
     old = {"a": {"b": 1, "c": [1, 2]}, "d": {}, "e": 1}
     new = {"a": {"b": 2, "c": (1, 2)}, "d": {"x": 0}}
