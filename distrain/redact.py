@@ -16,9 +16,10 @@ _SECRET_TEXT = re.compile(r"(^|_)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!cls_)(?
                           r"(token$|auth(_|$)|authorization(_|$))")  # fmt: skip
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_VALUE = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\$\{[^}]*\}|[^\s,{}\[\])'\"][^\s,}\])'\"]*"
+_VALUE = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\$\\?\{[^}]*\}|[^\s,{}\[\])'\"][^\s,}\])'\"]*"
 _PAIR = re.compile(rf"([\w.\-]+)(=|(?<=\w)['\"]?\s*:\s*)({_VALUE})")
-_LOOKED_UP = re.compile(r"['\"]?\$\{[^{}]*\}['\"]?")  # ${oc.env:NAME} is only a reference
+# ${oc.env:NAME} is only a reference; Hydra hands the runs of a sweep $\{oc.env:NAME\}
+_LOOKED_UP = re.compile(r"['\"]?\$\\?\{[^{}]*\}['\"]?")
 
 
 def is_secret(key: str, value: Any = "") -> bool:

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -194,7 +194,7 @@ class Command:
             folder.freeze(
                 conf,
                 self._argv,
-                overrides=list(HydraConfig.get().overrides.task),
+                overrides=_own_overrides(),
                 is_restart=launcher.is_restart,
             )
             if weights and folder.is_new and not os.path.exists(weights):
@@ -235,6 +235,12 @@ class Command:
             f"distrain: {masked_text(str(explained), self._secrets)}", file=sys.stderr, flush=True
         )
         return exit_code(explained)
+
+
+def _own_overrides() -> list[str]:
+    """Return the overrides of this run as written: `${oc.env:NAME}` and `${vars.x}` stay."""
+    given: Any = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
+    return list(given["task"])
 
 
 @contextlib.contextmanager

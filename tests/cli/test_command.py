@@ -18,6 +18,8 @@ from distrain.config import compose as config
 from distrain.config import overrides
 from distrain.errors import ConfigError, ExitCode, RankFailed
 from distrain.launch import Launcher
+from distrain.runs import control
+from distrain.runs.records import read
 
 ROOT = Path(__file__).parents[2]
 STARTED = []
@@ -78,6 +80,23 @@ def test_a_run(command, tmp_path):
     assert job.run_dir == str(tmp_path / "runs" / "digits")
     assert sorted(os.listdir(tmp_path)) == ["runs"]  # Hydra has written nothing
     assert yaml.safe_load((tmp_path / "runs/digits/run.yaml").read_text()) == job.conf
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+def test_what_an_override_refers_to_is_looked_up_again_by_resume(
+    command, tmp_path, monkeypatch, sweep
+):
+    monkeypatch.setenv("KEY_OF_MINE", "hunter2")
+    argv = [*DIGITS, "+vars.api_key=${oc.env:KEY_OF_MINE}", "+vars.lr=0.05", "optim.lr=${vars.lr}"]
+    assert command(*sweep, *argv)[0] is ExitCode.FINISHED
+    assert STARTED[0].conf["vars"] == {"api_key": "hunter2", "lr": 0.05}
+    run_dir = Path(STARTED[0].run_dir)
+    assert "hunter2" not in (run_dir / "command.json").read_text()
+    again = control.command(read(run_dir).starts[-1], ["vars.lr=0.5"], run_dir=run_dir)
+    assert command(*again, "allow_changes=[optim.lr]")[0] is ExitCode.FINISHED
+    assert STARTED[-1].run_dir == str(run_dir)
+    assert STARTED[-1].conf["vars"] == {"api_key": "hunter2", "lr": 0.5}
+    assert STARTED[-1].conf["optim"]["lr"] == 0.5
 
 
 WITH = {

@@ -54,6 +54,7 @@ def test_numbers_of_tokens_are_compared_not_masked() -> None:
         ("+hooks.w={'token': 'hunter2'}", "+hooks.w={'token': ***}"),
         ("data.path=s3://me:hunter2@host/x", "data.path=s3://***@host/x"),
         ("a.token=${oc.env:HF_TOKEN}", "a.token=${oc.env:HF_TOKEN}"),
+        ("a.token=$\\{oc.env:HF_TOKEN\\}", "a.token=$\\{oc.env:HF_TOKEN\\}"),
         ("optim.lr=0.1", "optim.lr=0.1"),
     ],
 )
