@@ -83,7 +83,10 @@ def explain(error: Exception) -> ConfigError:
         why = _unreadable(str(error.override), text)
         return ConfigError(f"cannot read {error.override!r}: {why}")
     if text.startswith("Config group override must be a string"):
-        return ConfigError("a group cannot be null in a sweep; expected ~GROUP, as in ~schedule")
+        if text.endswith("NoneType"):
+            return ConfigError("a group cannot be null; expected ~GROUP, as in ~schedule")
+        fix = "put one that looks like a number or a bool in quotes, as '+experiment=\"42\"'"
+        return ConfigError(f"the choice of a group: expected a name; {fix}")
     cause = error if hasattr(error, "full_key") else error.__cause__
     key = str(getattr(cause, "full_key", "") or "")
     if key and text.startswith("Could not override"):

@@ -167,7 +167,8 @@ def test_a_crash_of_ours_keeps_its_traceback(command):
         ((*DIGITS, "run.name=s3://bucket/a"), "run.name=s3://bucket/a: expected a path of a"),
         ((*DIGITS, "init.weights=gs://b/a.pt"), "init.weights=gs://b/a.pt: expected a path of a"),
         ((*DIGITS, "optim.rules.f={lr:1}"), "optim.rules.f: no such key; +optim.rules.f=... adds"),
-        (("-m", *DIGITS, "optim=null,sgd"), "a group cannot be null in a sweep; expected ~GROUP"),
+        (("-m", *DIGITS, "optim=null,sgd"), "a group cannot be null; expected ~GROUP"),
+        (("+experiment=42",), "the choice of a group: expected a name; put one that looks like"),
         (
             (*DIGITS, '+hooks.x.start={"a.*": 5}'),
             """cannot read '+hooks.x.start={"a.*": 5}': a key in quotes is read in YAML files """
