@@ -120,22 +120,44 @@ def changed(conf: dict[str, Any], overrides: Sequence[str]) -> tuple[str, dict[s
     from distrain.config.compose import explain
 
     which, composed = "newest", OmegaConf.create(conf)
-    for override in overrides:
+    # the group first, as in training: its file must not replace keys that were given before it
+    for override in sorted(overrides, key=lambda each: not each.startswith("launch=")):
         key, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not key:
             raise ConfigError(f"{override}: expected KEY=VALUE")
         if key == "checkpoint":
             which = value
         elif key == "launch":
             composed.launch = _launch_group(value)
         else:
+            key = key.lstrip("+")
             try:
-                composed.merge_with_dotlist([override])
+                OmegaConf.update(composed, key, _value(override), force_add=True)
             except (OmegaConfBaseException, ValueError) as error:
                 raise explain(error) from error
-    plain = OmegaConf.to_container(composed, resolve=True)
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
     assert isinstance(plain, dict)
     return which, check({str(key): value for key, value in plain.items()})
+
+
+def _value(override: str) -> Any:
+    """Return the value of KEY=VALUE in the grammar of training: `no` and `1:30` are text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from distrain.config.compose import explain
+    from distrain.config.overrides import readable
+
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides(readable([override]))
+    except HydraException as error:
+        raise explain(error) from error
+    if parsed.is_sweep_override() or parsed.is_delete():
+        raise ConfigError(f"{override}: expected one value, KEY=VALUE")
+    return parsed.value()
 
 
 def _launch_group(choice: str) -> Any:

@@ -77,6 +77,18 @@ def test_another_launcher_has_the_options_that_launchers_share(run, choice):
     assert conf["launch"]["grace_s"] == 7
 
 
+def test_the_place_of_the_launcher_does_not_matter(run):
+    _, conf = changed(read_conf(run), ["launch.ranks=1", "launch=local"])
+    assert conf["launch"]["ranks"] == 1
+
+
+def test_values_are_those_of_training(run):
+    overrides = ["vars.a=no", "+vars.b=1:30", "vars.c=1e-3", "++vars.d=[a, 1]", "vars.e=null"]
+    _, conf = changed(read_conf(run), [*overrides, "vars.f='x, y'", "vars.g=größe"])
+    expected = {"a": "no", "b": "1:30", "c": 1e-3, "d": ["a", 1], "e": None, "f": "x, y"}
+    assert conf["vars"] == {**expected, "g": "größe"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -87,6 +99,10 @@ def test_another_launcher_has_the_options_that_launchers_share(run, choice):
         (["launch"], "launch: expected KEY=VALUE"),
         (["--predict", "a.csv"], "--predict=a.csv: expected a file name that ends with .jsonl"),
         (["data.eval=null"], "data.eval: expected a value"),
+        (["data.eval.split=${oc.env:NO_SUCH}"], "data.eval.split: KeyError raised while resolving"),
+        (["data.eval.split=[a"], "cannot read 'data.eval.split=[a': "),
+        (["data.eval.split=test,train"], "data.eval.split=test,train: expected one value"),
+        (["=3"], "=3: expected KEY=VALUE"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, text):
