@@ -67,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         stop_at = max(1, options.iterations // 2 - 1)  # rarely the end of a window
     if not 0 < stop_at < options.iterations:
         parser.error(f"--stop-at {stop_at}: expected 1 to {options.iterations - 1}")
+    for argument in overrides:
+        if argument in ("-m", "--multirun") or argument.lstrip("+") == "plan=true":
+            parser.error(f"{argument}: expected the arguments of one run; leave it out")
     plan = _Plan(overrides, options.iterations, stop_at)
     with TemporaryFolder("verify-") as folder:
         return _verify(plan, Path(folder))

@@ -113,9 +113,10 @@ def test_a_run_that_does_not_work_shows_why(small, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--iterations", "1"], ["--stop-at", "12"], ["--stop-at", "0"]]
+    "options",
+    [["--iterations", "1"], ["--stop-at", "12"], ["--stop-at", "0"], ["-m"], ["plan=true"]],
 )
-def test_numbers_out_of_range(small, options, capsys):
+def test_what_does_not_work_is_refused(small, options, capsys):
     with pytest.raises(SystemExit) as end:
         main([*small, *options])
     assert end.value.code == 2
