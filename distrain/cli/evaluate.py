@@ -68,12 +68,13 @@ def run(options: argparse.Namespace) -> ExitCode:
     from distrain.config.instantiate import build
     from distrain.job.eval_sets import eval_nodes, only_set
     from distrain.job.evaluation import RESULT_FILE, EvaluateJob
-    from distrain.job.load import find_checkpoint, read_conf
+    from distrain.job.load import find_checkpoint, read_conf, refuse_masked
     from distrain.job.predictions import check_output
 
     which, conf = changed(read_conf(options.run), options.overrides)
     if options.set is not None:
         conf = only_set(conf, options.set)
+    refuse_masked(conf, ("model", "transforms", "data.eval", "data.collate", "eval"))
     sets = [*eval_nodes(conf)]
     if not sets:
         raise ConfigError("data.eval: expected a value, the _target_ of a data set")

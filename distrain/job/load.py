@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from distrain.distributed.rng import kept_random_states
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
 from distrain.job.model import build_model
+from distrain.redact import MASK
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
+from distrain.runfolder.differences import covers, flat
 from distrain.runfolder.files import read_frozen
 from distrain.weights.read import read_model
 
@@ -39,6 +41,7 @@ def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None =
         ConfigError: there is no such run or checkpoint, or the weights do not fit.
     """
     conf = read_conf(run)
+    refuse_masked(conf, ("model", "transforms"))
     found = find_checkpoint(run, checkpoint)
     with kept_random_states():  # building the model seeds all of them
         model = model_of(conf, found.path, ema=ema)
@@ -55,6 +58,14 @@ def read_conf(run: str | Path) -> dict[str, Any]:
     if frozen is None:
         raise ConfigError(f"{run}: expected the folder of a run, with a {CONFIG_FILE}")
     return check(frozen)
+
+
+def refuse_masked(conf: Mapping[str, Any], nodes: Sequence[str]) -> None:
+    """Raise ConfigError for a value below `nodes` that `run.yaml` holds as `***` only."""
+    for key, value in flat(conf).items():
+        if covers(nodes, key) and (value == MASK or f"://{MASK}@" in str(value)):
+            expected = f"{key}=... of python -m distrain.evaluate gives it again"
+            raise ConfigError(f"{key}={value}: run.yaml does not hold this secret; {expected}")
 
 
 def find_checkpoint(run: str | Path, which: str | int) -> Found:

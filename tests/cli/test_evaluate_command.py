@@ -10,7 +10,8 @@ from run_module import run_module
 
 from distrain.cli.evaluate import changed
 from distrain.config.instantiate import build
-from distrain.job.load import read_conf
+from distrain.errors import ConfigError
+from distrain.job.load import read_conf, refuse_masked
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -75,6 +76,17 @@ def test_another_launcher_has_the_options_that_launchers_share(run, choice):
     _, conf = changed(read_conf(run), [f"launch={choice}", "launch.ranks=1", "launch.grace_s=7"])
     assert type(build(conf["launch"], "launch")).__name__.lower() == f"{choice}launcher"
     assert conf["launch"]["grace_s"] == 7
+
+
+def test_a_masked_secret_is_not_taken_for_its_value(run):
+    conf = read_conf(run)
+    conf["data"]["eval"]["api_key"] = "***"
+    refuse_masked(conf, ["model"])
+    with pytest.raises(ConfigError, match=r"data.eval.api_key=\*\*\*: run.yaml does not hold this"):
+        refuse_masked(conf, ["model", "data.eval"])
+    conf["data"]["eval"] = {"url": "s3://***@host/x"}
+    with pytest.raises(ConfigError, match="data.eval.url="):
+        refuse_masked(conf, ["data.eval"])
 
 
 def test_the_place_of_the_launcher_does_not_matter(run):
