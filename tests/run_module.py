@@ -7,6 +7,7 @@ its words in /proc, needs a real one: `subprocess`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -46,15 +47,19 @@ class _Server:
 
     def run(self, request: dict[str, Any], files: list[int], timeout_s: float) -> int:
         self._socket.settimeout(timeout_s)
-        socket.send_fds(self._socket, [json.dumps(request).encode()], files)
-        pid = int(self._socket.recv(64))
+        pid = None
         try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], files)
+            pid = int(self._socket.recv(64))
             return int(self._socket.recv(64))
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            self._socket.settimeout(None)
-            self._socket.recv(64)
-            raise subprocess.TimeoutExpired(request["argv"], timeout_s) from None
+        except BaseException as error:  # pytest raises its own at the limit of a test
+            self._socket.close()  # the end of this command would be taken for that of the next
+            del _servers[os.getpid()]
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+            if isinstance(error, TimeoutError):
+                raise subprocess.TimeoutExpired(request["argv"], timeout_s) from None
+            raise
 
 
 _servers: dict[int, _Server] = {}  # by the process that uses it
@@ -103,9 +108,10 @@ def _next_command(connection: socket.socket) -> dict[str, Any]:
             return request
         for file in files:
             os.close(file)
-        connection.send(str(pid).encode())
-        _, status = os.waitpid(pid, 0)
-        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(BrokenPipeError):  # interrupted: no more requests follow
+            connection.send(str(pid).encode())
+            _, status = os.waitpid(pid, 0)
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def _serve() -> None:
