@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -145,7 +146,9 @@ class EpochLoader(Loader):
         has_state = self._ends is not None and isinstance(self._data, Stateful)
         left = None if length is None else length - self._batch
         for batch in itertools.islice(iterator, left):
-            yield batch, (self._data.state_dict() if has_state else None)  # type: ignore[attr-defined]
+            state = self._data.state_dict() if has_state else None  # type: ignore[attr-defined]
+            # a copy: it may be an object that reading changes
+            yield batch, copy.deepcopy(state)
 
     def _start(self) -> Iterator[Any]:
         """Return the iterator of the epoch at the position; torch's generator stays as it is."""

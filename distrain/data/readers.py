@@ -60,12 +60,13 @@ class SharedReader(BatchReader):
         first = (forward * self._world_size + self._rank) * self._size
         # not the information of the process: a data set that sees it would read a part only
         generators = self._generators.exchanged() if self._generators else contextlib.nullcontext()
+        reads_ahead = get_worker_info() is not None
         with _worker_info(None), generators:
             while self._next < first:
                 self._read()
             samples = [self._read() for _ in range(self._size)]
             is_last = self._rank == self._world_size - 1
-            position = self._source.state_dict() if is_last else None
+            position = self._source.state_dict(reads_ahead=reads_ahead) if is_last else None
         return self._collate(samples), position
 
     def _read(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -63,11 +64,17 @@ class Source(Iterator[Any]):
         self.sample += 1
         return sample
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last sample."""
+    def state_dict(self, *, reads_ahead: bool = True) -> dict[str, Any]:
+        """Return the position after the last sample.
+
+        Args:
+            reads_ahead: whether other samples may be read before the position is saved.
+        """
         own = self._own
         if self._is_stateful and self._iterator is not None:
             own = self._dataset.state_dict()
+            if reads_ahead:  # it may be an object that reading changes, such as a shuffle buffer
+                own = copy.deepcopy(own)
         return {"epoch": self.epoch, "sample": self.sample, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -84,6 +84,37 @@ def unequal(rank, has_length):
     return found, [*itertools.islice(resumed.batches(7), 2)]
 
 
+class Live:
+    """Batches of a stream whose state is the object that it works with; has no length."""
+
+    def __init__(self):
+        self.state = {"next": 0}
+
+    def __iter__(self):
+        while self.state["next"] < 6:
+            self.state["next"] += 1
+            yield self.state["next"]
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def resumed_live(rank):
+    loader = EpochLoader(Live())
+    batches = loader.batches(0)
+    assert [next(batches), next(batches)] == [1, 2]
+    resumed = EpochLoader(Live())
+    resumed.load_state_dict([loader.state_dict()] * 2, iteration=2, rank=rank)
+    return next(resumed.batches(2))
+
+
+def test_a_state_that_reading_changes_is_saved_as_it_was():
+    assert run_ranks(resumed_live, 2) == [3, 3]
+
+
 @pytest.mark.parametrize("has_length", [True, False])
 def test_ranks_with_unequal_ends_end_an_epoch_together(has_length, caplog):
     for found, resumed in run_ranks(unequal, 3, has_length):

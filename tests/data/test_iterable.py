@@ -7,8 +7,10 @@ import functools
 import io
 import itertools
 import json
+import pickle
 import random
 import tarfile
+import time
 
 import datasets
 import pytest
@@ -230,6 +232,61 @@ def test_a_checkpoint_continues_on_another_number_of_ranks_without_reading_again
     loader = IterableLoader(functools.partial(shards_in_order, []), batch_size=12)
     loader.load_state_dict(states, iteration=4, rank=0)
     assert "shards_in_order has no state_dict() and load_state_dict()" in caplog.text
+
+
+class Buffered(IterableDataset):
+    """Samples as text, in the order of a shuffle buffer; its state is the buffer itself."""
+
+    def __init__(self):
+        self.state, self.is_resumed = None, False
+
+    def __iter__(self):
+        if not self.is_resumed:
+            self.state = {"next": 0, "buffer": []}
+        state, self.is_resumed = self.state, False
+        while state["next"] < 80 or state["buffer"]:
+            while state["next"] < 80 and len(state["buffer"]) < 4:
+                state["buffer"].append(state["next"])
+                state["next"] += 1
+            yield str(state["buffer"].pop(state["next"] % len(state["buffer"])))
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state, self.is_resumed = state, True
+
+
+def of_live_state(rank, ranks, **keywords):
+    """Return the fourth batch, straight and after resumption from each of the first three."""
+    keywords |= {"batch_size": 4, "rank": rank, "world_size": ranks}
+    loader = IterableLoader(Buffered(), **keywords)
+    batches, states = loader.batches(0), []
+    for _ in range(3):
+        next(batches)
+        time.sleep(0.05)  # loader processes read ahead
+        states.append(pickle.dumps(loader.state_dict()))
+    found = [next(batches)]
+    loader.close()
+    for done, state in enumerate(states, 1):
+        resumed = IterableLoader(Buffered(), **keywords)
+        resumed.load_state_dict([pickle.loads(state)] * ranks, iteration=done, rank=rank)
+        found.append([*itertools.islice(resumed.batches(done), 4 - done)][-1])
+        resumed.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keywords"),
+    [
+        (1, {}),
+        (1, {"workers": 1}),  # reads while a thread of the process sends the batch before
+        (2, {"splits_itself": True}),  # reads one batch ahead, to end the epoch on all ranks
+    ],
+)
+def test_a_state_that_reading_changes_is_saved_as_it_was(ranks, keywords):
+    for found in run_ranks(of_live_state, ranks, ranks, **keywords):
+        assert found == [found[0]] * 4
 
 
 def shards_in_order(files):
