@@ -20,6 +20,7 @@ from distrain.distributed.ranks import topology
 from distrain.distributed.serialization import decode, encode
 from distrain.errors import ConfigError
 from distrain.files import atomic
+from distrain.log import logger
 from distrain.trainer.evaluate import evaluating, on_device
 from distrain.trainer.model_call import call, takes_whole_batch
 from distrain.trainer.numerics import Precision, autocast_dtype
@@ -52,7 +53,8 @@ def write_predictions(
 
     `predict` is called like forward and returns (B, ...) tensors, or lists of B values; see
     `predictions.named` for their names. A `.safetensors` file has (N, ...) tensors, a `.jsonl` file
-    has one line per sample.
+    has one line per sample, with its index. A collate that leaves samples out, or makes several of
+    one, is reported; the lines have no index then.
 
     Args:
         model: on its device, with its weights.
@@ -90,14 +92,15 @@ def write_predictions(
     if ranks.is_main:
         files = [Path(f"{path}.rank_{rank}") for rank in range(ranks.world_size)]
         try:
-            _write(join_ranks([decode(file.read_bytes()) for file in files]), path)
+            joined = join_ranks([decode(file.read_bytes()) for file in files])
+            _write(joined, path, num_samples=loader.num_samples)
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
 
 
-def _write(whole: Mapping[str, Any], path: str) -> None:
-    """Write the predictions of all ranks as one file."""
+def _write(whole: Mapping[str, Any], path: str, *, num_samples: int) -> None:
+    """Write the predictions of all ranks, for so many samples, as one file."""
     is_tensors = Path(path).suffix == ".safetensors"
     for name, value in whole.items():
         if is_tensors and not isinstance(value, Tensor):
@@ -105,18 +108,27 @@ def _write(whole: Mapping[str, Any], path: str) -> None:
                 f"--predict={path}: {name!r} is a list, or differs in shape between samples; "
                 "expected a .jsonl file for it"
             )
+    num = len(next(iter(whole.values()), ()))
+    if num != num_samples:
+        logger.warning(
+            "--predict=%s: %d predictions for %d samples, as data.collate leaves samples out or "
+            "adds some: a place in the file is not the index of a sample; return the index from "
+            "predict",
+            *(path, num, num_samples),
+        )
     with atomic.replacing(path) as scratch:
         if is_tensors:
             save_file({name: value.contiguous() for name, value in whole.items()}, scratch)
         else:
             with open(scratch, "w", encoding="utf-8") as file:
-                file.writelines(_lines(whole))
+                file.writelines(_lines(whole, num, has_index=num == num_samples))
 
 
-def _lines(whole: Mapping[str, Any]) -> Iterator[str]:
-    for index in range(len(next(iter(whole.values())))):
-        values = {name: _plain(value[index]) for name, value in whole.items()}
-        yield json.dumps({"index": index, **values}) + "\n"
+def _lines(whole: Mapping[str, Any], num: int, *, has_index: bool) -> Iterator[str]:
+    for index in range(num):
+        line = {"index": index} if has_index else {}
+        line |= {name: _plain(value[index]) for name, value in whole.items()}
+        yield json.dumps(line) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -79,6 +79,26 @@ def test_lines(tmp_path):
     ]
 
 
+def odd_ones(samples):
+    return torch.stack([sample for sample in samples if sample % 2])
+
+
+def predicted_odd_ones(rank, path):
+    where = {"rank": rank, "world_size": topology().world_size}
+    loader = EvalLoader(Numbers(8), batch_size=2, collate=odd_ones, **where)
+    write_predictions(Doubles(), loader, str(path), device=CPU)
+
+
+@pytest.mark.ranks
+def test_lines_of_samples_that_collate_left_out_have_no_wrong_index(tmp_path, caplog):
+    predicted_odd_ones(0, tmp_path / "p.safetensors")
+    assert "4 predictions for 8 samples, as data.collate leaves samples out" in caplog.text
+    run_ranks(predicted_odd_ones, 2, tmp_path / "p.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["double"] for line in lines] == [2, 6, 10, 14]
+    assert not any("index" in line for line in lines)
+
+
 class Mean(Doubles):
     def predict(self, x):
         return x.mean()
