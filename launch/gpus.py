@@ -177,7 +177,15 @@ def _granted(devices: list[list[Gpu]], request: GpuRequest, stop: StopRequest) -
 
 
 def _check_none_is_meant(devices: Sequence[Sequence[Gpu]]) -> None:
-    """Check that no GPU is visible on purpose; a wrong name would train on CPUs."""
+    """Check that no GPU is visible on purpose; a wrong name would train on CPUs.
+
+    Where it is not by the variable, a line is printed.
+    """
+    if devices and VARIABLE not in os.environ:
+        report(
+            f"no leases are taken: {counted(len(devices), 'GPU')} here, and none can be used: each "
+            "is lost, not permitted, or in MIG mode without a MIG device"
+        )
     names = os.environ.get(VARIABLE, "").strip()
     if devices and names not in _NO_GPU:
         known = ", ".join(gpu.label for on_card in devices for gpu in on_card)

@@ -189,6 +189,14 @@ def test_a_driver_that_fails_is_reported_and_a_nice_run_does_not_come_back_on_cp
     assert run.end() == ExitCode.FINISHED
 
 
+def test_a_start_without_gpus_because_none_can_be_used_is_reported(machine):
+    machine.has(2, gpu0_lost=1, gpu1_mig=1)
+    run = machine.start("run")
+    run.said("no leases are taken: 2 GPUs here, and none can be used: each is lost, not permitted")
+    run.rank()
+    assert run.end() == ExitCode.FINISHED
+
+
 def test_a_mig_device_is_taken_not_its_gpu(machine):
     machine.has(
         1, gpu0_mig=1, **{"gpu0_mig0.uuid": "MIG-aaaabbbbcccc", "gpu0_mig1.uuid": "MIG-1111"}
