@@ -196,9 +196,9 @@ class Mixture(ConcatDataset[Any]):
 class MixtureOrder(SampleOrder):
     """Samples of several data sets, interleaved evenly in proportion to the weights.
 
-    Of the first p samples, set j has its fraction of p, to within one sample per set. Each set is
-    shuffled by itself and starts its next epoch when all its samples were taken. Example: weights
-    3 and 1 take the sets 1 1 1 2 1 1 1 2 in some rotation.
+    Of the first p samples, set j has its fraction of p, to within one sample per set; a fraction
+    below 2 ** -20 counts as that. Each set is shuffled by itself and starts its next epoch when all
+    its samples were taken. Example: weights 3 and 1 take the sets 1 1 1 2 1 1 1 2 in some rotation.
 
     Args:
         dataset: the mixture.
@@ -215,8 +215,11 @@ class MixtureOrder(SampleOrder):
         rest = np.cumsum(dataset.weights[::-1])[::-1]
         scale = 1 << _WEIGHT_BITS
         self._fractions = [
-            max(1, round(w / r * scale)) for w, r in zip(dataset.weights, rest, strict=True)
+            # at most this, or the sets behind it would never be drawn
+            min(max(1, round(w / r * scale)), scale - 1)
+            for w, r in zip(dataset.weights[:-1], rest[:-1], strict=True)
         ]
+        self._fractions.append(scale)  # the last one takes what is left
 
     @override
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:

@@ -96,6 +96,14 @@ def test_a_mixture_is_even_at_any_place():
     assert [int(mixture[i][0]) for i in (0, 69, 70, 119)] == [0, 69, 0, 49]
 
 
+@pytest.mark.parametrize("weights", [(1e7, 1), (1, 1e7)])
+def test_a_mixture_draws_from_a_set_of_very_small_weight(weights):
+    sets = {"a": numbers(5), "b": numbers(5)}
+    mixture = Mixture(sets, weights=dict(zip(sets, weights, strict=True)))
+    _, samples = MixtureOrder(mixture, seed=0).at(0, 4 << 20)
+    assert sorted(np.bincount(samples // 5)) == [4, (4 << 20) - 4]
+
+
 @pytest.mark.parametrize("name", orders())
 def test_ranks_and_workers_share_one_order(name):
     """1, 2 and 4 ranks, with and without loader processes, see the same global batches."""
