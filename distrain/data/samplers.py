@@ -185,7 +185,8 @@ class Mixture(ConcatDataset[Any]):
         super().__init__(list(datasets.values()))
         sizes = {name: len(each) for name, each in datasets.items()}  # type: ignore[arg-type]
         weights = sizes if weights is None else weights
-        if weights.keys() != sizes.keys() or min(weights.values()) <= 0:
+        is_good = all(0 < weight < float("inf") for weight in weights.values())
+        if weights.keys() != sizes.keys() or not is_good:
             raise ConfigError(
                 f"weights={dict(weights)}: expected a number above 0 for each of {', '.join(sizes)}"
             )
@@ -252,4 +253,6 @@ def per_sample(dataset: Dataset[Any], key: str, values: ArrayLike | str) -> NDAr
     if found.shape != (size,):
         shape: Sequence[int] = found.shape
         raise ConfigError(f"data.sampler.{key}: expected {size} values, got shape {list(shape)}")
+    if key == "lengths" and not (np.isfinite(found) & (found >= 0)).all():
+        raise ConfigError("data.sampler.lengths: expected finite numbers >= 0")
     return found

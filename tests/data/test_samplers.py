@@ -16,6 +16,7 @@ from distrain.data.samplers import (
     Shuffled,
     Weighted,
 )
+from distrain.data.token_budget import TokenBudget
 from distrain.errors import ConfigError
 
 
@@ -144,6 +145,13 @@ def test_ranks_and_workers_share_one_order(name):
         (lambda: Weighted(numbers(2), weights=[1, -1], seed=0), ">= 0"),
         (lambda: Weighted(numbers(2), weights="wieghts", seed=0), "TensorDataset has no such attr"),
         (lambda: Mixture({"a": numbers(2)}, weights={"b": 1}), "for each of a"),
+        (lambda: Mixture({"a": numbers(2)}, weights={"a": float("nan")}), "for each of a"),
+        (
+            lambda: TokenBudget(
+                numbers(3), lengths=[float("nan"), 2, 9], max_tokens=4, seed=0
+            ),  # the NaN would hide that 9 is above 4
+            "data.sampler.lengths: expected finite numbers >= 0",
+        ),
         (lambda: MixtureOrder(numbers(2), seed=0), "expected distrain.data.Mixture"),
     ],
 )
