@@ -28,11 +28,12 @@ def check(model: nn.Module, optimizers: Mapping[str, Optimizer], *, has_step: bo
 
     Raises:
         ConfigError: several models or optimizers without a step; a trained parameter is in two
-            optimizers, or in none of several; or an optimizer needs a closure.
+            optimizers, or in none of several; or an optimizer needs a closure, without a step.
     """
     for name, optimizer in optimizers.items():
         closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:  # LBFGS
+        # a step of the user's own may call it with one
+        if not has_step and closure is not None and closure.default is closure.empty:  # LBFGS
             key, kind = f"optim.{name}".rstrip("."), type(optimizer).__name__
             expected = "an optimizer whose step takes no closure, such as AdamW"
             raise ConfigError(f"{key}: {kind} calls the model several times: expected {expected}")

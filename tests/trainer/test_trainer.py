@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain import HookBase, Loss, Trainer, get_event_storage
+from distrain import HookBase, Loss, Step, Trainer, get_event_storage
 from distrain.distributed import DDP
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.hooks import CallbackHook, EarlyStopping, EvalHook, IterationTimer, LRScheduler
@@ -243,6 +243,26 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
     optimizer = torch.optim.LBFGS(model.parameters())
     with pytest.raises(ConfigError, match="optim: LBFGS calls the model several times: expected"):
         Trainer(model, optimizer, [torch.ones(3)])
+
+
+class ClosureStep(Step):
+    def __call__(self, batch):
+        optimizer = self.trainer.optimizer
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.model(batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_a_step_may_call_an_optimizer_with_a_closure():
+    model = Named(lambda w: (w - 3) ** 2)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    Trainer(model, optimizer, [torch.ones(3)], step=ClosureStep()).train(0, 3)
+    assert abs(float(model.w) - 3) < 1e-3
 
 
 class Table(nn.Module):
