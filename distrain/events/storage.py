@@ -58,6 +58,13 @@ class EventStorage(ScalarRecorder):
         self.spread_of: Callable[[str], Spread] | None = None
         self.dropped: set[str] = set()
 
+    def show(self, other: EventStorage) -> None:
+        """Let the methods that read return the values of another storage, too."""
+        self._histories, self.fold_arrived = other._histories, other._fold
+        self.spread_of = other.spread_of
+        self._rows = [*other._rows, self._row]
+        self._taken = [other._row, *other._taken]
+
     def put_image(self, name: str, image: Tensor | NDArray[Any]) -> None:
         """Put an image: (3, H, W), (1, H, W) or (H, W); uint8, or floats in [0, 1].
 

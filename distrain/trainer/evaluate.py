@@ -108,6 +108,8 @@ def _without_scalars() -> Iterator[None]:
     """Drop scalars: those of a forward would replace the ones of training in its iteration."""
     outer = entered_storage()
     with EventStorage(0 if outer is None else outer.iter) as inner:
+        if outer is not None:  # a forward may read what training has put
+            inner.show(outer)
         inner.is_reduced_by_trainer = True  # reads nothing back
         yield
     if outer is None:

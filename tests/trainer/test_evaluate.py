@@ -367,6 +367,23 @@ def test_scalars_of_an_evaluation_replace_none_of_training(at_start, caplog):
     assert [at for _, _, at in trainer.storage.vis_data()] == [0] * 2 * at_start + [1, 1, 3, 3]
 
 
+class Reading(Noting):
+    def forward(self, x):
+        storage = get_event_storage()
+        if not self.training and "loss" in storage.histories():  # not so before the first step
+            self.seen = storage.history("loss").latest(), storage.latest(), storage.put_now("mean")
+        return super().forward(x)
+
+
+def test_an_evaluation_may_read_the_scalars_of_training():
+    model = Reading()
+    hook = EvalHook(4, eval_loader=EvalLoader(Points(8), batch_size=8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    Trainer(model, optimizer, [torch.full((2, 4), 3.0)], hooks=[hook], window=2).train(0, 5)
+    loss, latest, mean = model.seen
+    assert (loss, latest["loss"], latest["mean"], mean) == (3.0, 3.0, 3.0, 3.0)
+
+
 class Stopping(Noting):
     def forward(self, x):
         get_event_storage().early_stop = not self.training

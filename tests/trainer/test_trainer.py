@@ -262,7 +262,7 @@ def test_a_step_may_call_an_optimizer_with_a_closure():
     model = Named(lambda w: (w - 3) ** 2)
     optimizer = torch.optim.LBFGS(model.parameters())
     Trainer(model, optimizer, [torch.ones(3)], step=ClosureStep()).train(0, 3)
-    assert abs(float(model.w) - 3) < 1e-3
+    assert abs(model.w.item() - 3) < 1e-3
 
 
 class Table(nn.Module):
