@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from distrain.data.collate import kept_generators, set_generators
 from distrain.data.epochs import Stateful, set_epoch
 from distrain.data.permutation import sample_seeds
+from distrain.distributed.rng import cpu_random_states, restore_random_states
 from distrain.errors import add_note
 
 
@@ -40,6 +41,7 @@ class Source(Iterator[Any]):
         self._dataset, self._seed, self._epoch_seed = dataset, seed, epoch_seed
         self._is_stateful = isinstance(dataset, Stateful) and not has_shuffle_buffer(dataset)
         self._own: Any = None
+        self._generators: dict[str, Any] | None = None  # of a position that was loaded
         self._is_private = False
         self.begin_epoch(0)
 
@@ -47,7 +49,7 @@ class Source(Iterator[Any]):
         """Go to the first sample of an epoch."""
         self.epoch, self.sample = epoch, 0
         self._iterator: Iterator[Any] | None = None
-        self._own = None
+        self._own = self._generators = None
 
     def __next__(self) -> Any:
         if self._iterator is None:
@@ -70,17 +72,22 @@ class Source(Iterator[Any]):
         Args:
             reads_ahead: whether other samples may be read before the position is saved.
         """
-        own = self._own
+        state = {"epoch": self.epoch, "sample": self.sample, "own": self._own}
         if self._is_stateful and self._iterator is not None:
             own = self._dataset.state_dict()
-            if reads_ahead:  # it may be an object that reading changes, such as a shuffle buffer
-                own = copy.deepcopy(own)
-        return {"epoch": self.epoch, "sample": self.sample, "own": own}
+            # a copy: it may be an object that reading changes, such as a shuffle buffer
+            state["own"] = copy.deepcopy(own) if reads_ahead else own
+            if self._epoch_seed is not None:  # what is drawn next follows from all samples before
+                state["generators"] = cpu_random_states()
+        elif self._generators is not None:
+            state["generators"] = self._generators
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; without a state of the data set the samples before are read again."""
         self.begin_epoch(state["epoch"])
         self.sample, self._own = state["sample"], state["own"]
+        self._generators = state.get("generators")  # an earlier version saved none
 
     def _start(self) -> Iterator[Any]:
         if not self._is_private:
@@ -91,6 +98,8 @@ class Source(Iterator[Any]):
         if self._own is not None and self._is_stateful:
             dataset.load_state_dict(self._own)
             found: Iterator[Any] = iter(dataset)
+            if self._epoch_seed is not None and self._generators is not None:
+                restore_random_states(self._generators)
             return found
         if not hasattr(dataset, "__iter__"):
             takes_epoch = "epoch" in inspect.signature(dataset).parameters

@@ -23,15 +23,20 @@ def seed_everything(seed: int, *, rank: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """Return the states of this process's random generators, for `restore_random_states`."""
+    states = cpu_random_states()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def cpu_random_states() -> dict[str, Any]:
+    """Return the states of those of Python, NumPy and torch's CPU alone."""
     version, internal, gauss = random.getstate()
-    states = {
+    return {
         "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
         "numpy": dict(zip(_NUMPY_STATE, np.random.get_state(legacy=True), strict=True)),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def restore_random_states(states: dict[str, Any]) -> None:

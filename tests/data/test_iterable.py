@@ -20,6 +20,7 @@ from ranks import run_ranks
 from resume_cases import Images, differing, interrupted_and_straight
 from torch.utils.data import IterableDataset
 
+from distrain.checkpoint.portable import from_portable, to_portable
 from distrain.data import IterableLoader
 from distrain.errors import ConfigError
 
@@ -204,6 +205,27 @@ def test_an_order_that_is_drawn_is_the_same_in_all_readers():
     resumed = IterableLoader(drawn_order, batch_size=12)
     resumed.load_state_dict([loader.state_dict()], iteration=4, rank=0)
     assert next(resumed.batches(4))["index"].tolist() == expected[48:60]
+
+
+class DrawingStream(StatefulStream):
+    def __iter__(self):
+        return ({"index": random.random() + torch.rand(())} for _ in super().__iter__())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_of_a_data_set_with_a_state_go_on_in_a_resumed_run(workers):
+    expected = torch.cat(indices(0, 1, DrawingStream(), 0, 6, workers=workers))
+    loader = IterableLoader(DrawingStream(), batch_size=12, workers=workers)
+    batches = loader.batches(0)
+    for _ in range(4):
+        next(batches)
+    state = from_portable(to_portable(loader.state_dict()))
+    loader.close()
+    resumed = IterableLoader(DrawingStream(), batch_size=12, workers=workers)
+    resumed.load_state_dict([state], iteration=4, rank=0)
+    batches = resumed.batches(4)
+    assert torch.equal(torch.cat([next(batches)["index"] for _ in range(2)]), expected[48:])
+    resumed.close()
 
 
 def test_a_checkpoint_continues_on_another_number_of_ranks_without_reading_again(caplog):
