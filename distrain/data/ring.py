@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 # of a process: two are loaded ahead, one is in use, and one is spare for work that lags behind
@@ -270,7 +271,9 @@ class _Pickler(ForkingPickler):
 
     @override
     def persistent_id(self, obj: Any) -> Any:
-        return self._slot.place(obj) if isinstance(obj, Tensor) else None
+        # a tensor that consists of others has no memory of its own: these are placed
+        is_own = isinstance(obj, Tensor) and not is_traceable_wrapper_subclass(obj)
+        return self._slot.place(obj) if is_own else None
 
 
 class _Unpickler(pickle.Unpickler):

@@ -201,6 +201,17 @@ def test_tensors_that_share_memory_still_do(received):
     assert received == []
 
 
+def jagged(indices):
+    parts = [torch.full((SIDE,), float(indices[0])), torch.ones(3)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+def test_the_parts_of_a_tensor_that_consists_of_others_come_in_slots(received):
+    here = [flat(batch.values()) for batch in loaded(Given(jagged), workers=0)]
+    assert [flat(batch.values()) for batch in loaded(Given(jagged))] == here
+    assert len(received) >= 12
+
+
 def test_small_batches_need_no_file(received, monkeypatch):
     # torch's way makes a folder and a socket in it for each loader process, and an evaluation
     # starts new processes: its first batch would wait for the disk
