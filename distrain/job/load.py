@@ -41,7 +41,8 @@ def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None =
         ConfigError: there is no such run or checkpoint, or the weights do not fit.
     """
     conf = read_conf(run)
-    refuse_masked(conf, ("model", "transforms"))
+    other = "build the model yourself, and give it the weights of python -m distrain.weights"
+    refuse_masked(conf, ("model", "transforms"), expected=other)
     found = find_checkpoint(run, checkpoint)
     with kept_random_states():  # building the model seeds all of them
         model = model_of(conf, found.path, ema=ema)
@@ -60,12 +61,18 @@ def read_conf(run: str | Path) -> dict[str, Any]:
     return check(frozen)
 
 
-def refuse_masked(conf: Mapping[str, Any], nodes: Sequence[str]) -> None:
-    """Raise ConfigError for a value below `nodes` that `run.yaml` holds as `***` only."""
+def refuse_masked(conf: Mapping[str, Any], nodes: Sequence[str], *, expected: str = "") -> None:
+    """Raise ConfigError for a value below `nodes` that `run.yaml` holds as `***` only.
+
+    Args:
+        conf: of the run.
+        nodes: dotted keys.
+        expected: what to do instead; "": to give the key again.
+    """
     for key, value in flat(conf).items():
         if covers(nodes, key) and (value == MASK or f"://{MASK}@" in str(value)):
-            expected = f"{key}=... of python -m distrain.evaluate gives it again"
-            raise ConfigError(f"{key}={value}: run.yaml does not hold this secret; {expected}")
+            fix = expected or f"give it again with {key}=..."
+            raise ConfigError(f"{key}={value}: run.yaml does not hold this secret; {fix}")
 
 
 def find_checkpoint(run: str | Path, which: str | int) -> Found:

@@ -11,7 +11,7 @@ from run_module import run_module
 from distrain.cli.evaluate import changed
 from distrain.config.instantiate import build
 from distrain.errors import ConfigError
-from distrain.job.load import read_conf, refuse_masked
+from distrain.job.load import load, read_conf, refuse_masked
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -87,6 +87,14 @@ def test_a_masked_secret_is_not_taken_for_its_value(run):
     conf["data"]["eval"] = {"url": "s3://***@host/x"}
     with pytest.raises(ConfigError, match="data.eval.url="):
         refuse_masked(conf, ["data.eval"])
+
+
+def test_loading_a_model_with_a_masked_secret_names_a_way_that_works(run, monkeypatch):
+    conf = read_conf(run)
+    conf["model"]["hf_token"] = "***"
+    monkeypatch.setattr("distrain.job.load.read_conf", lambda run: conf)
+    with pytest.raises(ConfigError, match=r"hf_token=.*; build the model yourself, and give it"):
+        load(run)
 
 
 def test_the_place_of_the_launcher_does_not_matter(run):
