@@ -117,6 +117,7 @@ class Runner:
         """
         if not begun:
             return
+        prefix = "distrain: "
         done = subprocess.run(
             [sys.executable, "-m", "distrain.tune.same"],
             input="\n".join(json.dumps(self._arguments(each)) for each in begun),
@@ -126,7 +127,9 @@ class Runner:
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ConfigError(lines[0].removeprefix("distrain: "))
+            # libraries may warn before it
+            own = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+            raise ConfigError((own or lines[-1:])[0])
 
     def stop(self, *_: object) -> None:
         """Let the runs save their states and stop; a signal handler."""

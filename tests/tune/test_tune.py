@@ -16,7 +16,7 @@ from distrain.cli.sweep import check_objective, swept_values
 from distrain.errors import ConfigError
 from distrain.runfolder.objective import objective
 from distrain.tune.halving import build_parser, main, plan
-from distrain.tune.training import _job_arguments
+from distrain.tune.training import Runner, Trial, _job_arguments
 
 DIGITS = ["+experiment=digits", "launch.in_process=true", "hooks.eval.period=4"]
 
@@ -31,6 +31,18 @@ def test_no_run_is_promoted_while_another_cannot_start(tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "1 of 2 runs could not start; none is promoted without them" in done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()[-2:]] == ["4", "0"]
+
+
+def test_a_warning_of_a_library_is_not_the_reason_of_a_refusal(monkeypatch):
+    text = (
+        "old.py:3: FutureWarning: gone soon\ndistrain: run.dir=a: refused\ndistrain: run.dir=b: too"
+    )
+    done = subprocess.CompletedProcess([], 2, "", text)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    runner = Runner.__new__(Runner)
+    monkeypatch.setattr(runner, "_arguments", lambda trial: [], raising=False)
+    with pytest.raises(ConfigError, match=r"^run.dir=a: refused$"):
+        runner._check_same([Trial([], Path("a"))])
 
 
 def test_optuna_maximizes_the_metric_and_counts_a_failed_run(tmp_path):
