@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 # of a process: two are loaded ahead, one is in use, and one is spare for work that lags behind
