@@ -135,7 +135,8 @@ def _check_parameters(
         for there, parameter in zip(names, _parameters(optimizer), strict=False)
         if there in own and own[there] is not parameter
     ]
-    if sizes == others and not moved:
+    # a hook of torch's before loading is there to put a state in order
+    if (sizes == others and not moved) or optimizer._optimizer_load_state_dict_pre_hooks:
         return
     key = f"optim.{name}" if name else "optim"
     found = f"parameter groups of {others} tensors, here of {sizes}"

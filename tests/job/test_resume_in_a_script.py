@@ -77,6 +77,30 @@ def test_another_optimizer_is_refused(tmp_path):
         distrain.resume(trainer, distrain.CheckpointStore(tmp_path / "checkpoints"))
 
 
+def reversed_state(optimizer, state):
+    order = state["param_groups"][0]["params"][::-1]
+    entries = {new: state["state"][old] for new, old in enumerate(order)}
+    return {**state, "state": entries}
+
+
+def test_a_hook_of_the_optimizer_may_put_its_state_in_order():
+    def trainer(order):
+        model = Net()
+        optimizer = torch.optim.AdamW([*model.parameters()][::order], lr=0.1)
+        if order == -1:
+            optimizer.register_load_state_dict_pre_hook(reversed_state)
+        return distrain.Trainer(model, optimizer, [torch.ones(3)])
+
+    before, now = trainer(1), trainer(-1)
+    before.train(0, 2)
+    now.load_state_dict(before.state_dict())
+    moments = [
+        [each.optimizer.state[p]["exp_avg"].tolist() for p in each.module.parameters()]
+        for each in (before, now)
+    ]
+    assert moments[0] == moments[1]
+
+
 @pytest.mark.parametrize("hook", [PeriodicCheckpointer, lambda **kw: BestCheckpointer("a", **kw)])
 def test_a_script_that_does_not_resume_is_refused_beside_checkpoints(tmp_path, hook):
     script(tmp_path, 4)
