@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from distrain.data.collate import kept_generators, set_generators
 from distrain.data.epochs import Stateful, set_epoch
 from distrain.data.permutation import sample_seeds
-from distrain.distributed.rng import cpu_random_states, restore_random_states
+from distrain.data.random_states import cpu_random_states, restore_cpu_random_states
 from distrain.errors import add_note
 
 
@@ -99,7 +99,7 @@ class Source(Iterator[Any]):
             dataset.load_state_dict(self._own)
             found: Iterator[Any] = iter(dataset)
             if self._epoch_seed is not None and self._generators is not None:
-                restore_random_states(self._generators)
+                restore_cpu_random_states(self._generators)
             return found
         if not hasattr(dataset, "__iter__"):
             takes_epoch = "epoch" in inspect.signature(dataset).parameters

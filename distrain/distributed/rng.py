@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_NUMPY_STATE = ("name", "keys", "position", "has_gauss", "cached")  # of np.random.get_state
+from distrain.data.random_states import cpu_random_states, restore_cpu_random_states
 
 
 def seed_everything(seed: int, *, rank: int) -> None:
@@ -29,23 +29,9 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def cpu_random_states() -> dict[str, Any]:
-    """Return the states of those of Python, NumPy and torch's CPU alone."""
-    version, internal, gauss = random.getstate()
-    return {
-        "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
-        "numpy": dict(zip(_NUMPY_STATE, np.random.get_state(legacy=True), strict=True)),
-        "torch": torch.get_rng_state(),
-    }
-
-
 def restore_random_states(states: dict[str, Any]) -> None:
     """Set the random generators to the states that `random_states` returned."""
-    python, legacy = states["python"], states["numpy"]
-    internal = tuple(int(word) for word in python["internal"])
-    random.setstate((python["version"], internal, python["gauss"]))
-    np.random.set_state(tuple(legacy[name] for name in _NUMPY_STATE))
-    torch.set_rng_state(states["torch"])
+    restore_cpu_random_states(states)
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
