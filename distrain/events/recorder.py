@@ -18,6 +18,7 @@ from distrain.events.pending import (
     detached_copy,
     stack,
 )
+from distrain.log import logger
 
 _FLOATS, _TENSORS = {float}, {Tensor}
 _ROW_KEY = "iteration"  # of a row in metrics.jsonl and metrics.csv
@@ -43,6 +44,7 @@ class ScalarRecorder(ABC):
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
         self._taken: list[ScalarRow] = []  # rows of the current iteration that were taken already
+        self._dropped: set[str] = set()  # names reported by `scalars_dropped`
 
     @abstractmethod
     def _fold(self) -> None:
@@ -221,6 +223,32 @@ class ScalarRecorder(ABC):
             yield
         finally:
             self._prefix = old
+
+    @contextmanager
+    def scalars_dropped(self) -> Iterator[None]:
+        """Drop the scalars put inside the `with`: they would replace those of the iteration.
+
+        Names that are never put outside are reported once.
+        """
+        row, taken, names = self._row, self._taken, {*self.kinds}
+        is_reduced = self.is_reduced_by_trainer
+        self._row, self._taken = ScalarRow(self._iter), [row, *taken]
+        self.is_reduced_by_trainer = True  # no row is folded
+        try:
+            yield
+        finally:
+            self._row, self._taken, self.is_reduced_by_trainer = row, taken, is_reduced
+            new = self.kinds.keys() - names
+            for name in new:
+                del self.kinds[name]
+            self._checked_calls.clear()
+            if names and not new <= self._dropped:  # before the first step no name is known
+                logger.warning(
+                    "scalars put in an evaluation are left out: %s; return them from the model's "
+                    "metrics",
+                    ", ".join(sorted(new - self._dropped)),
+                )
+                self._dropped |= new
 
 
 def _checked_count(name: str, count: float) -> float:

@@ -45,7 +45,6 @@ class EventStorage(ScalarRecorder):
         early_stop: True on any rank ends training on all ranks at the end of the trainer's period.
         fold_arrived: brings windows that are reduced already into the histories.
         spread_of: returns the spread of a scalar over ranks.
-        dropped: names put in evaluations alone, which have been reported.
     """
 
     def __init__(self, start_iter: int = 0) -> None:
@@ -56,14 +55,6 @@ class EventStorage(ScalarRecorder):
         self.early_stop = False
         self.fold_arrived: Callable[[], object] | None = None
         self.spread_of: Callable[[str], Spread] | None = None
-        self.dropped: set[str] = set()
-
-    def show(self, other: EventStorage) -> None:
-        """Let the methods that read return the values of another storage, too."""
-        self._histories, self.fold_arrived = other._histories, other._fold
-        self.spread_of = other.spread_of
-        self._rows = [*other._rows, self._row]
-        self._taken = [other._row, *other._taken]
 
     def put_image(self, name: str, image: Tensor | NDArray[Any]) -> None:
         """Put an image: (3, H, W), (1, H, W) or (H, W); uint8, or floats in [0, 1].

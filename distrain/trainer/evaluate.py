@@ -19,7 +19,6 @@ from distrain.distributed.ranks import topology
 from distrain.errors import ConfigError
 from distrain.events.storage import EventStorage, entered_storage
 from distrain.heartbeat import Phase
-from distrain.log import logger
 from distrain.trainer.loss import Loss, WeightedLosses
 from distrain.trainer.model_call import call, check_name, takes_whole_batch, total_loss
 from distrain.trainer.module_state import buffers_of_rank_0, eval_mode, kept_generators
@@ -92,38 +91,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Scalars that the model puts are dropped; images and histograms are kept.
     """
+    storage = entered_storage()
     with (
         heartbeat.current().phase(Phase.EVALUATION),
-        _without_scalars(),
+        EventStorage() if storage is None else storage.scalars_dropped(),
         kept_generators(),
         buffers_of_rank_0(model),
         eval_mode(model),
         torch.no_grad(),
     ):
         yield
-
-
-@contextmanager
-def _without_scalars() -> Iterator[None]:
-    """Drop scalars: those of a forward would replace the ones of training in its iteration."""
-    outer = entered_storage()
-    with EventStorage(0 if outer is None else outer.iter) as inner:
-        if outer is not None:  # a forward may read what training has put
-            inner.show(outer)
-        inner.is_reduced_by_trainer = True  # reads nothing back
-        yield
-    if outer is None:
-        return
-    outer.early_stop |= inner.early_stop
-    outer.images.items += inner.images.items
-    outer.pending_histograms.items += inner.pending_histograms.items
-    lost = inner.kinds.keys() - outer.kinds.keys() - outer.dropped
-    if lost and outer.kinds:  # before the first step no name is known
-        outer.dropped |= lost
-        logger.warning(
-            "scalars put in an evaluation are left out: %s; return them from the model's metrics",
-            ", ".join(sorted(lost)),
-        )
 
 
 def on_device(
