@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distrain.checks import wrong
+from distrain.errors import ConfigError
 from distrain.events.storage import EventStorage, entered_storage
 from distrain.transforms.blocks import outermost_blocks
 
@@ -37,7 +38,8 @@ def checkpoint_activations(
             checkpointing. Empty computes all again.
 
     Raises:
-        ConfigError: no module matches, a block has BatchNorm, or an operator is unknown.
+        ConfigError: no module matches, a block has BatchNorm, or an operator is unknown; in
+            training: the forward of a block changes a buffer, as a spectral norm does.
     """
     operators = [_operator(name) for name in save]
     found = outermost_blocks(model, blocks)
@@ -45,9 +47,31 @@ def checkpoint_activations(
         if any(isinstance(part, _BatchNorm) for part in block.modules()):
             expected = f"blocks without BatchNorm, which would count twice; {name} has one"
             raise wrong("blocks", blocks, expected)
-    for _, block in found:
-        block.forward = partial(_again_in_backward, block.forward, operators)
+    for name, block in found:
+        forward = block.forward
+        if any(True for _ in block.buffers()):
+            forward = partial(_with_same_buffers, forward, block, name)
+        block.forward = partial(_again_in_backward, forward, operators)
     return model
+
+
+def _with_same_buffers(
+    forward: Callable[..., Any], block: nn.Module, name: str, *args: Any, **keywords: Any
+) -> Any:
+    """Call the forward; ConfigError if it changes a buffer, as it would again in backward."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return forward(*args, **keywords)
+    before = {key: (buffer, buffer._version) for key, buffer in block.named_buffers()}
+    output = forward(*args, **keywords)
+    for key, buffer in block.named_buffers():
+        old, version = before.get(key, (buffer, buffer._version))
+        if old is not buffer or buffer._version != version:
+            raise ConfigError(
+                f"checkpoint_activations: the forward of {name} changes its buffer {key}, and "
+                "would again in backward, with other activations (as of a spectral norm): "
+                "expected blocks whose forward changes no buffer; name others by blocks=..."
+            )
+    return output
 
 
 def _again_in_backward(

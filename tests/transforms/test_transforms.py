@@ -64,6 +64,24 @@ def trained(transform=None, *, steps=4, **keywords):
     return model, names, trainer.storage.history("size").values()
 
 
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(norm(nn.Linear(4, 4))) for _ in range(2))
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x).relu()).square().mean()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_checkpointed_block_that_changes_a_buffer_is_refused(norm):
+    model = checkpoint_activations(Normed(norm), blocks="Sequential")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, [torch.randn(2, 4)])
+    with pytest.raises(ConfigError, match=r"the forward of blocks\.0 changes its buffer 0\."):
+        trainer.train(0, 2)
+
+
 @pytest.mark.parametrize("save", [(), ("aten.mm", "aten.addmm")])
 def test_checkpointed_activations_have_the_same_bits_and_scalars(save):
     model, names, sizes = trained()
