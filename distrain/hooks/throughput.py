@@ -75,7 +75,8 @@ class Throughput(HookBase):
     sample, 100 samples per second on 4 ranks: 150 TFLOP/s per rank, on A100s (312) an MFU of 0.48.
 
     Operations are counted by `torch.utils.flop_counter` in the first step of each rank: matrix
-    products, convolutions and attention, including recomputation by activation checkpointing. Not
+    products, convolutions and attention, including recomputation by activation checkpointing. In a
+    step of your own they are those of all its updates, with the products of the optimizers. Not
     counted are custom kernels and compiled models (trainer.compile): give `flops_per_sample`.
 
     Args:
@@ -130,7 +131,8 @@ class Throughput(HookBase):
             self._counter.__enter__()
 
     def after_backward(self) -> None:
-        self._end_counting()  # the optimizer's update is not counted
+        if self.trainer.step is None:  # one of its own may have more updates to come
+            self._end_counting()  # the optimizer's update is not counted
 
     def _end_counting(self) -> None:
         if self._counter is not None:
@@ -139,6 +141,7 @@ class Throughput(HookBase):
             self._flops = float(counter.get_total_flops()) or None
 
     def after_step(self) -> None:
+        self._end_counting()
         done, trainer = self.trainer.iter_done, self.trainer
         is_first = done == trainer.start_iter + 1
         if done % trainer.window and not is_first:

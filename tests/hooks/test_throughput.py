@@ -6,7 +6,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distrain import Trainer
+from distrain import Step, Trainer
 from distrain.data.loader import TrainLoader
 from distrain.errors import ConfigError
 from distrain.hooks import Throughput
@@ -178,3 +178,24 @@ def test_wrong_arguments(name):
         ConfigError, match=f"{name}=0: expected (a finite number > 0|an integer >= 1)"
     ):
         Throughput(**{name: 0})
+
+
+class TwoUpdates(Step):
+    def __call__(self, batch):
+        with self.update("a") as update:
+            update.backward(self.model.a(batch).square().mean())
+        with self.update("b") as update:
+            hidden = self.model.a(batch).detach()
+            update.backward(self.model.b(hidden).square().mean())
+
+
+def test_operations_of_a_step_of_ones_own_are_those_of_all_updates():
+    model, hook = Model(), Throughput(samples_per_step=B)
+    optimizers = {
+        "a": torch.optim.SGD(model.a.parameters(), lr=0.1),
+        "b": torch.optim.SGD(model.b.parameters(), lr=0.1),
+    }
+    data = [torch.randn(B, IN) for _ in range(2)]
+    Trainer(model, optimizers, data, hooks=[hook], step=TwoUpdates()).train(0, 2)
+    a, b = 2 * B * IN * MIDDLE, 2 * B * MIDDLE * OUT
+    assert hook._flops == 2 * a + a + 2 * b  # forward, weights of a; its forward again; those of b
