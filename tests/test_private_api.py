@@ -34,6 +34,9 @@ NAMES = {
     "torch:Tensor._is_view": "a scalar that is a view is copied, as its base may change",
     "torch.autograd.profiler:_is_profiler_enabled": "no profiler range unless a profiler runs",
     "torch.distributed.distributed_c10d:_get_default_store": "scalar names travel by the store",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "the root is settled before a call",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:"
+    "FSDPState._lazy_init": "the root is settled before a call of a block",
     "torch.nn.modules._functions:SyncBatchNorm": "the CUDA kernels of SyncBatchNorm",
     "torch.nn.modules.batchnorm:_BatchNorm": "every BatchNorm, whatever its dimension",
     "torch.nn.modules.batchnorm:_LazyNormBase": "a lazy BatchNorm is converted once it has a shape",

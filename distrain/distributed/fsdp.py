@@ -93,6 +93,10 @@ class FSDP(Strategy):
             assert isinstance(part, FSDPModule)
             assert isinstance(ahead, FSDPModule)
             part.set_modules_to_backward_prefetch([ahead])
+        # torch takes the first module that is called for the root, and fails later if it was a
+        # block: a model's `metrics`, which is called before the first forward, calls blocks alone
+        assert isinstance(module, FSDPModule)
+        module._get_fsdp_state()._lazy_init()
 
     @contextmanager
     @override
@@ -123,6 +127,14 @@ class FSDP(Strategy):
     @override
     def local(self, tensor: Tensor) -> Tensor:
         return _local(tensor)
+
+    @override
+    def gathered(self, state: Any) -> Any:
+        return _gathered(state) if self.is_sharded else state
+
+    @override
+    def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        return _part_of(whole, like) if is_sharded(like) else whole
 
     @override
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -168,8 +180,7 @@ class FSDP(Strategy):
 
     @override
     def state_dict(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        state = super().state_dict(module, optimizer)
-        return _gathered(state) if self.is_sharded else state
+        return self.gathered(super().state_dict(module, optimizer))  # type: ignore[no-any-return]
 
     @override
     def load_state_dict(

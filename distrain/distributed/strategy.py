@@ -105,6 +105,17 @@ class Strategy:
         """Return this rank's part of a parameter or gradient, which shares its memory."""
         return tensor
 
+    def gathered(self, state: Any) -> Any:
+        """Return a nested state with whole tensors; complete on rank 0.
+
+        A collective if `is_sharded`.
+        """
+        return state
+
+    def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, placed as `like`, a parameter, is."""
+        return whole
+
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return the () 2-norm of all gradients together, equal on all ranks.
 

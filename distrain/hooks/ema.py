@@ -84,14 +84,16 @@ class EMA(WeightAverage):
     @contextmanager
     @override
     def _swapped(self) -> Iterator[None]:
+        local = self.trainer.strategy.local  # torch cannot copy lists of shards
+        weights, average = ([*map(local, part)] for part in (self._weights, self._average))
         with torch.no_grad():
-            own = [w.clone() for w in self._weights]
-            torch._foreach_copy_(self._weights, self._average)
+            own = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, average)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._weights, own)
+                torch._foreach_copy_(weights, own)
 
     @override
     def _average_by_name(self) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ class EMA(WeightAverage):
             self._start()
             named = self.trainer.module.named_parameters()
             for (name, _), average in zip(named, self._average, strict=True):
-                average.copy_(state["average"][name])
+                average.copy_(self.trainer.strategy.part_of(state["average"][name], average))
 
     def _start(self) -> None:
         self._weights = [*self.trainer.module.parameters()]

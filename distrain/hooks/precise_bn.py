@@ -79,7 +79,8 @@ class PreciseBN(PeriodicHook):
     def _set_statistics(self, layers: list[_BatchNorm]) -> None:
         trainer = self.trainer
         with trainer.pulse.phase(Phase.EVALUATION), torch.no_grad():
-            with no_trace(trainer.module):
+            # gathered weights are given back: those of an average would not be seen
+            with trainer.strategy.whole_parameters(trainer.module), no_trace(trainer.module):
                 moments = self._moments(layers)
             for layer, (count, mean, squares) in zip(layers, moments, strict=True):
                 if count > 1:

@@ -58,8 +58,9 @@ class ScheduleFree(WeightAverage):
     @contextmanager
     @override
     def _swapped(self) -> Iterator[None]:
-        weights = [p for one in self._optimizers for p in _parameters(one)]
-        own = [weight.detach().clone() for weight in weights]
+        local = self.trainer.strategy.local  # torch cannot copy lists of shards
+        weights = [local(p.detach()) for one in self._optimizers for p in _parameters(one)]
+        own = [weight.clone() for weight in weights]
         for optimizer in self._optimizers:
             optimizer.eval()
         try:

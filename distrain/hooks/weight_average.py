@@ -66,7 +66,8 @@ class WeightAverage(HookBase, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"average": {**self._average_by_name(), **(self._statistics or {})}}
+        average = self.trainer.strategy.gathered(self._average_by_name())
+        return {"average": {**average, **(self._statistics or {})}}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
