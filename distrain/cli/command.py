@@ -6,6 +6,7 @@ No torch is imported here: help, errors and submissions stay fast.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -18,11 +19,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distrain.checkpoint.mirror_url import mirror_of
+from distrain.checks import wrong
 from distrain.cli import completion
 from distrain.cli.sweep import check_objective, objective_of, sweep_name, worst
 from distrain.config.compose import explain, resolve
 from distrain.config.import_path import import_from_here
 from distrain.config.instantiate import build_as
+from distrain.config.keys import InitKeys
 from distrain.config.origins import clean
 from distrain.config.overrides import readable
 from distrain.errors import ConfigError, ExitCode, NonFiniteLoss, RankFailed, RunFailed, exit_code
@@ -150,6 +153,9 @@ class Command:
                 conf["checkpoint"]["mirror"] = f"{mirror}/{name}"
         if weights := conf["init"]["weights"]:
             conf["init"]["weights"] = os.path.abspath(weights)
+        elif unused := _beyond_defaults(conf["init"]):
+            key, value = next(iter(unused.items()))
+            raise wrong(f"init.{key}", value, f"init.weights=PATH with it, or no init.{key}")
         self._job = job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
         check_objective(conf, HydraConfig.get(), waits=launcher.waits)
         if conf["plan"]:
@@ -241,6 +247,12 @@ def _own_overrides() -> list[str]:
     """Return the overrides of this run as written: `${oc.env:NAME}` and `${vars.x}` stay."""
     given: Any = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
     return list(given["task"])
+
+
+def _beyond_defaults(init: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of `init` with other values than their defaults."""
+    defaults = dataclasses.asdict(InitKeys())
+    return {key: value for key, value in init.items() if value != defaults[key]}
 
 
 @contextlib.contextmanager
