@@ -15,6 +15,8 @@ from distrain.weights.read import locate_weights, read_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SUFFIX = ".safetensors"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     output: Path = options.output
     try:
+        if output.suffix != _SUFFIX:  # readers tell the format by it
+            raise ConfigError(f"-o {output}: expected a name that ends with {_SUFFIX}")
         if output.exists():
             raise ConfigError(f"{output} exists; give another name")
         source = locate_weights(options.run)

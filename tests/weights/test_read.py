@@ -166,6 +166,15 @@ def test_the_command_writes_a_file_for_inference(tmp_path, capfd):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["w.pt", "w", "w.SAFETENSORS"])
+def test_a_file_that_no_reader_takes_for_safetensors_is_refused(tmp_path, capfd, name):
+    output = tmp_path / name
+    assert main([str(tmp_path / "none"), "-o", str(output)]) == 2  # before the run is read
+    expected = "expected a name that ends with .safetensors"
+    assert capfd.readouterr().err == f"distrain: -o {output}: {expected}\n"
+    assert not output.exists()
+
+
 def test_channels_last_weights_are_written_dense(tmp_path):
     store = InlineStore(tmp_path / "checkpoints")
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
