@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -42,11 +43,12 @@ def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
 
 def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterator[tuple[str, str]]:
     files = run.files
+    values = last_values(list(all_rows(files.path)))
+    run = dataclasses.replace(run, values=values)  # the summary has those of the last rows alone
     why = f": {run.why}" if run.why else ""
     facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
     title = f"{files.path}: {run.state}{why}"
     yield title, "\n".join(f"{name:<10} {cell}" for name, cell in facts)
-    values = last_values(list(all_rows(files.path)))
     if not is_full:
         values = {name: v for name, v in values.items() if not name.startswith(DIAGNOSTIC_PREFIXES)}
     width = max(map(len, values), default=0)

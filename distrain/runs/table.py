@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 
 from distrain.launch.client import State
 from distrain.runs.escape import escaped
+from distrain.runs.records import all_rows
 from distrain.runs.summary import Summary, as_json, summarize
 from distrain.text import table
 
@@ -55,6 +57,7 @@ def show_table(
     if notice:
         print(f"distrain.runs: {notice}", file=sys.stderr)
     chosen = [each for each in summaries if not states or each.state in states]
+    chosen = [_with_metric(each, metric) for each in chosen]
     chosen = in_order(chosen, sort, metric=metric, is_reversed=is_reversed)
     if as_data:
         print(json.dumps([as_json(each) for each in chosen], indent=1, allow_nan=False))
@@ -66,6 +69,16 @@ def show_table(
     else:
         print(as_text(chosen, metric))
     return 0
+
+
+def _with_metric(summary: Summary, metric: str) -> Summary:
+    """Return a summary with the last value of a metric, also if the last rows do not have it."""
+    if metric in summary.values or not summary.values:
+        return summary
+    found = [row[metric] for row in all_rows(summary.files.path) if metric in row]
+    if not found:
+        return summary
+    return dataclasses.replace(summary, values=summary.values | {metric: found[-1]})
 
 
 def in_order(

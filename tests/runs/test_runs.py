@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -391,6 +392,18 @@ def test_a_tail_is_read_and_not_all(tmp_path):
     assert rows[-1] == {"iteration": 99_999, "loss": 1e-5}
     assert len(rows) < 3000
     assert [row["iteration"] for row in rows] == list(range(100_000 - len(rows), 100_000))
+
+
+def test_a_metric_that_was_evaluated_long_ago_has_its_last_value(tmp_path, capsys):
+    rows = [{"iteration": i, "loss": 0.5} for i in range(10_000)]
+    rows[3]["eval/error"], rows[5]["eval/error"] = 0.25, 0.125
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/run.yaml").write_text("trainer: {max_iter: 20000}\n")
+    (tmp_path / "a/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert run([str(tmp_path), "--metric", "eval/error"]) == 0
+    assert "0.125" in capsys.readouterr().out
+    assert run(["show", "a", "--folder", str(tmp_path), "--metric", "eval/error"]) == 0
+    assert re.search(r"^  eval/error +0\.125$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_lock_whose_process_is_gone_is_no_running_run(tmp_path, capsys):
