@@ -16,6 +16,7 @@ from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.retention import best_mark, known_best
+from distrain.checks import did_you_mean
 from distrain.files.open_regular import read_tail
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.run_layout import CHECKPOINTS, LOGS
@@ -45,6 +46,11 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
     files = run.files
     values = last_values(list(all_rows(files.path)))
     run = dataclasses.replace(run, values=values)  # the summary has those of the last rows alone
+    if values and metric not in values:
+        hint = did_you_mean(metric, values)
+        print(
+            escaped(f"distrain.runs: --metric {metric}: not in this run; {hint}"), file=sys.stderr
+        )
     why = f": {run.why}" if run.why else ""
     facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
     title = f"{files.path}: {run.state}{why}"

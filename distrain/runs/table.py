@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
+from distrain.checks import did_you_mean
 from distrain.launch.client import State
 from distrain.runs.escape import escaped
 from distrain.runs.records import all_rows
@@ -58,6 +59,13 @@ def show_table(
         print(f"distrain.runs: {notice}", file=sys.stderr)
     chosen = [each for each in summaries if not states or each.state in states]
     chosen = [_with_metric(each, metric) for each in chosen]
+    names = list(dict.fromkeys(name for each in chosen for name in each.values))
+    if names and metric not in names:
+        hint = did_you_mean(metric, names)
+        print(
+            escaped(f"distrain.runs: --metric {metric}: in none of the runs; {hint}"),
+            file=sys.stderr,
+        )
     chosen = in_order(chosen, sort, metric=metric, is_reversed=is_reversed)
     if as_data:
         print(json.dumps([as_json(each) for each in chosen], indent=1, allow_nan=False))

@@ -406,6 +406,24 @@ def test_a_metric_that_was_evaluated_long_ago_has_its_last_value(tmp_path, capsy
     assert re.search(r"^  eval/error +0\.125$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_a_metric_of_no_run_is_a_notice(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/run.yaml").write_text("trainer: {max_iter: 5}\n")
+    argv = ["--metric", "eval/acuracy"]
+    assert run([str(tmp_path), *argv]) == 0
+    assert capsys.readouterr().err == ""  # it has no values yet
+    (tmp_path / "a/metrics.jsonl").write_text('{"iteration": 1, "eval/accuracy": 0.5}\n')
+    assert run([str(tmp_path), *argv]) == 0
+    hint = "did you mean eval/accuracy?"
+    expected = f"distrain.runs: --metric eval/acuracy: in none of the runs; {hint}\n"
+    assert capsys.readouterr().err == expected
+    assert run(["show", "a", "--folder", str(tmp_path), *argv]) == 0
+    expected = f"distrain.runs: --metric eval/acuracy: not in this run; {hint}\n"
+    assert capsys.readouterr().err == expected
+    assert run([str(tmp_path), "--metric", "eval/accuracy"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_lock_whose_process_is_gone_is_no_running_run(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/run.yaml").write_text("trainer: {max_iter: 5}\nlaunch: {ranks: 3}\n")
