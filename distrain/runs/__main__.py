@@ -74,6 +74,8 @@ def _show(argv: Sequence[str]) -> int:
     parser.add_argument("--metric", default=_METRIC, help="the scalar in the heading (loss)")
     parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
+    if options.lines < 0:
+        parser.error(f"--lines {options.lines}: expected at least 0")
     from distrain.runs.show import show
 
     path = resolve_run(options.run, options.folder)

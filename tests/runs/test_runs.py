@@ -313,6 +313,7 @@ def test_plot_without_matplotlib_is_one_line(runs, monkeypatch):
         (("plot", "long", "-o", "x.xyz"), "-o x.xyz: Format 'xyz' is not supported"),
         (("plot", "long", "-o", "no/x.png"), "-o no/x.png: "),
         (("plot", "long", "-o", "x.png", "--smooth", "0"), "--smooth 0: expected at least 1 row"),
+        (("show", "long", "--lines", "-1"), "--lines -1: expected at least 0; see python -m "),
         (("resume", "long"), "runs/long: it is running (process "),
     ],
 )
