@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain.checks import number, parsed_number, wrong
@@ -71,6 +73,8 @@ def explain(error: Exception) -> ConfigError:
 
     if isinstance(error, ConfigError):
         return error
+    if isinstance(error, UnicodeDecodeError) and (place := _place_of(error)):
+        return ConfigError(f"{place}: expected a file in UTF-8")
     text = str(error) or str(error.__cause__ or type(error).__name__)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
@@ -102,6 +106,26 @@ def explain(error: Exception) -> ConfigError:
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
     line = "; ".join(lines)
     return ConfigError(f"{key}: {line}" if key and key not in line else line)
+
+
+def _place_of(error: UnicodeDecodeError) -> str | None:
+    """Return the file and line that Hydra could not decode, None if unknown: it names neither."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    paths = [frame.f_locals["full_path"] for frame in frames if "full_path" in frame.f_locals]
+    if not paths:
+        return None
+    lines = Path(paths[-1]).read_bytes().splitlines()
+    # the error's position counts from the start of a block of the file
+    bad = [number for number, line in enumerate(lines, 1) if not _is_utf_8(line)]
+    return f"{paths[-1]}, line {bad[0]}" if bad else str(paths[-1])
+
+
+def _is_utf_8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unreadable(override: str, text: str) -> str:

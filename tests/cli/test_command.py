@@ -216,6 +216,17 @@ def test_a_broken_file_is_one_line(command, tmp_path):
     assert "mine.yaml" in err
 
 
+def test_a_file_that_is_not_utf_8_is_named(command, tmp_path):
+    write_conf(tmp_path / "conf", "experiment/mine", HEAD)
+    path = tmp_path / "conf/experiment/mine.yaml"
+    lines = [b"# a comment that is longer than what is read at once\n"] * 1000
+    path.write_bytes(path.read_bytes() + b"".join(lines) + "# café\n".encode("latin-1"))
+    code, _, err = command(*MINE)
+    assert code is ExitCode.BAD_CONFIG
+    line = path.read_bytes().count(b"\n")
+    assert err == f"distrain: {path}, line {line}: expected a file in UTF-8\n"
+
+
 def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     code, _, err = command(*DIGITS, "optim.lr=abc")
