@@ -145,8 +145,8 @@ def command(
     hidden = [_key(each) for each in kept if MASK in each]
     if hidden:
         raise ConfigError(
-            f"{hidden[0]}: command.json does not hold this secret; expected it again: "
-            f"python -m distrain.runs resume {run_dir} {hidden[0]}=..."
+            f"{', '.join(hidden)}: command.json holds no secrets; expected them again: "
+            f"python -m distrain.runs resume {run_dir} {' '.join(f'{key}=...' for key in hidden)}"
         )
     added = [_signs(dropped.get(_key(each), "")) * _is_bare(each) + each for each in overrides]
     return [*_flags(start.argv), *kept, *added, *own, f"run.dir={quoted(str(run_dir))}"]

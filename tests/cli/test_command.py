@@ -99,6 +99,19 @@ def test_what_an_override_refers_to_is_looked_up_again_by_resume(
     assert STARTED[-1].conf["optim"]["lr"] == 0.5
 
 
+def test_resume_asks_for_all_secrets_at_once(command):
+    assert command(*DIGITS, "+vars.api_key=a", "+vars.lr=1", "+vars.hf_token=b")[0] is (
+        ExitCode.FINISHED
+    )
+    run_dir = Path(STARTED[0].run_dir)
+    with pytest.raises(ConfigError) as caught:
+        control.command(read(run_dir).starts[-1], [], run_dir=run_dir)
+    assert str(caught.value) == (
+        "vars.api_key, vars.hf_token: command.json holds no secrets; expected them again: "
+        f"python -m distrain.runs resume {run_dir} vars.api_key=... vars.hf_token=..."
+    )
+
+
 WITH = {
     path.stem: path.read_text()
     for path in ROOT.glob("conf/with/*.yaml")
