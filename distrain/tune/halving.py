@@ -143,5 +143,5 @@ def _table(search: Search, trials: Sequence[Trial]) -> str:
     rows = [["run", "iterations", search.metric]]
     for trial in ordered:
         value = "-" if trial.value is None else f"{trial.value:.6g}"
-        rows.append([trial.path.name, str(trial.rung), trial.error[:100] or value])
+        rows.append([trial.path.name, str(trial.compared), trial.error[:100] or value])
     return table(rows, right=[1])

@@ -21,7 +21,7 @@ from distrain.checkpoint.mirror_url import mirror_of
 from distrain.config.import_path import import_from_here, locate
 from distrain.config.overrides import quoted
 from distrain.errors import ConfigError, ExitCode
-from distrain.launch.client import ACTIVE
+from distrain.launch.client import ACTIVE, State
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
 from distrain.runfolder.objective import Mode, objective
 from distrain.runs import control
@@ -64,6 +64,7 @@ class Trial:
     overrides: list[str]
     path: Path
     rung: int = 0
+    compared: int = 0  # iterations of `value`: fewer than `rung` if the run ended itself
     value: float | None = None
     error: str = ""
     is_refused: bool = False  # it could not start
@@ -208,12 +209,14 @@ class Runner:
             if not trial.is_refused:
                 run = summarize_one(trial.path)
                 why = f": {run.why}" if run.why else ""
-                trial.error = f"{run.state} at {iterations} of {rung}{why}"
+                # a run that ended itself, as by EarlyStopping, is compared by the value it has
+                is_early = run.state == State.FINISHED
+                trial.error = "" if is_early else f"{run.state} at {iterations} of {rung}{why}"
         if trial.error:
             print(f"{trial.path.name}: {trial.error}; {log}", file=sys.stderr)
             return
         search = self._search
-        trial.rung = rung
+        trial.rung, trial.compared = rung, min(rung, iterations)
         trial.value = objective(trial.path, search.metric, mode=search.mode, max_iter=rung)
         shown = "no finite value" if trial.value is None else f"{trial.value:.6g}"
         print(f"{trial.path.name}: {search.metric} {shown}", flush=True)

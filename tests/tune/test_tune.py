@@ -119,6 +119,18 @@ def test_halving_survives_a_kill_and_promotes_by_resuming(tmp_path):
     assert mirrored == {"optim.lr=0.1"}, "each run has a place of its own"
 
 
+def test_a_run_that_ends_itself_is_compared_by_its_value(tmp_path):
+    stop = "{_target_: distrain.hooks.EarlyStopping, metric: eval/accuracy, patience: 1, "
+    stop += "min_delta: 1}"
+    arguments = [*TUNE, *DIGITS[:2], "hooks.eval.period=1", "trainer.window=1", "optim.lr=0.1,1e-9"]
+    done = command(*arguments, f"+hooks.stop={stop}", module="distrain.tune", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rung 2 of 2: 1 runs to 8 iterations" in done.stdout
+    table = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[1] for row in table] == ["2", "2"]  # iterations
+    assert float(table[0][2]) >= float(table[1][2])
+
+
 def test_runs_of_another_configuration_are_not_taken(tmp_path):
     arguments = [*TUNE, *DIGITS, "optim.lr=0.1,0.01"]
     assert command(*arguments, module="distrain.tune", cwd=tmp_path).returncode == 0
