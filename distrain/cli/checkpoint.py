@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="List and verify the checkpoints of a run, or compare those of two runs; with "
         "--verify-resume, test whether an experiment resumes bit for bit.",
         epilog="Exit status: 0 valid (and equal), 1 damaged or different, 2 no checkpoint.",
+        allow_abbrev=False,  # `main` looks for --verify-resume as a whole
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/first")
     parser.add_argument(

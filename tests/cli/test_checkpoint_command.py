@@ -118,6 +118,13 @@ def test_nothing_to_look_at(
     assert capsys.readouterr().err.strip() == message
 
 
+def test_an_option_that_is_cut_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:  # not "valid" without the test that was asked for
+        main([str(run), "--verify"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --verify" in capsys.readouterr().err
+
+
 def test_no_valid_one_is_status_1(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for iteration in (100, 200):
         (path_of(run / "checkpoints", iteration) / fmt.MANIFEST_FILE).unlink()
