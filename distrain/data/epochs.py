@@ -123,6 +123,11 @@ class EpochLoader(Loader):
                 self._batch += 1
                 self._num_since += 1
                 yield batch
+            if self._batch == 0 and isinstance(self._data, Iterator):  # one that has ended
+                raise ConfigError(
+                    f"the data, a {type(self._data).__name__}, gives its batches once; expected a "
+                    "list or another object to iterate over in each epoch"
+                )
             if self._batch == 0:
                 raise ConfigError("the data has no batch; expected at least one per epoch")
             if self._ends is not None and (unused := self._ends.total(len(self._ends.unused))):

@@ -92,6 +92,13 @@ def test_batches_dropped_on_the_way_are_reported(caplog):
     assert "the first 1 batches of epoch 1 are loaded again" in caplog.text
 
 
+def test_a_generator_that_has_ended_is_refused():
+    batches = EpochLoader(each for each in [1, 2]).batches(0)
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(ConfigError, match="the data, a generator, gives its batches once; expect"):
+        next(batches)
+
+
 def test_data_without_a_batch_is_refused():
     with pytest.raises(ConfigError, match="no batch"):
         take([], 1)
