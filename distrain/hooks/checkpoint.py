@@ -12,7 +12,7 @@ from typing_extensions import override
 from distrain.checkpoint.portable import from_portable, to_portable
 from distrain.checkpoint.store import CheckpointStore, Score
 from distrain.checks import whole, wrong
-from distrain.distributed.collectives import gather_to_main
+from distrain.distributed.collectives import gather_to_all, gather_to_main
 from distrain.distributed.rng import random_states
 from distrain.durations import seconds
 from distrain.errors import ConfigError
@@ -22,6 +22,8 @@ from distrain.hooks.periodic import Period, checked_period, in_iterations, is_du
 from distrain.progress import waiting
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
+
+_MAX_SHOWN = 4  # ranks in a message
 
 
 class PeriodicCheckpointer(HookBase):
@@ -160,13 +162,16 @@ class BestCheckpointer(MetricHook):
 
     @override
     def has_improved(self) -> bool | None:
-        trainer = self.trainer
-        kind = trainer.storage.kinds.get(self.metric)
-        if kind is not None and kind.is_loss and trainer.where.world_size > 1:
-            # ranks that decide by their own values would save in different iterations, and hang
-            expected = "a metric that is equal on all ranks, as eval/loss: this is each rank's own"
+        improved, trainer = super().has_improved(), self.trainer
+        if improved is None or trainer.reported_now(self.metric) is not None:
+            return improved
+        # ranks that decide by their own values would save in different iterations, and hang
+        values = gather_to_all(trainer.metric_now(self.metric))
+        if len({*map(repr, values)}) > 1:
+            found = ", ".join(f"{value:g}" for value in values[:_MAX_SHOWN])
+            expected = f"a metric that is equal on all ranks, as eval/loss; the ranks put {found}"
             raise wrong(self.key, self.metric, expected)
-        return super().has_improved()
+        return improved
 
     def _all(self) -> list[BestCheckpointer]:
         return [h for h in self.trainer.hooks.values() if isinstance(h, BestCheckpointer)]

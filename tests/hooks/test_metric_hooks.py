@@ -129,13 +129,22 @@ def test_each_metric_has_its_own_best_and_one_iteration_is_saved_once(tmp_path, 
     assert (state["best_eval/score"]["best"], state["best_eval/other"]["best"]) == (0.7, 3.0)
 
 
-def best_by_loss(rank, folder):
+def best_by(rank, metric, folder):
     store = CheckpointStore(folder / "checkpoints")
     model = torch.nn.Linear(1, 1)
     data = [torch.full((2, 1), float(rank + 1))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    hook = BestCheckpointer("loss", mode="min", checkpoints=store)
-    Trainer(Mean(model), optimizer, data, hooks={"best": hook}).train(0, 5)
+    hooks = {"put": PutOwn(), "best": BestCheckpointer(metric, checkpoints=store)}
+    Trainer(Mean(model), optimizer, data, hooks=hooks).train(0, 5)
+    store.close()
+    return None if rank else best_of(store)
+
+
+class PutOwn(HookBase):
+    def after_step(self):
+        storage, done = self.trainer.storage, self.trainer.iter_done
+        storage.put_scalar("each", -done + self.trainer.where.rank * 10 * done)
+        storage.put_scalar("all", float(done))
 
 
 class Mean(torch.nn.Module):
@@ -147,11 +156,17 @@ class Mean(torch.nn.Module):
         return self.model(x).square().mean()
 
 
-def test_the_loss_of_each_rank_is_refused(tmp_path):
+@pytest.mark.parametrize(("metric", "values"), [("loss", r"[\d.]+, [\d.]+"), ("each", "-1, 9")])
+def test_a_value_of_each_rank_is_refused(tmp_path, metric, values):
     with pytest.raises(
-        ConfigError, match=r"hooks\.best\.metric=loss: expected a metric that is eq"
+        ConfigError,
+        match=rf"hooks\.best\.metric={metric}: expected a metric that is eq.* put {values}$",
     ):
-        run_ranks(best_by_loss, 2, tmp_path, timeout_s=60)
+        run_ranks(best_by, 2, metric, tmp_path, timeout_s=60)
+
+
+def test_a_scalar_that_is_equal_on_all_ranks_is_a_metric(tmp_path):
+    assert run_ranks(best_by, 2, "all", tmp_path, timeout_s=60)[0] == {"all": (5, 5.0)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
