@@ -82,6 +82,28 @@ def test_a_checkpointed_block_that_changes_a_buffer_is_refused(norm):
         trainer.train(0, 2)
 
 
+class Cached(nn.Module):
+    """Keeps positions for the longest input so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.register_buffer("positions", torch.zeros(0))
+
+    def forward(self, x):
+        if len(self.positions) < len(x):
+            self.positions = torch.arange(float(len(x)))
+        return self.net(x + self.positions[: len(x), None])
+
+
+def test_a_checkpointed_block_may_have_a_cache_that_grows():
+    model = nn.Sequential(Cached())
+    model = checkpoint_activations(model, blocks="Cached")
+    for size in (2, 3):
+        model(torch.ones(size, 4)).sum().backward()
+    assert len(model[0].positions) == 3
+
+
 @pytest.mark.parametrize("save", [(), ("aten.mm", "aten.addmm")])
 def test_checkpointed_activations_have_the_same_bits_and_scalars(save):
     model, names, sizes = trained()
