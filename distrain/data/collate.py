@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from distrain.data.permutation import Ints, sample_seeds
+from distrain.data.random_states import kept_generators, set_generators
 from distrain.data.ring import collate_samples
 from distrain.errors import ConfigError, add_note
 
@@ -101,52 +99,6 @@ class Fetch(BatchReader):
         except Exception as error:
             add_note(error, f"while loading sample {index} of {type(self._dataset).__name__}")
             raise
-
-
-def set_generators(seed: int) -> None:
-    """Seed python, numpy and torch's CPU generator with a seed of 64 bits."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed >> 1)
-
-
-@contextlib.contextmanager
-def kept_generators() -> Iterator[None]:
-    """Restore the states of python's, numpy's and torch's CPU generators at the end of `with`."""
-    states = _states()
-    try:
-        yield
-    finally:
-        _set_states(states)
-
-
-class Generators:
-    """States of python's, numpy's and torch's CPU generators, apart from those of the process."""
-
-    def __init__(self) -> None:
-        self._states: tuple[Any, ...] | None = None  # None: as in the process, at first
-
-    @contextlib.contextmanager
-    def exchanged(self) -> Iterator[None]:
-        """Let the generators of the process have these states, which go on, inside `with`."""
-        before = _states()
-        if self._states is not None:
-            _set_states(self._states)
-        try:
-            yield
-        finally:
-            self._states = _states()
-            _set_states(before)
-
-
-def _states() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_states(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
 
 
 def load_here(

@@ -1,8 +1,10 @@
-"""States of the CPU generators of Python, NumPy and torch, as a checkpoint can hold them."""
+"""CPU generators of Python, NumPy and torch: seeded, kept, exchanged, saved."""
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,44 @@ import torch
 _NUMPY_STATE = ("name", "keys", "position", "has_gauss", "cached")  # of np.random.get_state
 
 
+def set_generators(seed: int) -> None:
+    """Seed python, numpy and torch's CPU generator with a seed of 64 bits."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed >> 1)
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Restore the states of python's, numpy's and torch's CPU generators at the end of `with`."""
+    states = _states()
+    try:
+        yield
+    finally:
+        _set_states(states)
+
+
+class Generators:
+    """States of python's, numpy's and torch's CPU generators, apart from those of the process."""
+
+    def __init__(self) -> None:
+        self._states: tuple[Any, ...] | None = None  # None: as in the process, at first
+
+    @contextlib.contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Let the generators of the process have these states, which go on, inside `with`."""
+        before = _states()
+        if self._states is not None:
+            _set_states(self._states)
+        try:
+            yield
+        finally:
+            self._states = _states()
+            _set_states(before)
+
+
 def cpu_random_states() -> dict[str, Any]:
-    """Return the states of this process, for `restore_cpu_random_states`."""
+    """Return the states of this process as a checkpoint can hold them."""
     version, internal, gauss = random.getstate()
     return {
         "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
@@ -28,3 +66,13 @@ def restore_cpu_random_states(states: dict[str, Any]) -> None:
     random.setstate((python["version"], internal, python["gauss"]))
     np.random.set_state(tuple(legacy[name] for name in _NUMPY_STATE))
     torch.set_rng_state(states["torch"])
+
+
+def _states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])

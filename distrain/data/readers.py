@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import worker
 
-from distrain.data.collate import BatchReader, Collate, Generators
+from distrain.data.collate import BatchReader, Collate
+from distrain.data.random_states import Generators
 from distrain.data.ring import collate_samples
 from distrain.data.source import Source
 from distrain.errors import ConfigError

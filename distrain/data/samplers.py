@@ -220,7 +220,7 @@ class MixtureOrder(SampleOrder):
             min(max(1, round(w / r * scale)), scale - 1)
             for w, r in zip(dataset.weights[:-1], rest[:-1], strict=True)
         ]
-        self._fractions.append(scale)  # the last one takes what is left
+        self._fractions.append(scale)  # the last one takes the rest
 
     @override
     def at(self, first: int, num: int) -> tuple[Ints, Ints]:

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from distrain.data.collate import kept_generators, set_generators
 from distrain.data.epochs import Stateful, set_epoch
 from distrain.data.permutation import sample_seeds
-from distrain.data.random_states import cpu_random_states, restore_cpu_random_states
+from distrain.data.random_states import (
+    cpu_random_states,
+    kept_generators,
+    restore_cpu_random_states,
+    set_generators,
+)
 from distrain.errors import add_note
 
 
@@ -77,7 +81,7 @@ class Source(Iterator[Any]):
             own = self._dataset.state_dict()
             # a copy: it may be an object that reading changes, such as a shuffle buffer
             state["own"] = copy.deepcopy(own) if reads_ahead else own
-            if self._epoch_seed is not None:  # what is drawn next follows from all samples before
+            if self._epoch_seed is not None:  # the next ones follow from all samples before
                 state["generators"] = cpu_random_states()
         elif self._generators is not None:
             state["generators"] = self._generators

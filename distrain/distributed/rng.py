@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,13 +32,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
     restore_cpu_random_states(states)
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-@contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Restore the random generators of this process after the `with`."""
-    states = random_states()
-    try:
-        yield
-    finally:
-        restore_random_states(states)

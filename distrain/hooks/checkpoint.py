@@ -282,7 +282,7 @@ def _check_unused(trainer: TrainerBase, checkpoints: CheckpointStore) -> None:
     resumed run would continue from the older ones. Only a script that does not resume comes here.
     """
     newest = checkpoints.newest_own() if trainer.where.is_main and not trainer.start_iter else None
-    if newest:  # one of iteration 0 may be what it resumed from
+    if newest:  # that of iteration 0 may be the one it resumed from
         raise ConfigError(
             f"checkpoints={checkpoints.folder}: expected a folder without checkpoints for a "
             f"training from iteration 0; it holds iteration {newest}: continue with "

@@ -15,7 +15,6 @@ from distrain.checkpoint.retention import read_best
 from distrain.checks import wrong
 from distrain.config.check_keys import check
 from distrain.distributed.ranks import topology
-from distrain.distributed.rng import kept_random_states
 from distrain.distributed.strategy import Strategy
 from distrain.errors import ConfigError
 from distrain.job.model import build_model
@@ -23,6 +22,7 @@ from distrain.redact import MASK
 from distrain.run_layout import CHECKPOINTS, CONFIG_FILE
 from distrain.runfolder.differences import covers, flat
 from distrain.runfolder.files import read_frozen
+from distrain.trainer.module_state import kept_generators
 from distrain.weights.read import read_model
 
 
@@ -44,7 +44,7 @@ def load(run: str | Path, *, checkpoint: str | int = "newest", ema: str | None =
     other = "build the model yourself, and give it the weights of python -m distrain.weights"
     refuse_masked(conf, ("model", "transforms"), expected=other)
     found = find_checkpoint(run, checkpoint)
-    with kept_random_states():  # building the model seeds all of them
+    with kept_generators():  # building the model seeds all of them
         model = model_of(conf, found.path, ema=ema)
     return model.cpu().eval()
 

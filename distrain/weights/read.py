@@ -130,7 +130,7 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # each part of the file has its own exceptions
         raise ConfigError(f"{path}: torch.load cannot read it: {error!s:.200}") from error
     if isinstance(found, Mapping):
-        # a wrapped one first: beside it may be tensors such as the best accuracy
+        # a wrapped one first: next to it may be tensors such as the best accuracy
         for node in (*(found[key] for key in _WRAPPED if key in found), found):
             if isinstance(node, Mapping) and (tensors := _tensors(node)):
                 return tensors

@@ -1,4 +1,4 @@
-"""Signals of a rank: stop requests, whoever else handles signals."""
+"""Signals of a rank: stop requests, also where a library handles them."""
 
 import os
 import signal
