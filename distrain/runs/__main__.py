@@ -15,9 +15,8 @@ from distrain.launch.client import State
 from distrain.process.stdio import for_reader
 from distrain.runs.escape import escaped
 from distrain.runs.find import name_of, resolve_run
-from distrain.runs.table import COLUMNS, show_table
+from distrain.runs.table import COLUMNS, DEFAULT_METRIC, show_table
 
-_METRIC = "loss"
 _COMMANDS = """commands:
   show RUN                         configuration, last values, attempts, checkpoints, logs
   diff RUN RUN2                    differences: configuration, code, last values
@@ -45,7 +44,7 @@ def _table(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
-    parser.add_argument("--metric", default=_METRIC, help="scalar to show (loss)")
+    parser.add_argument("--metric", default=DEFAULT_METRIC, help="scalar to show (loss)")
     parser.add_argument("--sort", default="name", help=f"by {', '.join(COLUMNS)}")
     parser.add_argument("--reverse", action="store_true", help="largest first")
     parser.add_argument("--state", action="append", default=[], help=f"only {', '.join(State)}")
@@ -71,7 +70,7 @@ def _table(argv: Sequence[str]) -> int:
 def _show(argv: Sequence[str]) -> int:
     parser = _of_run("show", "Configuration, last values, attempts, checkpoints and logs of a run.")
     parser.add_argument("--lines", type=int, default=10, help="of each log (10)")
-    parser.add_argument("--metric", default=_METRIC, help="the scalar in the heading (loss)")
+    parser.add_argument("--metric", default=DEFAULT_METRIC, help="the scalar in the heading (loss)")
     parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
     if options.lines < 0:
@@ -106,7 +105,7 @@ def _plot(argv: Sequence[str]) -> int:
     runs = [(name_of(path, options.folder), path) for path in paths]
     from distrain.runs.plot import plot
 
-    patterns = options.scalar or [_METRIC]
+    patterns = options.scalar or [DEFAULT_METRIC]
     return plot(runs, patterns=patterns, out=options.out, smooth=options.smooth)
 
 

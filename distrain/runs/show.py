@@ -24,7 +24,7 @@ from distrain.runfolder.attempts import summary
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
-from distrain.runs.table import cells, titles
+from distrain.runs.table import DEFAULT_METRIC, cells, titles
 from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_LOGS = 4
@@ -46,7 +46,7 @@ def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterat
     files = run.files
     values = last_values(list(all_rows(files.path)))
     run = dataclasses.replace(run, values=values)  # the summary has those of the last rows alone
-    if values and metric not in values:
+    if values and metric not in values and metric != DEFAULT_METRIC:
         hint = did_you_mean(metric, values)
         print(
             escaped(f"distrain.runs: --metric {metric}: not in this run; {hint}"), file=sys.stderr

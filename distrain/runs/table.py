@@ -25,6 +25,8 @@ COLUMNS = (
 )
 """Columns, and values of `--sort`; the title of "metric" is the scalar's name."""
 
+DEFAULT_METRIC = "loss"
+
 _COLORS = {
     State.QUEUED: "cyan",
     State.RUNNING: "green",
@@ -60,7 +62,7 @@ def show_table(
     chosen = [each for each in summaries if not states or each.state in states]
     chosen = [_with_metric(each, metric) for each in chosen]
     names = list(dict.fromkeys(name for each in chosen for name in each.values))
-    if names and metric not in names:
+    if names and metric not in names and metric != DEFAULT_METRIC:
         hint = did_you_mean(metric, names)
         print(
             escaped(f"distrain.runs: --metric {metric}: in none of the runs; {hint}"),
