@@ -44,7 +44,8 @@ class ScalarRecorder(ABC):
         self._row = ScalarRow(start_iter)
         self._rows: list[ScalarRow] = [self._row]
         self._taken: list[ScalarRow] = []  # rows of the current iteration that were taken already
-        self._dropped: set[str] = set()  # names reported by `scalars_dropped`
+        self._left_out: set[str] | None = None  # names put inside of `scalars_dropped`
+        self._dropped: set[str] = set()  # names reported by it
 
     @abstractmethod
     def _fold(self) -> None:
@@ -98,6 +99,9 @@ class ScalarRecorder(ABC):
                 settings before.
         """
         name = self._prefix + name
+        if self._left_out is not None:
+            self._left_out.add(name)
+            return
         kind = self.kinds.get(name)
         if kind is None or kind[0] != reduce or kind[1] != smoothing_hint:
             self._declare(name, ScalarKind(reduce, bool(smoothing_hint)))
@@ -131,6 +135,9 @@ class ScalarRecorder(ABC):
         """
         if self._prefix:
             scalars = {self._prefix + name: value for name, value in scalars.items()}
+        if self._left_out is not None:
+            self._left_out.update(scalars)
+            return
         call = (reduce, smoothing_hint, *scalars)
         if call not in self._checked_calls:
             for name in scalars:
@@ -168,6 +175,9 @@ class ScalarRecorder(ABC):
             losses: by name, tensors with one element.
             counts: weights in the mean over ranks, of the names whose weight is not 1.
         """
+        if self._left_out is not None:
+            self._left_out.update(self._prefix + name for name in losses)
+            return
         if not self.is_reduced_by_trainer and not self._row.is_empty():
             self._fold()
         row, prefix = self._row, self._prefix
@@ -228,27 +238,22 @@ class ScalarRecorder(ABC):
     def scalars_dropped(self) -> Iterator[None]:
         """Drop the scalars put inside the `with`: they would replace those of the iteration.
 
-        Names that are never put outside are reported once.
+        All that was put outside can be read. Names that are never put outside are reported once.
         """
-        row, taken, names = self._row, self._taken, {*self.kinds}
-        is_reduced = self.is_reduced_by_trainer
-        self._row, self._taken = ScalarRow(self._iter), [row, *taken]
-        self.is_reduced_by_trainer = True  # no row is folded
+        before, left_out = self._left_out, set[str]()
+        self._left_out = left_out
         try:
             yield
         finally:
-            self._row, self._taken, self.is_reduced_by_trainer = row, taken, is_reduced
-            new = self.kinds.keys() - names
-            for name in new:
-                del self.kinds[name]
-            self._checked_calls.clear()
-            if names and not new <= self._dropped:  # before the first step no name is known
-                logger.warning(
-                    "scalars put in an evaluation are left out: %s; return them from the model's "
-                    "metrics",
-                    ", ".join(sorted(new - self._dropped)),
-                )
-                self._dropped |= new
+            self._left_out = before
+        new = left_out - self.kinds.keys() - self._dropped
+        if self.kinds and new:  # before the first step no name is known
+            logger.warning(
+                "scalars put in an evaluation are left out: %s; return them from the model's "
+                "metrics",
+                ", ".join(sorted(new)),
+            )
+            self._dropped |= new
 
 
 def _checked_count(name: str, count: float) -> float:

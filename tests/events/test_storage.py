@@ -213,6 +213,36 @@ def test_a_resumed_run_may_put_a_scalar_as_a_loss():
         storage.put_scalar("grad_norm", 1.0, reduce="max")
 
 
+def test_scalars_that_are_dropped_leave_all_others_as_they_are(caplog):
+    with EventStorage(0) as storage:
+        storage.put_scalar("x", 1.0)
+        with storage.scalars_dropped():
+            assert storage.history("x").latest() == 1.0
+            storage.put_scalar("x", 2.0, smoothing_hint=False)  # other settings than outside
+            with storage.scalars_dropped(), storage.name_scope("a"):
+                storage.put_losses({"y": torch.ones(())})
+            storage.step()
+            storage.put_scalars(z=3.0)
+            local = {"of_rank_1": ScalarKind("local", True)}
+            storage.fold(Block(("of_rank_1",), np.zeros((1, 1)), np.array([1])), local)
+        storage.put_scalar("x", 4.0)
+        assert storage.histories().keys() == {"x", "of_rank_1"}
+        assert storage.history("x").values() == [(1.0, 0), (4.0, 1)]
+        assert storage.state_dict().keys() == {"x", "of_rank_1"}
+    assert [record.args for record in caplog.records] == [("a/y",), ("z",)]
+
+
+def test_a_window_that_is_taken_while_scalars_are_dropped_is_complete():
+    storage = EventStorage(0)
+    storage.is_reduced_by_trainer = True
+    storage.put_scalar("x", 1.0)
+    with storage.scalars_dropped():
+        storage.put_scalar("x", 2.0)
+        (row,) = storage.take_rows()
+    storage.put_scalar("y", 3.0)
+    assert [row.read(), storage.take_rows()[0].read()] == [{"x": 1.0}, {"y": 3.0}]
+
+
 def test_unknown_history_names_those_there_are():
     storage = EventStorage(0)
     storage.put_scalar("loss", 1.0)
