@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -65,14 +65,19 @@ def _with_same_buffers(
     output = forward(*args, **keywords)
     for key, buffer in block.named_buffers():
         old, version = before.get(key, (buffer, buffer._version))
-        # one of another shape is a cache that grew with its input
-        if buffer._version != version if old is buffer else old.shape == buffer.shape:
+        if buffer._version != version if old is buffer else _has_changed(old, buffer):
             raise ConfigError(
                 f"checkpoint_activations: the forward of {name} changes its buffer {key}, and "
                 "would again in backward, with other activations (as of a spectral norm): "
                 "expected blocks whose forward changes no buffer; name others by blocks=..."
             )
     return output
+
+
+def _has_changed(old: Tensor, new: Tensor) -> bool:
+    """Whether a buffer that was replaced has other values."""
+    # one of another shape is a cache that grew with its input
+    return old.shape == new.shape and not torch.equal(old.to(new), new)
 
 
 def _again_in_backward(

@@ -104,6 +104,25 @@ def test_a_checkpointed_block_may_have_a_cache_that_grows():
     assert len(model[0].positions) == 3
 
 
+class Masked(nn.Module):
+    """Makes its mask anew in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril())
+
+    def forward(self, x):
+        self.mask = torch.ones(4, 4, dtype=x.dtype).tril()
+        return self.net(x) @ self.mask
+
+
+def test_a_checkpointed_block_may_replace_a_buffer_by_one_with_the_same_values():
+    model = checkpoint_activations(nn.Sequential(Masked()), blocks="Masked")
+    for _ in range(2):  # of another dtype at first
+        model(torch.ones(2, 4)).sum().backward()
+
+
 @pytest.mark.parametrize("save", [(), ("aten.mm", "aten.addmm")])
 def test_checkpointed_activations_have_the_same_bits_and_scalars(save):
     model, names, sizes = trained()
