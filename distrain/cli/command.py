@@ -153,9 +153,6 @@ class Command:
                 conf["checkpoint"]["mirror"] = f"{mirror}/{name}"
         if weights := conf["init"]["weights"]:
             conf["init"]["weights"] = os.path.abspath(weights)
-        elif unused := _beyond_defaults(conf["init"]):
-            key, value = next(iter(unused.items()))
-            raise wrong(f"init.{key}", value, f"init.weights=PATH with it, or no init.{key}")
         self._job = job = TrainJob(conf, os.path.abspath(conf["run"]["dir"]))
         check_objective(conf, HydraConfig.get(), waits=launcher.waits)
         if conf["plan"]:
@@ -192,7 +189,7 @@ class Command:
 
         `on_claim` is called after the folder is claimed, if iterations are left.
         """
-        conf, weights = job.conf, job.conf["init"]["weights"]
+        conf = job.conf
         is_one_of_many = bool(name) or len(self._argvs) > 1
         folder = RunFolder(job.run_dir)
         with contextlib.ExitStack() as opened:
@@ -203,8 +200,8 @@ class Command:
                 overrides=_own_overrides(),
                 is_restart=launcher.is_restart,
             )
-            if weights and folder.is_new and not os.path.exists(weights):
-                raise ConfigError(f"init.weights={weights}: there is no such file or folder")
+            if folder.is_new:  # a resumed run has its own weights
+                _check_init(conf["init"])
             for notice in [f"run {folder.path}"] * is_one_of_many + folder.notices:
                 print(f"distrain: {notice}", file=sys.stderr)
             if folder.done_iter is not None:
@@ -249,10 +246,14 @@ def _own_overrides() -> list[str]:
     return list(given["task"])
 
 
-def _beyond_defaults(init: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of `init` with other values than their defaults."""
-    defaults = dataclasses.asdict(InitKeys())
-    return {key: value for key, value in init.items() if value != defaults[key]}
+def _check_init(init: dict[str, Any]) -> None:
+    """Check that the initial weights exist, and that no key is set that needs them without."""
+    weights, defaults = init["weights"], dataclasses.asdict(InitKeys())
+    if weights and not os.path.exists(weights):
+        raise ConfigError(f"init.weights={weights}: there is no such file or folder")
+    for key, value in init.items():
+        if not weights and value != defaults[key]:
+            raise wrong(f"init.{key}", value, f"init.weights=PATH with it, or no init.{key}")
 
 
 @contextlib.contextmanager

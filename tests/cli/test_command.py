@@ -99,6 +99,15 @@ def test_what_an_override_refers_to_is_looked_up_again_by_resume(
     assert STARTED[-1].conf["optim"]["lr"] == 0.5
 
 
+def test_a_resumed_run_needs_no_initial_weights(command, tmp_path):
+    (tmp_path / "w.pt").touch()
+    argv = [*DIGITS, "init.strict=false"]
+    assert command(*argv, "init.weights=w.pt")[0] is ExitCode.FINISHED
+    changes = ["init.weights=null", "allow_changes=[init.weights]"]
+    assert command(*argv, *changes)[0] is ExitCode.FINISHED
+    assert len(STARTED) == 2
+
+
 def test_resume_asks_for_all_secrets_at_once(command):
     assert command(*DIGITS, "+vars.api_key=a", "+vars.lr=1", "+vars.hf_token=b")[0] is (
         ExitCode.FINISHED
