@@ -15,7 +15,7 @@ from distrain.launch.client import State
 from distrain.process.stdio import for_reader
 from distrain.runs.escape import escaped
 from distrain.runs.find import name_of, resolve_run
-from distrain.runs.table import COLUMNS, DEFAULT_METRIC, show_table
+from distrain.runs.table import COLUMNS, METRIC, show_table
 
 _COMMANDS = """commands:
   show RUN                         configuration, last values, attempts, checkpoints, logs
@@ -44,13 +44,13 @@ def _table(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
-    parser.add_argument("--metric", default=DEFAULT_METRIC, help="scalar to show (loss)")
+    parser.add_argument("--metric", help=f"scalar to show ({METRIC})")
     parser.add_argument("--sort", default="name", help=f"by {', '.join(COLUMNS)}")
     parser.add_argument("--reverse", action="store_true", help="largest first")
     parser.add_argument("--state", action="append", default=[], help=f"only {', '.join(State)}")
     parser.add_argument("--json", action="store_true", help="all fields, for programs")
     options = parser.parse_args(argv)
-    sort = "metric" if options.sort == options.metric else options.sort
+    sort = "metric" if options.sort == (options.metric or METRIC) else options.sort
     if sort not in COLUMNS:
         parser.error(f"--sort {sort}: no such column; available: {', '.join(COLUMNS)}")
     states = [name for each in options.state for name in each.split(",")]
@@ -70,7 +70,7 @@ def _table(argv: Sequence[str]) -> int:
 def _show(argv: Sequence[str]) -> int:
     parser = _of_run("show", "Configuration, last values, attempts, checkpoints and logs of a run.")
     parser.add_argument("--lines", type=int, default=10, help="of each log (10)")
-    parser.add_argument("--metric", default=DEFAULT_METRIC, help="the scalar in the heading (loss)")
+    parser.add_argument("--metric", help=f"the scalar in the heading ({METRIC})")
     parser.add_argument("--all", action="store_true", help="all scalars: guard, straggler, perf")
     options = parser.parse_args(argv)
     if options.lines < 0:
@@ -105,7 +105,7 @@ def _plot(argv: Sequence[str]) -> int:
     runs = [(name_of(path, options.folder), path) for path in paths]
     from distrain.runs.plot import plot
 
-    patterns = options.scalar or [DEFAULT_METRIC]
+    patterns = options.scalar or [METRIC]
     return plot(runs, patterns=patterns, out=options.out, smooth=options.smooth)
 
 

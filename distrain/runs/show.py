@@ -24,7 +24,7 @@ from distrain.runfolder.attempts import summary
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
-from distrain.runs.table import DEFAULT_METRIC, cells, titles
+from distrain.runs.table import METRIC, cells, titles
 from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_LOGS = 4
@@ -32,8 +32,11 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
 _TAIL_BYTES = 1 << 16
 
 
-def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
-    """Print a run, with the last `lines` of its logs and a metric in the heading; return 0."""
+def show(path: Path, *, lines: int, metric: str | None, is_full: bool = False) -> int:
+    """Print a run, with the last `lines` of its logs and a metric in the heading; return 0.
+
+    None shows `METRIC`.
+    """
     run = summarize_one(path)
     for title, body in _sections(run, lines=lines, metric=metric, is_full=is_full):
         title, body = escaped(title), escaped_lines(body)
@@ -42,15 +45,18 @@ def show(path: Path, *, lines: int, metric: str, is_full: bool = False) -> int:
     return 0
 
 
-def _sections(run: Summary, *, lines: int, metric: str, is_full: bool) -> Iterator[tuple[str, str]]:
+def _sections(
+    run: Summary, *, lines: int, metric: str | None, is_full: bool
+) -> Iterator[tuple[str, str]]:
     files = run.files
     values = last_values(list(all_rows(files.path)))
     run = dataclasses.replace(run, values=values)  # the summary has those of the last rows alone
-    if values and metric not in values and metric != DEFAULT_METRIC:
+    if metric is not None and values and metric not in values:
         hint = did_you_mean(metric, values)
         print(
             escaped(f"distrain.runs: --metric {metric}: not in this run; {hint}"), file=sys.stderr
         )
+    metric = metric or METRIC
     why = f": {run.why}" if run.why else ""
     facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)
     title = f"{files.path}: {run.state}{why}"

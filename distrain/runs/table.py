@@ -25,7 +25,8 @@ COLUMNS = (
 )
 """Columns, and values of `--sort`; the title of "metric" is the scalar's name."""
 
-DEFAULT_METRIC = "loss"
+METRIC = "loss"
+"""Scalar that is shown if none is chosen."""
 
 _COLORS = {
     State.QUEUED: "cyan",
@@ -45,13 +46,15 @@ _RIGHT = ("iteration", "metric", "eta", "ranks", "goodput")
 def show_table(
     folder: Path,
     *,
-    metric: str,
+    metric: str | None,
     sort: str,
     is_reversed: bool,
     states: Sequence[State],
     as_data: bool,
 ) -> int:
     """Print the runs below a folder, of all states if `states` is empty; return 0.
+
+    A metric that is chosen is looked for in all rows of a run; None shows `METRIC`.
 
     Raises:
         ConfigError: there is no such folder.
@@ -60,14 +63,16 @@ def show_table(
     if notice:
         print(f"distrain.runs: {notice}", file=sys.stderr)
     chosen = [each for each in summaries if not states or each.state in states]
-    chosen = [_with_metric(each, metric) for each in chosen]
+    if metric is not None:
+        chosen = [_with_metric(each, metric) for each in chosen]
     names = list(dict.fromkeys(name for each in chosen for name in each.values))
-    if names and metric not in names and metric != DEFAULT_METRIC:
+    if metric is not None and names and metric not in names:
         hint = did_you_mean(metric, names)
         print(
             escaped(f"distrain.runs: --metric {metric}: in none of the runs; {hint}"),
             file=sys.stderr,
         )
+    metric = metric or METRIC
     chosen = in_order(chosen, sort, metric=metric, is_reversed=is_reversed)
     if as_data:
         print(json.dumps([as_json(each) for each in chosen], indent=1, allow_nan=False))

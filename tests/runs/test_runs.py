@@ -426,6 +426,16 @@ def test_a_metric_of_no_run_is_a_notice(tmp_path, capsys):
         assert capsys.readouterr().err == ""
 
 
+def test_a_metric_that_was_not_chosen_is_not_looked_for(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/run.yaml").write_text("trainer: {max_iter: 5}\n")
+    (tmp_path / "a/metrics.jsonl").write_text('{"iteration": 1, "loss_g": 0.5}\n')
+    assert run(["show", "a", "--folder", str(tmp_path)]) == 0
+    monkeypatch.setattr("distrain.runs.table.all_rows", None)  # it takes long for many runs
+    assert run([str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_lock_whose_process_is_gone_is_no_running_run(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/run.yaml").write_text("trainer: {max_iter: 5}\nlaunch: {ranks: 3}\n")
