@@ -23,7 +23,7 @@ from distrain.progress import waiting
 from distrain.trainer.hook import HookBase
 from distrain.trainer.loop import TrainerBase
 
-_MAX_SHOWN = 4  # ranks in a message
+_MAX_SHOWN = 4  # values in a message
 
 
 class PeriodicCheckpointer(HookBase):
@@ -166,9 +166,10 @@ class BestCheckpointer(MetricHook):
         if improved is None or trainer.reported_now(self.metric) is not None:
             return improved
         # ranks that decide by their own values would save in different iterations, and hang
-        values = gather_to_all(trainer.metric_now(self.metric))
-        if len({*map(repr, values)}) > 1:
-            found = ", ".join(f"{value:g}" for value in values[:_MAX_SHOWN])
+        values = map(repr, gather_to_all(trainer.metric_now(self.metric)))
+        different = [*dict.fromkeys(values)]
+        if len(different) > 1:
+            found = ", ".join(different[:_MAX_SHOWN])
             expected = f"a metric that is equal on all ranks, as eval/loss; the ranks put {found}"
             raise wrong(self.key, self.metric, expected)
         return improved

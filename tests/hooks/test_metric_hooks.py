@@ -145,6 +145,7 @@ class PutOwn(HookBase):
         storage, done = self.trainer.storage, self.trainer.iter_done
         storage.put_scalar("each", -done + self.trainer.where.rank * 10 * done)
         storage.put_scalar("all", float(done))
+        storage.put_scalar("close", 1.5 + self.trainer.where.rank * 2**-52)
 
 
 class Mean(torch.nn.Module):
@@ -156,7 +157,14 @@ class Mean(torch.nn.Module):
         return self.model(x).square().mean()
 
 
-@pytest.mark.parametrize(("metric", "values"), [("loss", r"[\d.]+, [\d.]+"), ("each", "-1, 9")])
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [
+        ("loss", r"[\d.]+, [\d.]+"),
+        ("each", r"-1\.0, 9\.0"),
+        ("close", r"1\.5, 1\.5000000000000002"),
+    ],
+)
 def test_a_value_of_each_rank_is_refused(tmp_path, metric, values):
     with pytest.raises(
         ConfigError,
