@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -73,7 +74,10 @@ class RunFolder:
             self._lock = lock.hold(self.path)
             self._others = set(os.listdir(self.path)) - (set() if had_lock else {LOCK_FILE})
         except OSError as error:
-            self._remove_created()
+            with contextlib.suppress(OSError):  # must not hide the first one
+                self._remove_created()
+            if self._lock >= 0:
+                os.close(self._lock)
             raise cannot_use(self.path, error) from error
         return self
 

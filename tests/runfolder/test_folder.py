@@ -15,7 +15,7 @@ import yaml
 from checkpoint_cases import checkpoints
 
 from distrain.config.check_keys import check
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, RunFailed
 from distrain.runfolder import lock as folderlock
 from distrain.runfolder.allowed_changes import changes_of_run
 from distrain.runfolder.differences import differences
@@ -329,6 +329,19 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     finally:
         other.communicate("")
     freeze(path)  # it is free again
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, ConfigError), (errno.EIO, RunFailed)])
+def test_a_folder_that_cannot_be_listed_is_one_error(tmp_path, monkeypatch, number, kind):
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", failing)
+        with pytest.raises(kind, match=f"run.dir={tmp_path / 'a'}: {os.strerror(number)}"):
+            RunFolder(tmp_path / "a").__enter__()
+    with RunFolder(tmp_path / "a"):  # it is free again
+        pass
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
