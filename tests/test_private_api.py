@@ -48,6 +48,7 @@ NAMES = {
     "torch.optim.lr_scheduler:LRScheduler._update_lr": "overridden: SequentialLR calls it",
     "torch.optim.optimizer:_global_optimizer_post_hooks": "step without a profiler range",
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "step without a profiler range",
+    "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "tensors that consist of others",
     "torch.utils.data._utils.collate:collate": "the default batch, its tensors in shared memory",
     "torch.utils.data._utils.collate:collate_tensor_fn": "tensors that are not collated there",
     "torch.utils.data._utils.collate:default_collate_fn_map": "the default batch of other types",
@@ -87,6 +88,7 @@ ATTRIBUTES = {
     "_metadata": (lambda: nn.Linear(1, 1).state_dict(), "versions of modules in a state dict"),
     "_optimizer_step_pre_hooks": (_optimizer, "step without a profiler range"),
     "_optimizer_step_post_hooks": (_optimizer, "step without a profiler range"),
+    "_optimizer_load_state_dict_pre_hooks": (_optimizer, "they may reorder a saved state"),
     "_last_lr": (lambda: LambdaLR(_optimizer(), lambda t: 1.0), "get_last_lr of a schedule"),
     "_reductions": (
         lambda: importlib.import_module("torchmetrics").SumMetric(),

@@ -26,10 +26,12 @@ def interrupt(*_):
 
 
 def test_one_that_is_interrupted_does_not_answer_for_the_next(folder):
+    assert run_module("sleeper", "0", cwd=folder).returncode == 3
     before = signal.signal(signal.SIGALRM, interrupt)  # that of pytest-timeout
+    main = threading.get_ident()
     try:
-        alarm = threading.Timer(1, lambda: signal.raise_signal(signal.SIGALRM))
-        alarm.start()
+        # to this thread: one that is sent to another does not end the wait
+        threading.Timer(1, lambda: signal.pthread_kill(main, signal.SIGALRM)).start()
         with pytest.raises(KeyboardInterrupt):
             run_module("sleeper", "600", cwd=folder)
     finally:

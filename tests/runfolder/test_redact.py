@@ -100,7 +100,7 @@ def test_another_secret_is_the_same_run_and_resume_asks_for_it(tmp_path) -> None
     path = freeze(tmp_path / "a", ["+hooks.t.token=old"], hooks={"t": {"token": "old"}}).path
     freeze(path, ["+hooks.t.token=new"], hooks={"t": {"token": "new"}})
     (_, last) = read_starts(path)
-    with pytest.raises(ConfigError, match=r"hooks\.t\.token: command\.json does not hold this"):
+    with pytest.raises(ConfigError, match=r"hooks\.t\.token: command\.json holds no secrets"):
         command(last, [], run_dir=path)
     assert "+hooks.t.token=x" in command(last, ["hooks.t.token=x"], run_dir=path)
 
