@@ -96,6 +96,19 @@ def describe(path: str | Path) -> Found:
     )
 
 
+def of_another_run(path: Path, written_by: str, run_id: str | None) -> str:
+    """Return why a checkpoint is passed over if another run wrote it; "" if not, or not known.
+
+    Args:
+        path: of the checkpoint.
+        written_by: the run id in its manifest.
+        run_id: that of its folder.
+    """
+    if run_id is None or written_by == run_id:
+        return ""
+    return f"{path} was written by another run: its run_id is not that of {path.parent}/run_id"
+
+
 def newest_valid(folder: str | Path) -> Found | None:
     """Return the newest valid checkpoint or trained state in a folder, None without one.
 
@@ -108,9 +121,7 @@ def newest_valid(folder: str | Path) -> Found | None:
     run_id = read_run_id(os.fspath(folder)) if paths else None
     for path in reversed(paths):
         found = describe(path)
-        why = found.why_not
-        if found.valid and run_id not in (None, found.run_id):
-            why = f"{path} was written by another run: its run_id is not that of {folder}/run_id"
+        why = found.why_not or of_another_run(path, found.run_id, run_id)
         if not why:
             return found
         _log.warning("checkpoint passed over: %s", why)

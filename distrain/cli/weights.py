@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     output: Path = options.output
     try:
-        if output.suffix != _SUFFIX:  # readers tell the format by it
+        if output.suffix != _SUFFIX:  # by which readers know the format
             raise ConfigError(f"-o {output}: expected a name that ends with {_SUFFIX}")
         if output.exists():
             raise ConfigError(f"{output} exists; give another name")

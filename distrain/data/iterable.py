@@ -146,7 +146,7 @@ class IterableLoader(WorkerLoader):
             yield batch
 
     def _shared(self, start_iter: int) -> Iterator[tuple[Any, Any]]:
-        source, first = self._source(epoch_seed=None if self._draws else self._seed), 0
+        source, first = Source(self._dataset, seed=self._seed, per_sample=self._draws), 0
         if self._position is not None:
             source.load_state_dict(self._position)
         else:
@@ -166,7 +166,7 @@ class IterableLoader(WorkerLoader):
         position = self._position or {"epoch": 0, "turn": 0, "parts": {}}
         turns = Turns(Turn(position["epoch"], position["turn"]))
         reader = PartReader(
-            self._source(),
+            Source(self._dataset, seed=self._seed if self._draws else None),
             size=self.samples_per_forward,
             readers=self._readers,
             positions=dict(position["parts"]),
@@ -214,7 +214,3 @@ class IterableLoader(WorkerLoader):
                 "stopped: %s",
                 *(num, why),
             )
-
-    def _source(self, epoch_seed: int | None = None) -> Source:
-        seed = self._seed if self._draws else None
-        return Source(self._dataset, seed=seed, epoch_seed=epoch_seed)

@@ -51,11 +51,11 @@ class Generators:
 
 def cpu_random_states() -> dict[str, Any]:
     """Return the states of this process as a checkpoint can hold them."""
-    version, internal, gauss = random.getstate()
+    (version, internal, gauss), legacy, cpu = _states()
     return {
         "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
-        "numpy": dict(zip(_NUMPY_STATE, np.random.get_state(legacy=True), strict=True)),
-        "torch": torch.get_rng_state(),
+        "numpy": dict(zip(_NUMPY_STATE, legacy, strict=True)),
+        "torch": cpu,
     }
 
 
@@ -63,9 +63,8 @@ def restore_cpu_random_states(states: dict[str, Any]) -> None:
     """Set the generators to the states that `cpu_random_states` returned."""
     python, legacy = states["python"], states["numpy"]
     internal = tuple(int(word) for word in python["internal"])
-    random.setstate((python["version"], internal, python["gauss"]))
-    np.random.set_state(tuple(legacy[name] for name in _NUMPY_STATE))
-    torch.set_rng_state(states["torch"])
+    own = (python["version"], internal, python["gauss"])
+    _set_states((own, tuple(legacy[name] for name in _NUMPY_STATE), states["torch"]))
 
 
 def _states() -> tuple[Any, ...]:

@@ -31,18 +31,16 @@ class Source(Iterator[Any]):
     Args:
         dataset: yields the samples of an epoch each time it is iterated over, or is a function that
             returns such an iterable, and may take the number of the `epoch`.
-        seed: of the run, to set the generators of the process before each sample; None: not.
-        epoch_seed: of the run, to set them before each epoch only; None: not.
+        seed: of the run, to set the generators of the process; None: not.
+        per_sample: whether they are set before each sample, or before each epoch only.
 
     Attributes:
         epoch: number of the epoch.
         sample: number of samples of it that were read.
     """
 
-    def __init__(
-        self, dataset: Any, *, seed: int | None = None, epoch_seed: int | None = None
-    ) -> None:
-        self._dataset, self._seed, self._epoch_seed = dataset, seed, epoch_seed
+    def __init__(self, dataset: Any, *, seed: int | None = None, per_sample: bool = True) -> None:
+        self._dataset, self._seed, self._per_sample = dataset, seed, per_sample
         self._is_stateful = isinstance(dataset, Stateful) and not has_shuffle_buffer(dataset)
         self._own: Any = None
         self._generators: dict[str, Any] | None = None  # of a position that was loaded
@@ -58,7 +56,8 @@ class Source(Iterator[Any]):
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._start()
-        self._set_generators(self.sample, self._seed)
+        if self._per_sample:
+            self._set_generators(self.sample)
         try:
             sample = next(self._iterator)
         except StopIteration:
@@ -81,7 +80,7 @@ class Source(Iterator[Any]):
             own = self._dataset.state_dict()
             # a copy: it may be an object that reading changes, such as a shuffle buffer
             state["own"] = copy.deepcopy(own) if reads_ahead else own
-            if self._epoch_seed is not None:  # the next ones follow from all samples before
+            if not self._per_sample:  # the next numbers follow from all samples before
                 state["generators"] = cpu_random_states()
         elif self._generators is not None:
             state["generators"] = self._generators
@@ -98,11 +97,11 @@ class Source(Iterator[Any]):
             self._dataset, self._is_private = _private(self._dataset), True
         dataset = self._dataset
         _begin_epoch(dataset, self.epoch)
-        self._set_generators(0, self._seed if self._epoch_seed is None else self._epoch_seed)
+        self._set_generators(0)
         if self._own is not None and self._is_stateful:
             dataset.load_state_dict(self._own)
             found: Iterator[Any] = iter(dataset)
-            if self._epoch_seed is not None and self._generators is not None:
+            if not self._per_sample and self._generators is not None:
                 restore_cpu_random_states(self._generators)
             return found
         if not hasattr(dataset, "__iter__"):
@@ -111,16 +110,17 @@ class Source(Iterator[Any]):
         iterator: Iterator[Any] = iter(dataset)
         if self.sample:
             # with the seed of an epoch the next sample's random numbers follow those of all before
-            with kept_generators() if self._epoch_seed is None else contextlib.nullcontext():
+            with kept_generators() if self._per_sample else contextlib.nullcontext():
                 for number in range(self.sample):
-                    self._set_generators(number, self._seed)
+                    if self._per_sample:
+                        self._set_generators(number)
                     next(iterator, None)
         return iterator
 
-    def _set_generators(self, sample: int, seed: int | None) -> None:
-        if seed is not None:
+    def _set_generators(self, sample: int) -> None:
+        if self._seed is not None:
             at = np.array([self.epoch], np.int64), np.array([sample], np.int64)
-            set_generators(int(sample_seeds(*at, seed=seed)[0]))
+            set_generators(int(sample_seeds(*at, seed=self._seed)[0]))
 
 
 class FirstSample:

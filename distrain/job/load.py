@@ -67,7 +67,7 @@ def refuse_masked(conf: Mapping[str, Any], nodes: Sequence[str], *, expected: st
     Args:
         conf: of the run.
         nodes: dotted keys.
-        expected: what to do instead; "": to give the key again.
+        expected: advice for the user; "": to give the key again.
     """
     for key, value in flat(conf).items():
         if covers(nodes, key) and (value == MASK or f"://{MASK}@" in str(value)):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrain.checkpoint import format as fmt
-from distrain.checkpoint.catalog import clear_leftovers, find_all
+from distrain.checkpoint.catalog import clear_leftovers, find_all, of_another_run
 from distrain.checkpoint.decode import load_checkpoint
 from distrain.checkpoint.retention import read_run_id
 from distrain.checkpoint.store import CheckpointStore
@@ -159,8 +159,8 @@ def newest_fitting(folder: Path, model: nn.Module) -> tuple[str, State | None]:
 def _misfit(path: Path, state: State, run_id: str | None, model: nn.Module) -> str:
     """Return why a valid checkpoint does not fit this run; "" if it does."""
     manifest = fmt.read_manifest(str(path))
-    if run_id is not None and manifest["run_id"] != run_id:
-        return f"{path} was written by another run: its run_id is not that of {path.parent}/run_id"
+    if why := of_another_run(path, manifest["run_id"], run_id):
+        return why
     missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
     if missing:
         return f"{path} lacks parts of every run: {', '.join(missing)}"

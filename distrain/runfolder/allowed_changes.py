@@ -55,7 +55,7 @@ def check_changes(
         place: of the frozen configuration, as key and value.
         changed: old and new value by dotted key.
         permitted: `allow_changes`.
-        elsewhere: what places a new run in another folder, for the error.
+        elsewhere: the key or option that names another folder, for the error.
 
     Raises:
         ConfigError: one of the keys may not change.

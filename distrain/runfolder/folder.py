@@ -28,7 +28,6 @@ from distrain.checkpoint.catalog import find_all, newest_valid
 from distrain.checkpoint.format import MODEL_PART, iteration_of
 from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.mirror_url import mirror_of
-from distrain.checkpoint.retention import read_run_id
 from distrain.checks import refuse_url
 from distrain.errors import ConfigError, ExitCode, RunFailed, StoppedBeforeStart
 from distrain.files import atomic
@@ -289,9 +288,7 @@ def _done_iter(path: Path, length: int | str, changed: Mapping[str, Any]) -> int
     newest = newest_valid(checkpoints)
     if newest is None or newest.is_end_left or newest.iteration < max_iter:
         return None
-    # the ranks skip a checkpoint of another run or without a model
-    is_own = read_run_id(str(checkpoints)) in (None, newest.run_id)
-    if not is_own or MODEL_PART not in newest.digests:
+    if MODEL_PART not in newest.digests:  # the ranks skip it
         return None
     if newest.iteration > max_iter:
         raise ConfigError(

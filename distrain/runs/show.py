@@ -16,7 +16,6 @@ from distrain.checkpoint.catalog import find_all
 from distrain.checkpoint.format import CheckpointDamaged, iteration_of, read_manifest
 from distrain.checkpoint.mirror_status import read_status
 from distrain.checkpoint.retention import best_mark, known_best
-from distrain.checks import did_you_mean
 from distrain.files.open_regular import read_tail
 from distrain.redact import masked, masked_overrides, masked_text
 from distrain.run_layout import CHECKPOINTS, LOGS
@@ -24,7 +23,7 @@ from distrain.runfolder.attempts import summary
 from distrain.runs.escape import escaped, escaped_lines
 from distrain.runs.records import Files, Start, all_rows, last_values, mtime
 from distrain.runs.summary import Summary, summarize_one
-from distrain.runs.table import METRIC, cells, titles
+from distrain.runs.table import METRIC, cells, report_missing, titles
 from distrain.scalar_names import DIAGNOSTIC_PREFIXES
 
 _MAX_LOGS = 4
@@ -51,11 +50,7 @@ def _sections(
     files = run.files
     values = last_values(list(all_rows(files.path)))
     run = dataclasses.replace(run, values=values)  # the summary has those of the last rows alone
-    if metric is not None and values and metric not in values:
-        hint = did_you_mean(metric, values)
-        print(
-            escaped(f"distrain.runs: --metric {metric}: not in this run; {hint}"), file=sys.stderr
-        )
+    report_missing(metric, values, "not in this run")
     metric = metric or METRIC
     why = f": {run.why}" if run.why else ""
     facts = zip(titles(metric)[2:], cells(run, metric, name=run.name)[2:], strict=True)

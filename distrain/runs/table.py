@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from itertools import groupby
 from pathlib import Path
@@ -66,12 +66,7 @@ def show_table(
     if metric is not None:
         chosen = [_with_metric(each, metric) for each in chosen]
     names = list(dict.fromkeys(name for each in chosen for name in each.values))
-    if metric is not None and names and metric not in names:
-        hint = did_you_mean(metric, names)
-        print(
-            escaped(f"distrain.runs: --metric {metric}: in none of the runs; {hint}"),
-            file=sys.stderr,
-        )
+    report_missing(metric, names, "in none of the runs")
     metric = metric or METRIC
     chosen = in_order(chosen, sort, metric=metric, is_reversed=is_reversed)
     if as_data:
@@ -84,6 +79,13 @@ def show_table(
     else:
         print(as_text(chosen, metric))
     return 0
+
+
+def report_missing(metric: str | None, names: Collection[str], where: str) -> None:
+    """Print a notice if a metric was chosen that is not among the names, if there are any."""
+    if metric is not None and names and metric not in names:
+        hint = did_you_mean(metric, names)
+        print(escaped(f"distrain.runs: --metric {metric}: {where}; {hint}"), file=sys.stderr)
 
 
 def _with_metric(summary: Summary, metric: str) -> Summary:

@@ -54,7 +54,7 @@ class SkippedUpdates:
         self._max = whole("trainer.max_skipped", max_in_a_row, least=1)
         self._parameters = parameters
         self._strategy = strategy
-        self._modules = list(module.modules())
+        self._modules = [part for part in module.modules() if part._buffers]
         self._kept = KeptBuffers([])
         self._scaler = scaler
         self._in_a_row = self._counted = 0

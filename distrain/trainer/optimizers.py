@@ -139,12 +139,12 @@ def _check_parameters(
     if (sizes == others and not moved) or optimizer._optimizer_load_state_dict_pre_hooks:
         return
     key = f"optim.{name}" if name else "optim"
-    found = f"parameter groups of {others} tensors, here of {sizes}"
-    if sizes == others:
+    if sizes != others:
+        found = f"parameter groups of {others} tensors, here of {sizes}"
+    else:
         more = f" and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
-        found = (
-            f"states of other parameters, or in another order: {', '.join(moved[:_SHOWN])}{more}"
-        )
+        shown = ", ".join(moved[:_SHOWN])
+        found = f"states of other parameters, or in another order: {shown}{more}"
     raise ConfigError(
         f"{key}: the checkpoint has {found}; train the same parameters as before, or begin another "
         "run from its weights with run.name=... and init.weights"

@@ -65,7 +65,8 @@ def _with_same_buffers(
     output = forward(*args, **keywords)
     for key, buffer in block.named_buffers():
         old, version = before.get(key, (buffer, buffer._version))
-        if buffer._version != version if old is buffer else _has_changed(old, buffer):
+        is_other = buffer._version != version if old is buffer else _has_changed(old, buffer)
+        if is_other:
             raise ConfigError(
                 f"checkpoint_activations: the forward of {name} changes its buffer {key}, and "
                 "would again in backward, with other activations (as of a spectral norm): "

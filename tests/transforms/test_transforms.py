@@ -105,7 +105,7 @@ def test_a_checkpointed_block_may_have_a_cache_that_grows():
 
 
 class Masked(nn.Module):
-    """Makes its mask anew in each forward."""
+    """Makes a new mask in each forward."""
 
     def __init__(self):
         super().__init__()
