@@ -16,6 +16,11 @@ from typing_extensions import override
 
 from distrain.data.epoch_ends import EpochEnds, has_ranks, lengths_of_ranks
 from distrain.data.loader import Loader
+from distrain.data.random_states import (
+    cpu_random_states,
+    kept_generators,
+    restore_cpu_random_states,
+)
 from distrain.errors import ConfigError
 from distrain.log import logger
 
@@ -39,7 +44,8 @@ class EpochLoader(Loader):
 
     A resumed run continues where it stopped: from the data's own state where it has one; else the
     batches of its epoch before are loaded again and dropped. Their order is that of the first time
-    where it comes from `set_epoch`, or from torch's generator, whose state is saved.
+    where it comes from `set_epoch`, or from the generators of python, numpy and torch, whose states
+    at the begin of the epoch are saved.
 
     Args:
         data: yields the batches of one epoch of this rank each time it is iterated over.
@@ -57,7 +63,7 @@ class EpochLoader(Loader):
         self._accumulation = accumulation
         self._start_iter, self._num_since = 0, 0  # batches since iteration `_start_iter`
         self._epoch = self._batch = 0  # position: in an epoch, after a number of its batches
-        self._generator: Tensor | None = None  # torch's, when the epoch began
+        self._generator: Any = None  # states of the CPU generators, when the epoch began
         self._own: Any = None  # state of the data; None: ask it
         self._ends: EpochEnds | None = None
 
@@ -146,7 +152,7 @@ class EpochLoader(Loader):
         set_epoch(self._data, self._epoch)
         iterator = self._start() if self._batch else None
         if iterator is None:
-            self._generator = torch.get_rng_state()
+            self._generator = cpu_random_states()
             iterator = iter(self._data)
         has_state = self._ends is not None and isinstance(self._data, Stateful)
         left = None if length is None else length - self._batch
@@ -156,9 +162,8 @@ class EpochLoader(Loader):
             yield batch, copy.deepcopy(state)
 
     def _start(self) -> Iterator[Any]:
-        """Return the iterator of the epoch at the position; torch's generator stays as it is."""
-        state = torch.get_rng_state()
-        try:
+        """Return the iterator of the epoch at the position; the CPU generators stay as they are."""
+        with kept_generators():
             if self._own is not None and isinstance(self._data, Stateful):
                 self._data.load_state_dict(self._own)
                 return iter(self._data)
@@ -167,8 +172,10 @@ class EpochLoader(Loader):
                 "dropped; distrain.data.TrainLoader starts at any iteration at no cost",
                 *(self._batch, self._epoch),
             )
-            if self._generator is not None:
+            if isinstance(self._generator, Tensor):  # an earlier version saved torch's alone
                 torch.set_rng_state(self._generator)
+            elif self._generator is not None:
+                restore_cpu_random_states(self._generator)
             while True:
                 iterator = iter(self._data)
                 dropped = sum(1 for _ in itertools.islice(iterator, self._batch))
@@ -177,8 +184,6 @@ class EpochLoader(Loader):
                 # only without a saved state: the position was counted from the very first batch
                 self._epoch, self._batch = self._epoch + 1, self._batch - dropped
                 set_epoch(self._data, self._epoch)
-        finally:
-            torch.set_rng_state(state)
 
 
 def num_batches(data: Iterable[Any]) -> int | None:

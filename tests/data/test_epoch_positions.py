@@ -1,13 +1,15 @@
 """A run of a plain DataLoader or another iterable continues at the batch where it stopped."""
 
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from resume_cases import Images, differing, interrupted_and_straight
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from distrain.data.epochs import EpochLoader
@@ -47,12 +49,31 @@ def shuffled(workers):
     return DataLoader(Images(noise=0), batch_size=3, shuffle=True, num_workers=workers)
 
 
+class Drawn(Sampler):
+    """An order that NumPy and Python draw."""
+
+    def __len__(self):
+        return 29
+
+    def __iter__(self):
+        order = np.random.permutation(29).tolist()
+        random.shuffle(order)
+        return iter(order)
+
+
+def drawn(workers):
+    return DataLoader(Images(noise=0), batch_size=3, sampler=Drawn(), num_workers=workers)
+
+
 def stateful(workers):
     return StatefulDataLoader(Part(), batch_size=3, num_workers=workers, drop_last=True)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize(("make", "workers"), [("shuffled", 2), ("shuffled", 0), ("stateful", 2)])
+@pytest.mark.parametrize(
+    ("make", "workers"),
+    [("shuffled", 2), ("shuffled", 0), ("drawn", 0), ("drawn", 2), ("stateful", 2)],
+)
 def test_interrupted_is_straight_bit_for_bit(tmp_path, world_size, make, workers):
     loader = {"_target_": f"{HERE}.{make}", "workers": workers}
     both = run_ranks(
