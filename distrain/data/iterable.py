@@ -166,8 +166,9 @@ class IterableLoader(WorkerLoader):
         position = self._position or {"epoch": 0, "turn": 0, "parts": {}}
         turns = Turns(Turn(position["epoch"], position["turn"]))
         reader = PartReader(
-            Source(self._dataset, seed=self._seed if self._draws else None),
+            Source(self._dataset, seed=self._seed, per_sample=self._draws),
             size=self.samples_per_forward,
+            rank=self._rank,
             readers=self._readers,
             positions=dict(position["parts"]),
             collate=self._collate,

@@ -55,7 +55,7 @@ def cpu_random_states() -> dict[str, Any]:
     return {
         "python": {"version": version, "internal": np.array(internal), "gauss": gauss},
         "numpy": dict(zip(_NUMPY_STATE, legacy, strict=True)),
-        "torch": cpu,
+        "torch": cpu.numpy(),  # a tensor would keep memory of a loader process in use
     }
 
 
@@ -64,7 +64,8 @@ def restore_cpu_random_states(states: dict[str, Any]) -> None:
     python, legacy = states["python"], states["numpy"]
     internal = tuple(int(word) for word in python["internal"])
     own = (python["version"], internal, python["gauss"])
-    _set_states((own, tuple(legacy[name] for name in _NUMPY_STATE), states["torch"]))
+    cpu = torch.as_tensor(states["torch"])  # an earlier version saved a tensor
+    _set_states((own, tuple(legacy[name] for name in _NUMPY_STATE), cpu))
 
 
 def _states() -> tuple[Any, ...]:

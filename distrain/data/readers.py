@@ -125,11 +125,15 @@ class PartReader(BatchReader):
     """Reads the part of a data set that belongs to this rank and loader process.
 
     The turns of an epoch go round the readers of a rank. The number of a reader follows from its
-    first turn, and not from its process, so that a resumed run goes on in the same order.
+    first turn, and not from its process, so that a resumed run goes on in the same order. Where
+    samples are not seeded, reading has generators apart from those of the process: an order that is
+    drawn is the same for all parts, and when samples are read again.
 
     Args:
-        source: a data set that reads the part of its rank and process.
+        source: a data set that reads the part of its rank and process; seeded before each sample,
+            or before each epoch.
         size: samples per micro-batch.
+        rank: of this process.
         readers: their number per rank.
         positions: of readers, by their number, at which their first epoch starts; None: its end.
         collate: makes a batch of a list of samples; None is torch's default.
@@ -141,22 +145,27 @@ class PartReader(BatchReader):
         source: Source,
         *,
         size: int,
+        rank: int,
         readers: int,
         positions: dict[int, Any],
         collate: Collate | None,
         draws: bool,
     ) -> None:
-        self._source, self._size, self._readers = source, size, readers
+        self._source, self._size = source, size
+        self._rank, self._readers = rank, readers
         self._positions = positions
         self._collate = collate or collate_samples
         self._epoch: int | None = None
         self._has_ended = False
+        self._generators = None if draws else Generators()
         self.draws = draws
 
     def __getitem__(self, turn: Turn) -> Part:
         """Return the next batch of the turn's epoch."""
         reader = turn.number % self._readers
-        with _worker_info(reader if self._readers > 1 or get_worker_info() else None):
+        generators = self._generators.exchanged() if self._generators else contextlib.nullcontext()
+        number = reader if self._readers > 1 or get_worker_info() else None
+        with _worker_info(number), generators:
             if turn.epoch != self._epoch:
                 self._begin(turn.epoch, reader)
             if self._has_ended:
@@ -170,6 +179,7 @@ class PartReader(BatchReader):
 
     def _begin(self, epoch: int, reader: int) -> None:
         self._epoch, self._has_ended = epoch, False
+        self._source.part = 1 + self._rank * self._readers + reader
         self._source.begin_epoch(epoch)
         if reader in self._positions:
             position = self._positions[reader]

@@ -32,9 +32,11 @@ class Source(Iterator[Any]):
         dataset: yields the samples of an epoch each time it is iterated over, or is a function that
             returns such an iterable, and may take the number of the `epoch`.
         seed: of the run, to set the generators of the process; None: not.
-        per_sample: whether they are set before each sample, or before each epoch only.
+        per_sample: whether they are set before each sample, or before the first two of an epoch.
 
     Attributes:
+        part: number of the part that is read, from 1 on: an order that is drawn with the first
+            sample is that of all parts; with `per_sample=False` each draws other numbers after it.
         epoch: number of the epoch.
         sample: number of samples of it that were read.
     """
@@ -45,6 +47,7 @@ class Source(Iterator[Any]):
         self._own: Any = None
         self._generators: dict[str, Any] | None = None  # of a position that was loaded
         self._is_private = False
+        self.part = 1
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -56,8 +59,7 @@ class Source(Iterator[Any]):
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._start()
-        if self._per_sample:
-            self._set_generators(self.sample)
+        self._seed_sample(self.sample)
         try:
             sample = next(self._iterator)
         except StopIteration:
@@ -112,14 +114,19 @@ class Source(Iterator[Any]):
             # with the seed of an epoch the next sample's random numbers follow those of all before
             with kept_generators() if self._per_sample else contextlib.nullcontext():
                 for number in range(self.sample):
-                    if self._per_sample:
-                        self._set_generators(number)
+                    self._seed_sample(number)
                     next(iterator, None)
         return iterator
 
-    def _set_generators(self, sample: int) -> None:
+    def _seed_sample(self, sample: int) -> None:
+        if self._per_sample:
+            self._set_generators(sample)
+        elif sample == 1:  # an order has been drawn with the first one
+            self._set_generators(self.part)
+
+    def _set_generators(self, number: int) -> None:
         if self._seed is not None:
-            at = np.array([self.epoch], np.int64), np.array([sample], np.int64)
+            at = np.array([self.epoch], np.int64), np.array([number], np.int64)
             set_generators(int(sample_seeds(*at, seed=self._seed)[0]))
 
 

@@ -18,7 +18,7 @@ import torch
 import webdataset
 from ranks import run_ranks
 from resume_cases import Images, differing, interrupted_and_straight
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from distrain.checkpoint.portable import from_portable, to_portable
 from distrain.data import IterableLoader
@@ -205,6 +205,50 @@ def test_an_order_that_is_drawn_is_the_same_in_all_readers():
     resumed = IterableLoader(drawn_order, batch_size=12)
     resumed.load_state_dict([loader.state_dict()], iteration=4, rank=0)
     assert next(resumed.batches(4))["index"].tolist() == expected[48:60]
+
+
+class DrawnParts(IterableDataset):
+    """Every n-th sample of an order that is drawn, with a random number."""
+
+    def __init__(self, rank, ranks):
+        self.rank, self.ranks = rank, ranks
+
+    def __iter__(self):
+        order = list(range(24))
+        random.shuffle(order)
+        info = get_worker_info()
+        readers, reader = (info.num_workers, info.id) if info else (1, 0)
+        for index in order[self.rank * readers + reader :: self.ranks * readers]:
+            yield {"index": index, "drawn": random.random()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_order_that_is_drawn_is_that_of_all_parts_and_of_a_resumed_run(workers):
+    settings = {"batch_size": 4, "world_size": 2, "workers": workers, "splits_itself": True}
+    indices, drawn = [], []
+    for rank in range(2):
+        random.seed(rank)  # as in training
+        own = random.Random(rank)
+        loader = IterableLoader(DrawnParts(rank, 2), rank=rank, **settings)
+        batches = loader.batches(0)
+        states, found = [], []
+        for _ in range(6):
+            found.append(next(batches))
+            states.append(from_portable(to_portable(loader.state_dict())))
+            assert random.random() == own.random()
+        loader.close()
+        resumed = IterableLoader(DrawnParts(rank, 2), rank=rank, **settings)
+        resumed.load_state_dict([states[1]] * 2, iteration=2, rank=rank)
+        batches = resumed.batches(2)
+        for expected in found[2:]:
+            batch = next(batches)
+            assert all(torch.equal(batch[key], expected[key]) for key in expected)
+        resumed.close()
+        indices += [index for batch in found for index in batch["index"].tolist()]
+        drawn += [number for batch in found for number in batch["drawn"].tolist()]
+    assert sorted(indices) == [*range(24)]
+    # the first one of each part follows from the seed of all
+    assert len(set(drawn)) == 24 - 2 * max(workers, 1) + 1
 
 
 class DrawingStream(StatefulStream):

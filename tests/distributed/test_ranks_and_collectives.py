@@ -88,7 +88,7 @@ def test_ranks_exchange_values_without_pickle() -> None:
             on_main = gather_to_main(mine)
             first = broadcast_from_main(["from", rank])
             lengths = lengths_of_ranks([None, 0, 2**40][rank])
-        assert torch.equal(everyone[rank]["rng"]["torch"], torch.get_rng_state())
+        assert torch.equal(torch.as_tensor(everyone[rank]["rng"]["torch"]), torch.get_rng_state())
         assert np.array_equal(everyone[rank]["rng"]["numpy"]["keys"], np.random.get_state()[1])
         assert (on_main is None) == (rank != 0)
         assert lengths == [None, 0, 2**40]
