@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,15 @@ def cpu_random_states() -> dict[str, Any]:
         "numpy": dict(zip(_NUMPY_STATE, legacy, strict=True)),
         "torch": cpu.numpy(),  # a tensor would keep memory of a loader process in use
     }
+
+
+def cpu_random_digest() -> str:
+    """Return a digest of the states of this process, to compare them."""
+    python, legacy, cpu = _states()
+    digest = hashlib.sha256(repr((python, legacy[2:])).encode())
+    digest.update(legacy[1].tobytes())
+    digest.update(cpu.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def restore_cpu_random_states(states: dict[str, Any]) -> None:

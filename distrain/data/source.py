@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import IterableDataset
 from distrain.data.epochs import Stateful, set_epoch
 from distrain.data.permutation import sample_seeds
 from distrain.data.random_states import (
+    cpu_random_digest,
     cpu_random_states,
     kept_generators,
     restore_cpu_random_states,
@@ -46,6 +48,8 @@ class Source(Iterator[Any]):
         self._is_stateful = isinstance(dataset, Stateful) and not has_shuffle_buffer(dataset)
         self._own: Any = None
         self._generators: dict[str, Any] | None = None  # of a position that was loaded
+        self._order: str | None = None  # digest of the generators after the first sample
+        self._has_drawn = False  # whether a later sample has drawn, as far as known
         self._is_private = False
         self.part = 1
         self.begin_epoch(0)
@@ -54,7 +58,8 @@ class Source(Iterator[Any]):
         """Go to the first sample of an epoch."""
         self.epoch, self.sample = epoch, 0
         self._iterator: Iterator[Any] | None = None
-        self._own = self._generators = None
+        self._own = self._generators = self._order = None
+        self._has_drawn = False
 
     def __next__(self) -> Any:
         if self._iterator is None:
@@ -69,6 +74,9 @@ class Source(Iterator[Any]):
             add_note(error, f"while reading sample {self.sample} of epoch {self.epoch} of {name}")
             raise
         self.sample += 1
+        if self.sample == 1 and self._is_stateful and self._seed is not None:
+            digest = cpu_random_digest()
+            self._order = None if digest == self._seeded_digest(0) else digest
         return sample
 
     def state_dict(self, *, reads_ahead: bool = True) -> dict[str, Any]:
@@ -79,6 +87,9 @@ class Source(Iterator[Any]):
         """
         state = {"epoch": self.epoch, "sample": self.sample, "own": self._own}
         if self._is_stateful and self._iterator is not None:
+            if self._order is not None and self.sample > 1 and not self._has_drawn:
+                last = self.sample - 1 if self._per_sample else self.part
+                self._has_drawn = cpu_random_digest() != self._seeded_digest(last)
             own = self._dataset.state_dict()
             # a copy: it may be an object that reading changes, such as a shuffle buffer
             state["own"] = copy.deepcopy(own) if reads_ahead else own
@@ -86,13 +97,14 @@ class Source(Iterator[Any]):
                 state["generators"] = cpu_random_states()
         elif self._generators is not None:
             state["generators"] = self._generators
-        return state
+        return {**state, "order": self._order, "has_drawn": self._has_drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; without a state of the data set the samples before are read again."""
         self.begin_epoch(state["epoch"])
         self.sample, self._own = state["sample"], state["own"]
-        self._generators = state.get("generators")  # an earlier version saved none
+        self._generators = state.get("generators")  # an earlier version saved none, and no order
+        self._order, self._has_drawn = state.get("order"), state.get("has_drawn", True)
 
     def _start(self) -> Iterator[Any]:
         if not self._is_private:
@@ -101,11 +113,7 @@ class Source(Iterator[Any]):
         _begin_epoch(dataset, self.epoch)
         self._set_generators(0)
         if self._own is not None and self._is_stateful:
-            dataset.load_state_dict(self._own)
-            found: Iterator[Any] = iter(dataset)
-            if not self._per_sample and self._generators is not None:
-                restore_cpu_random_states(self._generators)
-            return found
+            return self._continued()
         if not hasattr(dataset, "__iter__"):
             takes_epoch = "epoch" in inspect.signature(dataset).parameters
             dataset = dataset(epoch=self.epoch) if takes_epoch else dataset()
@@ -118,6 +126,26 @@ class Source(Iterator[Any]):
                     next(iterator, None)
         return iterator
 
+    def _continued(self) -> Iterator[Any]:
+        """Return the iterator at the loaded state of the data set."""
+        iterator: Iterator[Any] | None = None
+        # An order that was drawn with the first sample is drawn again with the next one, unless the
+        # state holds it. Known only if the samples themselves draw nothing.
+        if self._order is not None and self.sample > 1 and not self._has_drawn:
+            self._dataset.load_state_dict(copy.deepcopy(self._own))
+            iterator = iter(self._dataset)
+            first = [*itertools.islice(iterator, 1)]
+            iterator = itertools.chain(first, iterator)
+            if cpu_random_digest() != self._order:
+                iterator = None
+                self._set_generators(0)
+        if iterator is None:
+            self._dataset.load_state_dict(self._own)
+            iterator = iter(self._dataset)
+        if not self._per_sample and self._generators is not None:
+            restore_cpu_random_states(self._generators)
+        return iterator
+
     def _seed_sample(self, sample: int) -> None:
         if self._per_sample:
             self._set_generators(sample)
@@ -128,6 +156,11 @@ class Source(Iterator[Any]):
         if self._seed is not None:
             at = np.array([self.epoch], np.int64), np.array([number], np.int64)
             set_generators(int(sample_seeds(*at, seed=self._seed)[0]))
+
+    def _seeded_digest(self, number: int) -> str:
+        with kept_generators():
+            self._set_generators(number)
+            return cpu_random_digest()
 
 
 class FirstSample:
