@@ -179,6 +179,14 @@ class FSDP(Strategy):
                 part.reshard()
 
     @override
+    def free_gathered(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules() if self.is_sharded else ():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    @override
     def state_dict(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         return self.gathered(super().state_dict(module, optimizer))  # type: ignore[no-any-return]
 

@@ -150,6 +150,9 @@ class Strategy:
         """Return a context in which each rank may call the module on its own. A collective."""
         return nullcontext()
 
+    def free_gathered(self, module: nn.Module) -> None:
+        """Free whole parameters that a forward without a backward has left: their parts change."""
+
     def state_dict(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return "model" and "optimizer"; complete on rank 0. A collective if `is_sharded`."""
         return {"model": module.state_dict(), "optimizer": to_plain(optimizer.state_dict())}

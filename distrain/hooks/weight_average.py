@@ -52,12 +52,15 @@ class WeightAverage(HookBase, ABC):
         """Give the model the average inside `with`, and its own weights again after it."""
         buffers = _statistics(self.trainer.module) if self.has_statistics else {}
         own = {name: buffer.clone() for name, buffer in buffers.items()}
+        strategy, module = self.trainer.strategy, self.trainer.module
         with self._swapped():
+            strategy.free_gathered(module)
             _copy(self._statistics or {}, buffers)
             try:
                 yield
             finally:
                 _copy(own, buffers)
+                strategy.free_gathered(module)
 
     def keep_statistics(self) -> None:
         """Keep BatchNorm's statistics for the average; called inside `applied`."""

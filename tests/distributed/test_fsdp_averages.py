@@ -43,7 +43,9 @@ def samples():
     return torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
 
 
-def evaluated(rank, world_size, strategy, hooks, *, folder=None, start=0, stop=6, free=False):
+def evaluated(
+    rank, world_size, strategy, hooks, *, folder=None, start=0, stop=6, free=False, function=False
+):
     """Return the evaluations of a training, by name and iteration."""
     torch.manual_seed(0)
     model = convert_sync_batchnorm(Net())
@@ -54,7 +56,16 @@ def evaluated(rank, world_size, strategy, hooks, *, folder=None, start=0, stop=6
     optimizer = Optimizer(model.parameters(), lr=0.05)
     share = {"rank": rank, "world_size": world_size}
     few = EvalLoader(samples()[:7], batch_size=6, **share)
-    hooks = {**hooks(), "eval": EvalHook(2, eval_loader=few)}
+
+    @torch.no_grad()
+    def size():
+        model.eval()
+        found = {"size": float(model(samples()[:7]))}
+        model.train()
+        return found
+
+    of_loader = EvalHook(2, eval_loader=few)
+    hooks = {**hooks(), "eval": EvalHook(2, function=size) if function else of_loader}
     if folder is not None:
         store = InlineStore(folder)
         hooks["checkpoint"] = PeriodicCheckpointer(checkpoints=store)
@@ -106,3 +117,11 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path, hooks):
     assert len(ddp) == (3 if hooks is averages else 1)
     for name, values in ddp.items():
         assert resumed[name] == pytest.approx(values, rel=1e-4), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("hooks", [averages, ema_instead])
+def test_a_function_that_calls_the_sharded_model_evaluates_its_average(hooks):
+    ddp, fsdp = (run_ranks(evaluated, 2, 2, s, hooks, function=True)[0] for s in ("ddp", "fsdp"))
+    for name, values in ddp.items():
+        assert fsdp[name] == pytest.approx(values, rel=1e-4), name
