@@ -149,6 +149,7 @@ class EpochLoader(Loader):
 
         The state is None where it is known without: no batch is read ahead.
         """
+        self._start_persistent_workers()
         set_epoch(self._data, self._epoch)
         iterator = self._start() if self._batch else None
         if iterator is None:
@@ -160,6 +161,14 @@ class EpochLoader(Loader):
             state = self._data.state_dict() if has_state else None  # type: ignore[attr-defined]
             # a copy: it may be an object that reading changes
             yield batch, copy.deepcopy(state)
+
+    def _start_persistent_workers(self) -> None:
+        """Start them in a resumed run as the first epoch has: torch draws their seed only then."""
+        is_first = getattr(self._data, "_iterator", self._data) is None  # of torch's DataLoader
+        if self._epoch and is_first and getattr(self._data, "persistent_workers", False):
+            set_epoch(self._data, 0)
+            with kept_generators():
+                iter(self._data)
 
     def _start(self) -> Iterator[Any]:
         """Return the iterator of the epoch at the position; the CPU generators stay as they are."""

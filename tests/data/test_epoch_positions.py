@@ -49,6 +49,20 @@ def shuffled(workers):
     return DataLoader(Images(noise=0), batch_size=3, shuffle=True, num_workers=workers)
 
 
+def persistent(workers, batch_size=8):  # 4 batches per epoch: iteration 5 is in the second one
+    return DataLoader(
+        Images(noise=0),
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+    )
+
+
+def persistent_at_the_end(workers):
+    return persistent(workers, batch_size=6)
+
+
 class Drawn(Sampler):
     """An order that NumPy and Python draw."""
 
@@ -72,7 +86,15 @@ def stateful(workers):
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize(
     ("make", "workers"),
-    [("shuffled", 2), ("shuffled", 0), ("drawn", 0), ("drawn", 2), ("stateful", 2)],
+    [
+        ("shuffled", 2),
+        ("shuffled", 0),
+        ("persistent", 1),
+        ("persistent_at_the_end", 1),
+        ("drawn", 0),
+        ("drawn", 2),
+        ("stateful", 2),
+    ],
 )
 def test_interrupted_is_straight_bit_for_bit(tmp_path, world_size, make, workers):
     loader = {"_target_": f"{HERE}.{make}", "workers": workers}
