@@ -71,11 +71,26 @@ REFUSED = {
     "transfer_batch_to_device": "a batch of tensors in lists and dicts is moved by the trainer",
     "on_save_checkpoint": _STATE,
     "on_load_checkpoint": _STATE,
+    # of Lightning 1; Lightning 2 raises for the first two, and does not call the others
+    "training_epoch_end": "write it as a hook, with after_step",
+    "validation_epoch_end": _EVALUATION,
+    "training_step_end": "return the loss from training_step",
+    "validation_step_end": "log the values in validation_step",
+    **{
+        f"on_{unit}_{moment}": f"write it as a hook, with {method}"
+        for moment, method in (("start", "before_step"), ("end", "after_step"))
+        for unit in ("epoch", "batch")
+    },
 }
+# set on the module, in place of the library's
+REPLACED_METHODS = (
+    *("log", "log_dict", "manual_backward", "clip_gradients", "optimizers", "lr_schedulers"),
+    *("toggle_optimizer", "untoggle_optimizer"),
+)
 
 
 def check_hooks(module: object) -> None:
-    """Raise ConfigError for the first overridden hook that would not be called."""
+    """Raise ConfigError for the first overridden hook or method that would not be called."""
     base = {n for c in type(module).__mro__ if _is_of_library(c) for n in vars(c)}
     known = {*CALLED, *REPLACED, *OTHER_COMMANDS, *REFUSED}
     found = sorted(name for name in base - known if name.startswith("on_") and name != "on_gpu")
@@ -85,12 +100,20 @@ def check_hooks(module: object) -> None:
             raise ConfigError(
                 f"module: {type(module).__name__} overrides {name}, which is not called; {advice}"
             )
+    for name in REPLACED_METHODS:
+        if name in base and _is_in_own_class(module, name):
+            raise ConfigError(
+                f"module: {type(module).__name__} overrides {name}, which the adapter replaces; "
+                f"give the method another name, and let it call self.{name}"
+            )
 
 
 def overrides(module: object, name: str) -> bool:
     """Return whether a module overrides a method of its library."""
-    if name in vars(module):
-        return True
+    return name in vars(module) or _is_in_own_class(module, name)
+
+
+def _is_in_own_class(module: object, name: str) -> bool:
     owner = next((c for c in type(module).__mro__ if name in vars(c)), None)
     return owner is not None and not _is_of_library(owner)
 

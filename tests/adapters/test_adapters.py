@@ -361,6 +361,16 @@ HOOKS = [
     "optimizer_step",
     "optimizer_zero_grad",
 ]  # of Lightning 2.6
+HOOKS += [
+    "training_epoch_end",
+    "validation_epoch_end",
+    "training_step_end",
+    "validation_step_end",
+    "on_epoch_start",
+    "on_epoch_end",
+    "on_batch_start",
+    "on_batch_end",
+]  # of Lightning 1
 
 
 def test_every_hook_is_called_replaced_or_refused():
@@ -390,6 +400,18 @@ def test_a_hook_of_the_library_itself_is_not_the_modules(monkeypatch):
     late = type("Own", (library,), {"on_something_new": lambda self: None})
     with pytest.raises(ConfigError, match="Own overrides on_something_new, which is not called"):
         LightningModel(late())
+
+
+@pytest.mark.parametrize("name", ["log", "manual_backward"])
+def test_a_method_that_the_adapter_replaces_is_not_overridden(name):
+    library = type("LightningModule", (Line,), {name: lambda self, *a: None})
+    library.__module__ = "lightning.pytorch.core.module"
+    module = library()
+    for _ in range(2):  # the adapter's own methods are not the module's
+        LightningModel(module)
+    own = type("Own", (library,), {name: lambda self, *a: None})
+    with pytest.raises(ConfigError, match=f"module: Own overrides {name}, which the adapter repl"):
+        LightningModel(own())
 
 
 def test_a_batch_is_changed_on_its_device_before_each_step():
