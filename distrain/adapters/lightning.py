@@ -13,11 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distrain.adapters.lightning_hooks import TrainerView, check_hooks, overrides
 from distrain.adapters.lightning_schedules import (
+    SCHEDULE_KEYS,
     EveryNth,
     SteppedByModule,
     optimizers_and_schedules,
 )
-from distrain.checks import whole
+from distrain.checks import did_you_mean, one_of, whole
 from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
 from distrain.events.pending import OPERATIONS, Operation
@@ -180,19 +181,25 @@ class LightningModel(nn.Module):
 
     def _per_iteration(self, given: Any) -> LRScheduler | EveryNth:
         entry = given if isinstance(given, Mapping) else {"scheduler": given}
+        for key in entry.keys() - SCHEDULE_KEYS:
+            hint = did_you_mean(str(key), SCHEDULE_KEYS)
+            raise ConfigError(f"configure_optimizers: lr_scheduler has no key {key!r}; {hint}")
         schedule, frequency = entry["scheduler"], int(entry.get("frequency", 1))
-        if isinstance(schedule, ReduceLROnPlateau) or not isinstance(schedule, LRScheduler):
+        waits = isinstance(schedule, ReduceLROnPlateau) or entry.get("reduce_on_plateau")
+        if waits or not isinstance(schedule, LRScheduler):
             raise ConfigError(
                 f"configure_optimizers: {type(schedule).__name__} waits for a metric; give a "
                 "schedule of iterations or epochs"
             )
-        if entry.get("interval", "epoch") == "epoch":
-            if self._epoch_iters is None:
-                raise ConfigError(
-                    "epoch_iters: expected a value, as configure_optimizers counts epochs: the "
-                    "size of the data set over data.batch_size; or give interval: step"
-                )
-            frequency *= self._epoch_iters
+        key = "configure_optimizers: interval"
+        if one_of(key, entry.get("interval", "epoch"), ("step", "epoch")) == "step":
+            return schedule if frequency == 1 else EveryNth(schedule, frequency, self._epoch_iters)
+        if self._epoch_iters is None:
+            raise ConfigError(
+                "epoch_iters: expected a value, as configure_optimizers counts epochs: the "
+                "size of the data set over data.batch_size; or give interval: step"
+            )
+        frequency *= self._epoch_iters
         return schedule if frequency == 1 else EveryNth(schedule, frequency)
 
     def _log(

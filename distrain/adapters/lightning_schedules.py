@@ -9,20 +9,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+SCHEDULE_KEYS = frozenset(
+    ("scheduler", "name", "interval", "frequency", "reduce_on_plateau", "monitor", "strict")
+)
+"""Keys of Lightning's mapping of a schedule."""
+
 
 class EveryNth:
-    """A schedule that takes one step every `num` iterations, for schedules of epochs."""
+    """A schedule that takes one step every `num` iterations.
 
-    def __init__(self, schedule: LRScheduler, num: int) -> None:
+    Args:
+        schedule: any of torch.
+        num: iterations per step of it.
+        epoch_iters: the count starts again at each epoch of that many iterations, as Lightning's
+            does for a `frequency` of steps; None counts over the whole run.
+    """
+
+    def __init__(self, schedule: LRScheduler, num: int, epoch_iters: int | None = None) -> None:
         self.optimizer = schedule.optimizer
         self._schedule = schedule
         self._num = num
+        self._epoch_iters = epoch_iters
         self._done = 0
 
     def step(self) -> None:
         """Step the schedule in every `num`-th call."""
+        before = self._done if self._epoch_iters is None else self._done % self._epoch_iters
         self._done += 1
-        if self._done % self._num == 0:
+        if (before + 1) % self._num == 0:
             self._schedule.step()
 
     def get_last_lr(self) -> list[float | Tensor]:

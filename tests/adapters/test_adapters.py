@@ -133,6 +133,9 @@ def test_schedules_count_steps_or_epochs():
     assert rates({"interval": "step"}, 3) == [0.01, 0.005, 0.0025]
     assert rates({"interval": "step", "frequency": 2}, 4) == [0.01, 0.01, 0.005, 0.005]
     assert rates({}, 5, epoch_iters=2) == [0.01, 0.01, 0.005, 0.005, 0.0025]
+    # as Lightning counts: after iterations 2, 5 and 8, the second ones of epochs of three
+    of_epochs = rates({"interval": "step", "frequency": 2}, 6, epoch_iters=3)
+    assert of_epochs == [0.01, 0.01, 0.005, 0.005, 0.005, 0.0025]
 
 
 def test_a_schedule_of_epochs_resumes_where_it_was():
@@ -164,6 +167,14 @@ def test_a_schedule_of_epochs_resumes_where_it_was():
         (
             lambda: LightningModel(Line(scheduler={})).configure_optimizers(),
             "epoch_iters: expected a value",
+        ),
+        (
+            lambda: LightningModel(Line(scheduler={"interval": "epochs"})).configure_optimizers(),
+            "configure_optimizers: interval=epochs: expected one of step, epoch",
+        ),
+        (
+            lambda: LightningModel(Line(scheduler={"intervall": "step"})).configure_optimizers(),
+            "configure_optimizers: lr_scheduler has no key 'intervall'; did you mean interval",
         ),
     ],
 )
