@@ -23,6 +23,7 @@ from distrain.data.batch import batch_length
 from distrain.errors import ConfigError
 from distrain.events.pending import OPERATIONS, Operation
 from distrain.events.storage import get_event_storage
+from distrain.trainer.loss import Loss
 
 _MANUAL = (
     "module: {} has automatic_optimization=False: expected "
@@ -36,7 +37,8 @@ class LightningModel(nn.Module):
     `self.log` and `self.log_dict` put scalars: `reduce_fx` is the operation over ranks, and
     `batch_size` the weight in the mean. "loss" is skipped: the trainer puts it. `batch_idx` is the
     iteration. Evaluation reports the scalars logged by `validation_step`, or else its loss, as
-    `eval/<name>`: the mean over batches, weighted by their size; another `reduce_fx` is refused.
+    `eval/<name>`: the mean over batches, weighted by `batch_size`, or else their size; another
+    `reduce_fx` is refused.
 
     `self.global_step`, `self.current_epoch` and ranks are correct, also in `self.trainer`, which
     has no other attributes. Overridden hooks are called, or refused by name: `lightning_hooks`.
@@ -64,8 +66,8 @@ class LightningModel(nn.Module):
         self.is_manual = getattr(module, "automatic_optimization", True) is False
         self.schedules: list[Any] = []  # of manual optimization
         self._epoch_iters = epoch_iters
-        # scalars logged by a validation step, with their operations
-        self._evaluated: dict[str, tuple[Any, Operation]] | None = None
+        # scalars logged by a validation step, with their operations and weights
+        self._evaluated: dict[str, tuple[Any, Operation, int | None]] | None = None
         self._eval_batches = 0
         self._trainer = TrainerView(epoch_iters)
         self._trained = -1  # iteration of the last training step
@@ -99,14 +101,20 @@ class LightningModel(nn.Module):
             )
         return loss
 
-    def metrics(self, batch: Any) -> dict[str, Tensor]:
-        """Return the scalars of a validation step by name, repeated for each sample: (B,)."""
+    def metrics(self, batch: Any) -> dict[str, Tensor | Loss]:
+        """Return the scalars of a validation step by name, repeated for each sample: (B,).
+
+        One that was logged with another `batch_size` is a `Loss` with that weight.
+        """
+        length = batch_length(batch)
+        weights: dict[str, int | None] = {}
         self._evaluated = {}
         try:
             if self._trained >= 0:
                 self._show_progress(self._trained + 1)
             loss = _loss(self._call("validation_step", batch, self._eval_batches))
-            values = {name: _mean(name, *logged) for name, logged in self._evaluated.items()}
+            values = {name: _mean(name, *logged[:2]) for name, logged in self._evaluated.items()}
+            weights = {name: weight for name, (_, _, weight) in self._evaluated.items()}
             if not values and loss is not None:
                 values = {"loss": loss}
             if not values:
@@ -114,9 +122,10 @@ class LightningModel(nn.Module):
         finally:
             self._evaluated = None
             self._eval_batches += 1
-        length = batch_length(batch)
         return {
-            name: torch.as_tensor(value).detach().reshape(()).expand(length)
+            name: _per_sample(
+                torch.as_tensor(value).detach().reshape(()), length, weights.get(name)
+            )
             for name, value in values.items()
         }
 
@@ -215,7 +224,7 @@ class LightningModel(nn.Module):
         operation = _operation(name, reduce_fx)
         _check_number(name, value)
         if self._evaluated is not None:
-            self._evaluated[name] = value, operation
+            self._evaluated[name] = value, operation, batch_size
         elif name != "loss":
             get_event_storage().put_scalar(name, value, reduce=operation, count=batch_size)
 
@@ -259,6 +268,12 @@ def _mean(name: str, value: Any, operation: Operation) -> Any:
             "an evaluation averages over samples; write a function for eval.metrics"
         )
     return value
+
+
+def _per_sample(value: Tensor, length: int, weight: int | None) -> Tensor | Loss:
+    if weight is None or weight == length:
+        return value.expand(length)
+    return Loss(value.double() * weight, weight)
 
 
 def _operation(name: str, reduce_fx: Any) -> Operation:

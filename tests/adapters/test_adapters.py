@@ -247,6 +247,19 @@ def test_an_evaluation_takes_means_only():
         model.metrics(points(1))
 
 
+def test_an_evaluation_weights_by_the_logged_batch_size():
+    line = Line()
+
+    def validation_step(batch, batch_idx):
+        line.log("by_weight", batch[0].mean(), batch_size=int(batch[0][0]))
+        line.log("by_samples", batch[0].mean(), batch_size=1)
+
+    line.validation_step = validation_step
+    with EventStorage():
+        found = evaluate(LightningModel(line), Batches([points(1), points(3)]), device=CPU)
+    assert found == {"by_weight": (1 + 9) / 4, "by_samples": 2.0}
+
+
 def test_the_module_learns_of_its_device():
     line = Line()
     line.to = lambda device: setattr(line, "noted", device)
