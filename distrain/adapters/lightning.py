@@ -65,6 +65,7 @@ class LightningModel(nn.Module):
         self.module = module
         self.is_manual = getattr(module, "automatic_optimization", True) is False
         self.schedules: list[Any] = []  # of manual optimization
+        self.num_updates = 0  # of manual optimization: steps of all optimizers
         self._epoch_iters = epoch_iters
         # scalars logged by a validation step, with their operations and weights
         self._evaluated: dict[str, tuple[Any, Operation, int | None]] | None = None
@@ -144,9 +145,15 @@ class LightningModel(nn.Module):
         step = cast("Callable[..., Any]", getattr(self.module, name))
         return step(batch, index) if len(inspect.signature(step).parameters) > 1 else step(batch)
 
-    def _show_progress(self, step: int) -> None:
+    def show_updates(self, num: int) -> None:
+        """Set `global_step` with manual optimization: the steps of all optimizers so far."""
+        self.num_updates = num
+        self._show_progress(self._trainer.iteration)
+
+    def _show_progress(self, iteration: int) -> None:
         """Set `global_step` and `current_epoch`; on the module, too, if it has no properties."""
-        self._trainer.global_step = step
+        self._trainer.iteration = iteration
+        self._trainer.global_step = step = self.num_updates if self.is_manual else iteration
         kind = type(self.module)
         if not hasattr(kind, "global_step"):
             vars(self.module)["global_step"] = step

@@ -126,14 +126,15 @@ class TrainerView:
     """`self.trainer` of a module: progress and ranks, read-only.
 
     Attributes:
-        global_step: optimizer steps done.
+        global_step: optimizer steps done; with manual optimization those of all optimizers.
+        iteration: the current one.
     """
 
     logger = None
     sanity_checking = False
 
     def __init__(self, epoch_iters: int | None) -> None:
-        self.global_step = 0
+        self.global_step = self.iteration = 0
         self._epoch_iters = epoch_iters
 
     @property
@@ -143,7 +144,7 @@ class TrainerView:
 
     @property
     def current_epoch(self) -> int:
-        """Finished epochs: `global_step // epoch_iters`.
+        """Finished epochs: `iteration // epoch_iters`.
 
         Raises:
             ConfigError: `epoch_iters` was not given.
@@ -153,7 +154,7 @@ class TrainerView:
                 "epoch_iters: expected a value, as the module reads current_epoch: the size of "
                 "the data set over data.batch_size"
             )
-        return self.global_step // self._epoch_iters
+        return self.iteration // self._epoch_iters
 
     @property
     def global_rank(self) -> int:

@@ -24,8 +24,10 @@ class LightningManualStep(Step):
     `self.optimizers()` are those of `configure_optimizers`, named `optimizer_0`, `optimizer_1` in
     scalars and checkpoints. Their `step()` is an update of distrain: gradients are averaged over
     ranks first, hooks are called, `trainer.clip_norm` and `trainer.nonfinite` apply, and gradients
-    are cleared after it. `manual_backward`, `clip_gradients`, `toggle_optimizer` and
-    `untoggle_optimizer` work; `lr_schedulers()` are stepped by the module.
+    are cleared after it. Gradients of an iteration without it are averaged at its end and kept, in
+    checkpoints too, for a module that accumulates over iterations. `manual_backward`,
+    `clip_gradients`, `toggle_optimizer` and `untoggle_optimizer` work; `lr_schedulers()` are
+    stepped by the module.
     """
 
     @override
@@ -64,6 +66,26 @@ class LightningManualStep(Step):
                 updater.skipped.keep_buffers()
         self.model.manual_step(batch)
         self._losses.clear()
+        for updater in self.trainer.updaters.values():
+            # kept for a later update: equal on all ranks, as a checkpoint has those of rank 0
+            if any(parameter.grad is not None for parameter in updater.parameters):
+                self.reduce(updater)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        gradients = {
+            name: parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        return {"num_updates": self.model.num_updates, "gradients": gradients}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.show_updates(state["num_updates"])
+        for name, parameter in self.model.named_parameters():
+            found = state["gradients"].get(name)
+            parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
 
     def _backward(self, loss: Tensor, *args: Any, **keywords: Any) -> None:
         skipped = next(iter(self.trainer.updaters.values())).skipped
@@ -91,6 +113,7 @@ class LightningManualStep(Step):
             trainer.storage.name_scope(updater.name),
         ):
             updater.apply(losses, None)
+        self.model.show_updates(self.model.num_updates + 1)
         torch.clear_autocast_cache()
 
     def _clip(

@@ -160,6 +160,61 @@ def test_resumed_is_straight_bit_for_bit(tmp_path):
     assert not differing(broken, whole)
 
 
+class Accumulates(nn.Module):
+    """Updates in every third iteration, by the gradients of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.w = nn.Parameter(torch.ones(4))
+
+    def training_step(self, batch, batch_idx):
+        images, _, index, drawn = batch
+        SEEN.extend(zip(index.tolist(), drawn.tolist(), strict=True))
+        self.manual_backward((images.flatten(1)[:, :4] @ self.w).square().mean() / 3)
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+        self.log("updates", float(self.global_step))
+        self.log("first", self.w[0].detach())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([self.w], lr=0.1)
+
+
+def test_gradients_accumulated_over_iterations_survive_a_resume(tmp_path):
+    node = {
+        "_target_": "distrain.adapters.LightningModel",
+        "module": {"_target_": f"{__name__}.Accumulates"},
+    }
+    # the checkpoint of iteration 5 is amid three iterations
+    settings = {"model": node, "step": STEP, "optim": None, "schedule": None}
+    broken, whole = run_ranks(interrupted_and_straight, 2, tmp_path, **settings)[0]
+    assert not differing(broken, whole)
+
+
+class Counts(Linear):
+    """Steps twice in odd iterations; notes its progress."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(1 + batch_idx % 2):
+            super().training_step(batch, batch_idx)
+            self.seen.append((batch_idx, self.global_step, self.trainer.current_epoch))
+
+
+def test_every_update_counts_as_a_global_step():
+    model = LightningModel(Counts(), epoch_iters=2)
+    optimizers, _ = model.configure_optimizers()
+    trainer = distrain.Trainer(model, optimizers, batches(), step=LightningManualStep())
+    trainer.train(0, 4)
+    seen = [(0, 1, 0), (1, 2, 0), (1, 3, 0), (2, 4, 1), (3, 5, 1), (3, 6, 1)]
+    assert model.module.seen == seen
+    assert trainer.state_dict()["step"]["num_updates"] == 6
+
+
 def test_mistakes():
     model = LightningModel(gan())
     optimizers, _ = model.configure_optimizers()
