@@ -27,7 +27,7 @@ class WandbWriter(Writer):
     or a key, or with `mode="offline"`, the files are in `wandb/` of the run folder, for
     `wandb sync`.
     W&B's own metrics of the machine and its copy of the console are off, as `gpu/...` and the run
-    folder have both.
+    folder have both; so is its record of the command line, which is not masked.
 
     Args:
         project: of W&B.
@@ -81,7 +81,12 @@ class WandbWriter(Writer):
 
     def _start(self) -> Any:
         """Return the run of W&B; without an answer of its server one that is offline."""
-        settings = self._wandb.Settings(console="off", x_disable_stats=True, silent=True)
+        settings = self._wandb.Settings(
+            console="off",
+            x_disable_stats=True,
+            x_disable_meta=True,  # it has the command line, whose overrides may be secrets
+            silent=True,
+        )
         errors = self._wandb.errors
         try:
             return self._wandb.init(**{"settings": settings, **self._init})

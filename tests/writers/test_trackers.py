@@ -119,6 +119,14 @@ def test_wandb_has_the_rows_of_both_attempts_under_one_id(offline, tmp_path):
     assert codes == [1, 0]
 
 
+def test_wandb_gets_no_command_line_whose_overrides_may_be_secrets(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distrain", "data.train.api_key=of-the-user"])
+    write(offline, tmp_path, [4])
+    assert wandb_files(tmp_path)[0][4]["loss"] == 1 / 5
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in found if b"of-the-user" in path.read_bytes()]
+
+
 def test_wandb_without_a_key_is_offline(offline, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # without ~/.netrc
