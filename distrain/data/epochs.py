@@ -44,8 +44,8 @@ class EpochLoader(Loader):
 
     A resumed run continues where it stopped: from the data's own state where it has one; else the
     batches of its epoch before are loaded again and dropped. Their order is that of the first time
-    where it comes from `set_epoch`, or from the generators of python, numpy and torch, whose states
-    at the begin of the epoch are saved.
+    where it comes from `set_epoch`, from the generators of python, numpy and torch, or from the
+    `generator` of a DataLoader or sampler: their states at the begin of the epoch are saved.
 
     Args:
         data: yields the batches of one epoch of this rank each time it is iterated over.
@@ -64,6 +64,7 @@ class EpochLoader(Loader):
         self._start_iter, self._num_since = 0, 0  # batches since iteration `_start_iter`
         self._epoch = self._batch = 0  # position: in an epoch, after a number of its batches
         self._generator: Any = None  # states of the CPU generators, when the epoch began
+        self._own_generators: Any = None  # states of the data's, at a position that was loaded
         self._own: Any = None  # state of the data; None: ask it
         self._ends: EpochEnds | None = None
 
@@ -77,6 +78,7 @@ class EpochLoader(Loader):
             "batch": self._batch,
             "generator": self._generator,
             "own": own,
+            "own_generators": [each.get_state() for each in _generators(self._data)],
         }
 
     @override
@@ -93,6 +95,7 @@ class EpochLoader(Loader):
         self._start_iter, self._num_since = iteration, 0
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._generator, self._own = state["generator"], state["own"]
+        self._own_generators = state.get("own_generators")  # an earlier version saved none
 
     @override
     def batches(self, start_iter: int) -> Iterator[Any]:
@@ -114,13 +117,14 @@ class EpochLoader(Loader):
         if start_iter != self._start_iter + self._num_since // self._accumulation:
             start = start_iter * self._accumulation
             self._epoch, self._batch = divmod(start, length) if length else (0, start)
-            self._generator = self._own = None
+            self._generator = self._own = self._own_generators = None
         self._start_iter, self._num_since = start_iter, 0
         return self._endless(length)
 
     def _endless(self, length: int | None) -> Iterator[Any]:
         if self._own is None and self._batch == length:  # nothing to load again
             self._epoch, self._batch, self._generator = self._epoch + 1, 0, None
+            _restore(self._data, self._own_generators)
         while True:
             batches = self._rest_of_epoch(length)
             if self._ends is not None:
@@ -153,7 +157,8 @@ class EpochLoader(Loader):
         set_epoch(self._data, self._epoch)
         iterator = self._start() if self._batch else None
         if iterator is None:
-            self._generator = cpu_random_states()
+            own = [each.get_state() for each in _generators(self._data)]
+            self._generator = {**cpu_random_states(), "own_generators": own}
             iterator = iter(self._data)
         has_state = self._ends is not None and isinstance(self._data, Stateful)
         left = None if length is None else length - self._batch
@@ -166,9 +171,11 @@ class EpochLoader(Loader):
         """Start them in a resumed run as the first epoch has: torch draws their seed only then."""
         is_first = getattr(self._data, "_iterator", self._data) is None  # of torch's DataLoader
         if self._epoch and is_first and getattr(self._data, "persistent_workers", False):
+            states = [each.get_state() for each in _generators(self._data)]
             set_epoch(self._data, 0)
             with kept_generators():
                 iter(self._data)
+            _restore(self._data, states)
 
     def _start(self) -> Iterator[Any]:
         """Return the iterator of the epoch at the position; the CPU generators stay as they are."""
@@ -185,6 +192,7 @@ class EpochLoader(Loader):
                 torch.set_rng_state(self._generator)
             elif self._generator is not None:
                 restore_cpu_random_states(self._generator)
+                _restore(self._data, self._generator.get("own_generators"))
             while True:
                 iterator = iter(self._data)
                 dropped = sum(1 for _ in itertools.islice(iterator, self._batch))
@@ -230,6 +238,13 @@ def iters_per_epoch(data: Any, *, forwards: int, accumulation: int) -> Fraction 
 
 def set_epoch(data: Any, epoch: int) -> None:
     """Pass the number of an epoch to `set_epoch` of the data, its data set and its samplers."""
+    for part in _parts(data):
+        if callable(set_epoch := getattr(part, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def _parts(data: Any) -> list[Any]:
+    """Return the data, its data set and its samplers, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
     parts = (
         data,
@@ -238,6 +253,15 @@ def set_epoch(data: Any, epoch: int) -> None:
         batch_sampler,
         getattr(batch_sampler, "sampler", None),
     )
-    for part in {id(part): part for part in parts}.values():
-        if callable(set_epoch := getattr(part, "set_epoch", None)):
-            set_epoch(epoch)
+    return [*{id(part): part for part in parts}.values()]
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    """Return the generators of a DataLoader and its samplers, each once."""
+    found = [getattr(part, "generator", None) for part in _parts(data)]
+    return [*{id(g): g for g in found if isinstance(g, torch.Generator)}.values()]
+
+
+def _restore(data: Any, states: Sequence[Tensor] | None) -> None:
+    for generator, state in zip(_generators(data), states or (), strict=False):
+        generator.set_state(state)
