@@ -90,6 +90,13 @@ class EpochLoader(Loader):
                     f"ranks={world_size}: expected {len(states)}, as the checkpoint has the "
                     f"position of each rank in {type(self._data).__name__}"
                 )
+            if rank == 0 and states[0]["batch"]:
+                logger.warning(
+                    "ranks=%d: the checkpoint was saved on %d, so the rest of epoch %d is not that "
+                    "of the first time: samples may come twice in it, or never; "
+                    "distrain.data.TrainLoader has the same batches on any number of ranks",
+                    *(world_size, len(states), states[0]["epoch"]),
+                )
             return  # `batches` starts by the number of batches
         state = states[rank]
         self._start_iter, self._num_since = iteration, 0

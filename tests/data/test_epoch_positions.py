@@ -193,6 +193,17 @@ def test_on_another_number_of_ranks_a_state_of_the_data_is_refused():
         EpochLoader(stateful(0)).load_state_dict([loader.state_dict()] * 2, iteration=1, rank=0)
 
 
+def test_another_number_of_ranks_within_an_epoch_is_reported(caplog):
+    loader = EpochLoader(shuffled(0))
+    batches = loader.batches(0)
+    for _ in range(3):
+        next(batches)
+    EpochLoader(shuffled(0)).load_state_dict([loader.state_dict()], iteration=3, rank=0)
+    assert not caplog.text
+    EpochLoader(shuffled(0)).load_state_dict([loader.state_dict()] * 2, iteration=3, rank=0)
+    assert "ranks=1: the checkpoint was saved on 2, so the rest of epoch 0 is not" in caplog.text
+
+
 def test_left_out_batches_are_reported(caplog):
     def texts(rank):
         with caplog.at_level("INFO", logger="distrain"):
