@@ -130,8 +130,8 @@ class Source(Iterator[Any]):
         """Return the iterator at the loaded state of the data set."""
         iterator: Iterator[Any] | None = None
         # An order that was drawn with the first sample is drawn again with the next one, unless the
-        # state holds it. Known only if the samples themselves draw nothing.
-        if self._order is not None and self.sample > 1 and not self._has_drawn:
+        # state holds it. Known only if the samples themselves draw nothing, assumed after one.
+        if self._order is not None and not self._has_drawn:
             self._dataset.load_state_dict(copy.deepcopy(self._own))
             iterator = iter(self._dataset)
             first = [*itertools.islice(iterator, 1)]

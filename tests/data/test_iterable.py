@@ -304,6 +304,16 @@ def test_an_order_that_is_drawn_is_that_before_the_position_of_a_state(saves_ord
         resumed.close()
 
 
+def test_an_order_that_is_drawn_is_that_before_a_position_after_one_sample():
+    loader = IterableLoader(DrawnOrder(saves_order=False), batch_size=SIZE + 1)
+    batches = loader.batches(0)
+    next(batches)
+    state = from_portable(to_portable(loader.state_dict()))
+    resumed = IterableLoader(DrawnOrder(saves_order=False), batch_size=SIZE + 1)
+    resumed.load_state_dict([state], iteration=1, rank=0)
+    assert torch.equal(next(resumed.batches(1))["index"], next(batches)["index"])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_numbers_of_a_data_set_with_a_state_go_on_in_a_resumed_run(workers):
     expected = torch.cat(indices(0, 1, DrawingStream(), 0, 6, workers=workers))
