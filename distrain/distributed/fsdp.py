@@ -35,6 +35,7 @@ class FSDP(Strategy):
         self._reshards = reshard_after_forward
         self.is_sharded = topology().world_size > 1
         self._syncs = True  # whether a backward reduces gradients
+        self._parts: list[Any] = []  # modules that are gathered one by one
 
     @override
     def check(self, **settings: Any) -> None:
@@ -86,6 +87,7 @@ class FSDP(Strategy):
         for block in reversed(blocks):
             fully_shard(block, mesh=mesh, reshard_after_forward=self._reshards)
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        self._parts = [*blocks, module]
         # Prefetch one block in an order that all ranks share: by default it is that of the forwards
         # since the last backward, and those of an evaluation differ between ranks.
         before = blocks[:1] + blocks
@@ -180,11 +182,8 @@ class FSDP(Strategy):
 
     @override
     def free_gathered(self, module: nn.Module) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for part in module.modules() if self.is_sharded else ():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        for part in self._parts:
+            part.reshard()
 
     @override
     def state_dict(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class Updater:
         if self._may_update(losses, is_empty):
             if self._clips:
                 self._clip_gradients()
+            # a hook may have called the model: the next forward has to see the update
+            trainer.strategy.free_gathered(trainer.module)
             if self._scales:
                 self.scaler.step(self.optimizer)
             else:

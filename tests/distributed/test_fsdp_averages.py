@@ -9,7 +9,7 @@ from checkpoint_cases import InlineStore
 from ranks import run_ranks
 from torch import nn
 
-from distrain import Trainer
+from distrain import HookBase, Trainer
 from distrain.data.loader import EvalLoader, TrainLoader
 from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.hooks import EMA, SWA, EvalHook, PeriodicCheckpointer, PreciseBN, ScheduleFree
@@ -125,3 +125,22 @@ def test_a_function_that_calls_the_sharded_model_evaluates_its_average(hooks):
     ddp, fsdp = (run_ranks(evaluated, 2, 2, s, hooks, function=True)[0] for s in ("ddp", "fsdp"))
     for name, values in ddp.items():
         assert fsdp[name] == pytest.approx(values, rel=1e-4), name
+
+
+class Probe(HookBase):
+    """Calls the model between the backward and the update."""
+
+    @torch.no_grad()
+    def after_backward(self):
+        model = self.trainer.module
+        model.eval()
+        model(samples()[:5])
+        model.train()
+
+
+@pytest.mark.ranks
+def test_an_update_is_seen_after_a_hook_that_calls_the_sharded_model():
+    ddp, fsdp = (
+        run_ranks(evaluated, 2, 2, s, lambda: {"probe": Probe()})[0] for s in ("ddp", "fsdp")
+    )
+    assert fsdp["eval/size"] == pytest.approx(ddp["eval/size"], rel=1e-4)
