@@ -155,8 +155,10 @@ class WriterThread:
                 item.set()
             elif isinstance(item, Row):
                 row = replace(item, new=self._new_of(item.scalars))
+                # a tracker writes nothing of a row without news: no sign that it works again
+                has_news = bool(row.new or row.images or row.histograms)
                 for writer in self._writers:
-                    self._attempt(writer, writer.write, row)
+                    self._attempt(writer, writer.write, row, recovers=has_news)
             else:
                 for writer in self._writers:
                     self._attempt(writer, writer.finish, item, at_end=True)
@@ -169,11 +171,13 @@ class WriterThread:
         method: Callable[..., None],
         *args: Any,
         at_end: bool = False,
+        recovers: bool = True,
         fatal: type[Exception] | tuple[()] = (),
     ) -> bool:
         """Call a method of a writer; return whether it succeeded.
 
         An error of a type in `fatal` is raised, others are logged: before the end only the first.
+        A success of one that failed is logged if it `recovers`.
         """
         name = type(writer).__name__
         try:
@@ -188,7 +192,7 @@ class WriterThread:
                 trace = None if isinstance(error, OSError) else error
                 logger.warning("%s: %s; %s", name, error, lost, exc_info=trace)
             return False
-        if id(writer) in self._failing:
+        if recovers and id(writer) in self._failing:
             self._failing.discard(id(writer))
             logger.info("%s works again", name)
         return True

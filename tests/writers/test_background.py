@@ -55,6 +55,21 @@ class Failing(Writer):
             raise self.error
 
 
+def test_a_row_without_news_is_no_sign_that_a_writer_works_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        lost = Failing(0, 2, error=OSError("Connection lost"), close=True)
+        writer = BackgroundWriter([lost], RUN)
+        for iteration in range(3):
+            writer.write(Row(iteration, 3, {"loss": (1.0, 0 if iteration < 2 else 2)}))
+        writer.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "Failing: Connection lost; training goes on without",
+        "Failing: Connection lost; its end is missing",
+    ]
+
+
 def test_new_scalars() -> None:
     new = NewScalars(start_iteration=10)
     assert new({"a": (1.0, 12), "b": (2.0, 9), "c": (3.0, 10)}) == {"a": (1.0, 12), "c": (3.0, 10)}
@@ -194,7 +209,7 @@ def test_failing_writer_costs_one_warning(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         writer = BackgroundWriter([Failing(2, 3, 4, 7, error=full), other], RUN)
         for iteration in range(10):
-            writer.write(Row(iteration, 10, {}))
+            writer.write(Row(iteration, 10, {"loss": (1.0, iteration)}))
         writer.close()
     assert other.iterations == list(range(10))
     warning = "Failing: [Errno 28] No space left on device: 'file'; training goes on without"
