@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import time
@@ -11,10 +13,12 @@ from typing import Any
 
 from distrain.extras import optional_library
 from distrain.files import atomic
-from distrain.run_layout import MLFLOW_RUN_ID
+from distrain.run_layout import METRICS_FILE, MLFLOW_RUN_ID
 from distrain.writers.base import Row, RunInfo, Writer
 from distrain.writers.hyperparameters import hyperparameters
 from distrain.writers.pixels import pixels
+
+logger = logging.getLogger(__name__)
 
 _MAX_METRICS = 1000  # per request, limits of MLflow's REST API
 _MAX_PARAMS = 100
@@ -26,8 +30,9 @@ class MlflowWriter(Writer):
     """Logs to MLflow the scalars of metrics.jsonl and the images that TensorBoard gets.
 
     The step is the iteration of the row. The id of the MLflow run is kept in the run folder: a
-    resumed run continues it, and does not log again the rows that it has. The configuration's
-    values are its parameters. Characters that MLflow does not allow in a name become "_".
+    resumed run continues it, does not log again the rows that it has, and takes from metrics.jsonl
+    those that it lacks, as a killed process had not sent them yet. The configuration's values are
+    its parameters. Characters that MLflow does not allow in a name become "_".
     Histograms are not logged, as MLflow has none.
 
     Args:
@@ -67,24 +72,27 @@ class MlflowWriter(Writer):
     def write(self, row: Row) -> None:
         if self._client is None:  # not in `open`: it waits for the server
             self._connect()
-        from mlflow.entities import Metric, RunTag
-
-        now_ms = int(time.time() * 1000)
         new = row.new
         if row.iteration < self._logged_until:
             return
         if row.iteration == self._logged_until:  # the last row may have got values since
             new = {name: value for name, value in new.items() if not self._has(name, row.iteration)}
-        metrics = [
-            Metric(_allowed(name), value, now_ms, row.iteration) for name, (value, _) in new.items()
-        ]
-        for first in range(0, len(metrics), _MAX_METRICS):
-            is_last = first + _MAX_METRICS >= len(metrics)
-            tags = [RunTag(_LAST_ITERATION, str(row.iteration))] if is_last else []
-            part = metrics[first : first + _MAX_METRICS]
-            self._client.log_batch(self._run_id, metrics=part, tags=tags)
+        metrics = [(name, value, row.iteration) for name, (value, _) in new.items()]
+        self._log(self._client, metrics)
         for name, image, at in row.images:
             self._client.log_image(self._run_id, pixels(image), key=_allowed(name), step=at)
+
+    def _log(self, client: Any, values: list[tuple[str, float, int]]) -> None:
+        """Log (name, value, iteration), in the order of iterations."""
+        from mlflow.entities import Metric, RunTag
+
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(_allowed(name), value, now_ms, step) for name, value, step in values]
+        for first in range(0, len(metrics), _MAX_METRICS):
+            is_last = first + _MAX_METRICS >= len(metrics)
+            tags = [RunTag(_LAST_ITERATION, str(metrics[-1].step))] if is_last else []
+            part = metrics[first : first + _MAX_METRICS]
+            client.log_batch(self._run_id, metrics=part, tags=tags)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         self._is_finished = True
@@ -104,17 +112,31 @@ class MlflowWriter(Writer):
             self._run_id = path.read_text().strip()
         except FileNotFoundError:
             self._run_id = self._create(client, None if self._uri else parent)
+            # before anything else may fail: the next row would create another run
             atomic.write(path, self._run_id.encode())
+            self._log_params(client)
         else:
             client.update_run(self._run_id, status="RUNNING")
             tags = client.get_run(self._run_id).data.tags
             self._logged_until = int(tags.get(_LAST_ITERATION, -1))
+            self._log(client, self._missing())
         self._client = client
 
-    def _create(self, client: Any, folder: Path | None) -> str:
-        """Create a run with the configuration as its parameters; return its id."""
-        from mlflow.entities import Param
+    def _missing(self) -> list[tuple[str, float, int]]:
+        """Return the values of metrics.jsonl that earlier attempts did not log."""
+        path, found = self._run.run_dir / METRICS_FILE, []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                values = json.loads(line)
+            except ValueError:  # a line of this attempt, which is being written
+                break
+            iteration = values.pop("iteration")
+            if self._logged_until < iteration < self._run.start_iteration:
+                found += [(name, float(value), iteration) for name, value in values.items()]
+        return found
 
+    def _create(self, client: Any, folder: Path | None) -> str:
+        """Create a run; return its id."""
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is not None:
             experiment_id = experiment.experiment_id
@@ -122,13 +144,23 @@ class MlflowWriter(Writer):
             location = None if folder is None else f"file://{folder}/mlflow-artifacts"
             experiment_id = client.create_experiment(self._experiment, artifact_location=location)
         run = client.create_run(experiment_id, run_name=self._name or self._run.run_dir.name)
+        return str(run.info.run_id)
+
+    def _log_params(self, client: Any) -> None:
+        """Log the configuration as parameters; a part that MLflow refuses costs a warning."""
+        from mlflow.entities import Param
+
         params = [
             Param(_allowed(key), str(value)[:_MAX_PARAM_CHARS])
             for key, value in hyperparameters(self._run.conf)
         ]
         for first in range(0, len(params), _MAX_PARAMS):
-            client.log_batch(run.info.run_id, params=params[first : first + _MAX_PARAMS])
-        return str(run.info.run_id)
+            part = params[first : first + _MAX_PARAMS]
+            try:
+                client.log_batch(self._run_id, params=part)
+            except self._mlflow.MlflowException as error:
+                names = f"{part[0].key} to {part[-1].key}"
+                logger.warning("MLflow: the parameters %s are missing: %s", names, error)
 
     def _has(self, name: str, step: int) -> bool:
         history = self._client.get_metric_history(self._run_id, _allowed(name))

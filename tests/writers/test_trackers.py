@@ -194,6 +194,33 @@ def test_prometheus_serves_and_writes_the_newest_values(tmp_path):
         assert gauge in queries
 
 
+def test_mlflow_gets_the_rows_that_a_killed_process_had_not_sent(tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    write(MlflowWriter(uri), tmp_path, [4, 9], finishes=False)  # killed; 14 and 19 were waiting
+    lines = [{"iteration": i, "loss": 1 / (i + 1), "odd": "NaN"} for i in (4, 9, 14, 19)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    write(MlflowWriter(uri), tmp_path, [24], start=20)
+    history = MlflowClient(uri).get_metric_history((tmp_path / "mlflow_run_id").read_text(), "loss")
+    assert [(m.step, m.value) for m in history] == [(i, 1 / (i + 1)) for i in (4, 9, 14, 19, 24)]
+
+
+def test_a_parameter_that_mlflow_refuses_costs_a_warning(tmp_path, caplog):
+    from mlflow import MlflowClient
+
+    writer = MlflowWriter(f"sqlite:///{tmp_path}/mlflow.db")
+    writer.open(RunInfo(tmp_path, 0, {"data": {"x" * 300: 1}}))
+    for i in range(3):
+        writer.write(row(i, loss=1.0))
+    writer.close()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("distrain").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [0, 1, 2]
+    assert "are missing: 'Param key' exceeds the maximum length" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [WandbWriter, MlflowWriter, PrometheusWriter])
 def test_a_missing_library_is_one_line(kind, monkeypatch):
     for name in ("wandb", "mlflow", "prometheus_client"):
