@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -129,6 +129,16 @@ class LightningModel(nn.Module):
             )
             for name, value in values.items()
         }
+
+    def check_sets(self, names: Collection[str]) -> None:
+        """Raise ConfigError if a validation step depends on which of several sets it is given."""
+        step = getattr(self.module, "validation_step", None)
+        if len(names) > 1 and step and "dataloader_idx" in inspect.signature(step).parameters:
+            raise ConfigError(
+                f"data.eval: {', '.join(names)}: validation_step of {type(self.module).__name__} "
+                "takes dataloader_idx, which is not passed: expected one set; leave the argument "
+                "out, as the names of each set are eval/SET/NAME"
+            )
 
     def predict(self, batch: Any) -> Any:
         """Return the predictions of a `predict_step`; ConfigError if the module has none."""

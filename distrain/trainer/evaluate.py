@@ -85,6 +85,13 @@ def evaluate(
     return means | values
 
 
+def check_sets(model: nn.Module, names: Collection[str]) -> None:
+    """Let a model with a method `check_sets` refuse the evaluation sets of these names."""
+    check = getattr(model, "check_sets", None)
+    if callable(check):
+        check(names)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, rank 0's buffers, no gradients; all is restored afterwards. A collective.

@@ -1,5 +1,6 @@
 """Models of the shape of Lightning's and Hugging Face's, trained unchanged; the real ones too."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,19 @@ def test_an_evaluation_weights_by_the_logged_batch_size():
     with EventStorage():
         found = evaluate(LightningModel(line), Batches([points(1), points(3)]), device=CPU)
     assert found == {"by_weight": (1 + 9) / 4, "by_samples": 2.0}
+
+
+def test_a_validation_step_that_asks_for_the_set_gets_one_set():
+    line = Line()
+    line.validation_step = lambda batch, batch_idx, dataloader_idx=0: line.log("x", 1.0)
+    model = LightningModel(line)
+    optimizer, _ = model.configure_optimizers()
+    sets = {"near": Batches([points(1)]), "far": Batches([points(3)])}
+    for given, ends in ((sets["near"], True), (sets, False)):
+        trainer = Trainer(model, optimizer, [points(1)], hooks=[EvalHook(1, eval_loader=given)])
+        refused = pytest.raises(ConfigError, match="data.eval: near, far: validation_step of Line")
+        with contextlib.nullcontext() if ends else refused:
+            trainer.train(0, 1)
 
 
 def test_the_module_learns_of_its_device():
