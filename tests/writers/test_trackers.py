@@ -194,8 +194,10 @@ def test_prometheus_serves_and_writes_the_newest_values(tmp_path):
         assert gauge in queries
 
 
-def test_mlflow_gets_the_rows_that_a_killed_process_had_not_sent(tmp_path):
+def test_mlflow_gets_the_rows_that_a_killed_process_had_not_sent(tmp_path, monkeypatch):
     from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)  # MLflow puts images into mlruns/ here
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     write(MlflowWriter(uri), tmp_path, [4, 9], finishes=False)  # killed; 14 and 19 were waiting
@@ -206,8 +208,10 @@ def test_mlflow_gets_the_rows_that_a_killed_process_had_not_sent(tmp_path):
     assert [(m.step, m.value) for m in history] == [(i, 1 / (i + 1)) for i in (4, 9, 14, 19, 24)]
 
 
-def test_a_parameter_that_mlflow_refuses_costs_a_warning(tmp_path, caplog):
+def test_a_parameter_that_mlflow_refuses_costs_a_warning(tmp_path, monkeypatch, caplog):
     from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)  # MLflow puts images into mlruns/ here
 
     writer = MlflowWriter(f"sqlite:///{tmp_path}/mlflow.db")
     writer.open(RunInfo(tmp_path, 0, {"data": {"x" * 300: 1}}))
