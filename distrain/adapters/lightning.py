@@ -130,7 +130,7 @@ class LightningModel(nn.Module):
             for name, value in values.items()
         }
 
-    def check_sets(self, names: Collection[str]) -> None:
+    def check_eval_sets(self, names: Collection[str]) -> None:
         """Raise ConfigError if a validation step depends on which of several sets it is given."""
         step = getattr(self.module, "validation_step", None)
         if len(names) > 1 and step and "dataloader_idx" in inspect.signature(step).parameters:

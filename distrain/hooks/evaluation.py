@@ -11,7 +11,7 @@ from distrain.data.loader import EvalLoader
 from distrain.errors import ConfigError
 from distrain.hooks.periodic import Period, PeriodicHook, in_iterations
 from distrain.hooks.weight_average import WeightAverage
-from distrain.trainer.evaluate import check_sets, evaluate
+from distrain.trainer.evaluate import check_eval_sets, evaluate
 from distrain.trainer.hook import HookBase
 from distrain.trainer.module_state import kept_generators, no_trace
 from distrain.trainer.set_metrics import check_metrics
@@ -82,7 +82,7 @@ class EvalHook(HookBase):
         if len(instead) > 1:
             expected = f"one such hook, and hooks.{instead[0]} is one already; 'beside' adds values"
             raise wrong(f"hooks.{instead[1]}.evaluate", "instead", expected)
-        check_sets(self.trainer.module, self._loaders)
+        check_eval_sets(self.trainer.module, self._loaders)
         for name in self._loaders:
             # a mistake in the model's `metrics` is an error before anything is trained
             self._names[name] = self._dry_run(name, max_batches=1)

@@ -56,7 +56,7 @@ class EvaluateJob:
         from distrain.job.eval_sets import build_metrics, build_sets, eval_loader
         from distrain.job.load import model_of
         from distrain.job.predictions import write_predictions
-        from distrain.trainer.evaluate import check_sets, evaluate
+        from distrain.trainer.evaluate import check_eval_sets, evaluate
         from distrain.trainer.numerics import numerics
 
         conf, trainer, ranks = self.conf, self.conf["trainer"], topology()
@@ -66,7 +66,7 @@ class EvaluateJob:
         found = eval_loader(conf, sets, **loading(conf, ranks))
         loaders = {"": found} if isinstance(found, EvalLoader) else found or {}
         model = model_of(conf, Path(self.checkpoint), ema=self.ema)
-        check_sets(model, loaders)
+        check_eval_sets(model, loaders)
         settings: dict[str, Any] = {
             "device": local_device(),
             "precision": trainer["precision"],

@@ -85,9 +85,9 @@ def evaluate(
     return means | values
 
 
-def check_sets(model: nn.Module, names: Collection[str]) -> None:
-    """Let a model with a method `check_sets` refuse the evaluation sets of these names."""
-    check = getattr(model, "check_sets", None)
+def check_eval_sets(model: nn.Module, names: Collection[str]) -> None:
+    """Let a model with a method `check_eval_sets` refuse the evaluation sets of these names."""
+    check = getattr(model, "check_eval_sets", None)
     if callable(check):
         check(names)
 
