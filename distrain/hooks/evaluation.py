@@ -82,7 +82,8 @@ class EvalHook(HookBase):
         if len(instead) > 1:
             expected = f"one such hook, and hooks.{instead[0]} is one already; 'beside' adds values"
             raise wrong(f"hooks.{instead[1]}.evaluate", "instead", expected)
-        check_eval_sets(self.trainer.module, self._loaders)
+        if self._loaders:  # a loop of the user's own may have no module
+            check_eval_sets(self.trainer.module, self._loaders)
         for name in self._loaders:
             # a mistake in the model's `metrics` is an error before anything is trained
             self._names[name] = self._dry_run(name, max_batches=1)
