@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
 from distrain.adapters.lightning import LightningModel
 from distrain.checks import one_of, wrong
+from distrain.distributed.ranks import topology
 from distrain.distributed.without_profiler import clear_gradients
 from distrain.errors import ConfigError
 from distrain.trainer.step import Step
@@ -49,6 +51,7 @@ class LightningManualStep(Step):
         self._losses: dict[str, Tensor] = {}
         self._toggled: list[Tensor] = []
         self._reduced: set[str] = set()  # names of optimizers whose gradients are averaged
+        self._updated: set[str] = set()  # names of optimizers that updated in this iteration
         self._optimizers = [_Optimizer(self, each) for each in trainer.updaters.values()]
         vars(model.module).update(
             optimizers=lambda use_pl_optimizer=True: _alone(self._optimizers),
@@ -64,11 +67,12 @@ class LightningManualStep(Step):
         for updater in self.trainer.updaters.values():
             if updater.skipped is not None:
                 updater.skipped.keep_buffers()
+        self._updated.clear()
         self.model.manual_step(batch)
         self._losses.clear()
         for updater in self.trainer.updaters.values():
             # kept for a later update: equal on all ranks, as a checkpoint has those of rank 0
-            if any(parameter.grad is not None for parameter in updater.parameters):
+            if updater.name not in self._reduced and self._has_gradients(updater):
                 self.reduce(updater)
 
     @override
@@ -86,6 +90,16 @@ class LightningManualStep(Step):
         for name, parameter in self.model.named_parameters():
             found = state["gradients"].get(name)
             parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
+
+    def _has_gradients(self, updater: Updater) -> bool:
+        found = any(parameter.grad is not None for parameter in updater.parameters)
+        # Without an update ranks may differ, where a loss depends on the batch. After one only
+        # another optimizer's backward leaves gradients, which costs no collective.
+        if updater.name in self._updated or topology().world_size == 1:
+            return found
+        flag = torch.tensor(float(found), device=self.trainer.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _backward(self, loss: Tensor, *args: Any, **keywords: Any) -> None:
         skipped = next(iter(self.trainer.updaters.values())).skipped
@@ -107,6 +121,7 @@ class LightningManualStep(Step):
         trainer, losses = self.trainer, self._losses
         self.reduce(updater)
         self._losses = {}
+        self._updated.add(updater.name)
         trainer.update_name = updater.name
         with (
             torch.autocast(trainer.device.type, enabled=False),

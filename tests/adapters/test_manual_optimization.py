@@ -192,6 +192,42 @@ def test_gradients_accumulated_over_iterations_survive_a_resume(tmp_path):
     assert not differing(broken, whole)
 
 
+class Rare(nn.Module):
+    """Updates in every second iteration; in the others rank 0 alone has a loss of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.body(batch[0])
+        loss = hidden.square().mean()
+        if batch[0][0, 0] == 1:
+            loss = loss + self.head(hidden).mean()
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+
+
+def trained_rare(rank):
+    torch.manual_seed(0)
+    model = LightningModel(Rare())
+    optimizers, _ = model.configure_optimizers()
+    data = [[torch.full((2, 4), rank + 1.0)]] * 4
+    distrain.Trainer(model, optimizers, data, step=LightningManualStep()).train(0, 4)
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_gradients_of_some_ranks_alone_are_kept_on_all():
+    first, second = run_ranks(trained_rare, 2)
+    assert torch.equal(first, second)
+
+
 class Counts(Linear):
     """Steps twice in odd iterations; notes its progress."""
 
