@@ -188,8 +188,14 @@ class EpochLoader(Loader):
         """Return the iterator of the epoch at the position; the CPU generators stay as they are."""
         with kept_generators():
             if self._own is not None and isinstance(self._data, Stateful):
+                if isinstance(self._generator, dict):
+                    # a sampler without a state draws the order of the epoch again
+                    restore_cpu_random_states(self._generator)
+                    _restore(self._data, self._generator.get("own_generators"))
                 self._data.load_state_dict(self._own)
-                return iter(self._data)
+                iterator = iter(self._data)
+                _restore(self._data, self._own_generators)
+                return iterator
             logger.warning(
                 "resuming within an epoch: the first %d batches of epoch %d are loaded again and "
                 "dropped; distrain.data.TrainLoader starts at any iteration at no cost",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from resume_cases import Images, differing, interrupted_and_straight
-from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from distrain.data.epochs import EpochLoader
@@ -68,6 +68,18 @@ def persistent_and_generated(batch_size):
     return shuffled_in(batch_size, 1, persistent_workers=True, generator=generator)
 
 
+def stateful_and_generated(batch_size):
+    generator = torch.Generator().manual_seed(3)
+    return StatefulDataLoader(
+        Images(noise=0), batch_size=batch_size, shuffle=True, generator=generator
+    )
+
+
+def stateful_and_sampled(batch_size):
+    images = Images(noise=0)
+    return StatefulDataLoader(images, batch_size=batch_size, sampler=RandomSampler(images))
+
+
 class Drawn(Sampler):
     """An order that NumPy and Python draw."""
 
@@ -103,7 +115,13 @@ def test_interrupted_is_straight_bit_for_bit(tmp_path, world_size, make, workers
 
 
 @pytest.mark.parametrize("batch_size", [8, 6])  # iteration 5 is in the second epoch, or ends one
-@pytest.mark.parametrize("make", ["persistent", "generated", "persistent_and_generated"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *("persistent", "generated", "persistent_and_generated"),
+        *("stateful_and_generated", "stateful_and_sampled"),
+    ],
+)
 def test_the_order_of_a_later_epoch_is_that_of_the_first_time(tmp_path, make, batch_size):
     loader = {"_target_": f"{HERE}.{make}", "batch_size": batch_size}
     data = {"train": None, "loader": loader}
