@@ -28,8 +28,9 @@ class WeightedGradients:
 
     These sums are known after the last forward: one small all-reduce on the device, without a
     read-back. The last backward takes them as factors; gradients of earlier forwards, which lie in
-    `grad`, are multiplied. With several names those of each are kept apart until then. A step with
-    one forward and any number of names costs the all-reduce alone.
+    `grad`, are multiplied. Until then these are of totals over the mean weight per rank of the
+    first forward, which takes another all-reduce. With several names those of each are kept apart.
+    A step with one forward and any number of names costs the one all-reduce alone.
 
     Args:
         strategy: averages gradients over ranks.
@@ -56,22 +57,20 @@ class WeightedGradients:
     def add(
         self, losses: WeightedLosses, backward: Backward, *, retain_graph: bool = False
     ) -> None:
-        """Accumulate the gradients of a forward.
+        """Accumulate the gradients of a forward. A collective in the first of a step.
 
         Args:
             losses: of the forward.
             backward: called for each name.
             retain_graph: keep the graph after the last of them, too.
         """
+        if not self._parts:
+            self._divisors = self._first_divisors(losses)
         self._parts.append(losses)
         terms: dict[str, Tensor] = {}
         for name, total in losses.totals.items():
             if name not in self._divisors:
-                # About the final one, so that float16 does not overflow. Sharded gradients are
-                # reduced before they are scaled, so there it must be the same on all ranks.
-                weight = nonzero(losses.weights[name])
-                if self._strategy.is_sharded:
-                    weight = torch.ones_like(weight)
+                weight = torch.ones_like(losses.weights[name])
                 self._divisors[name] = weight * self._num_forwards
             terms[name] = total / self._divisors[name].to(total.dtype)
         if losses.plain:
@@ -81,6 +80,19 @@ class WeightedGradients:
         for name in ordered:
             self._select(name)
             backward(terms[name], retain_graph or name != ordered[-1])
+
+    def _first_divisors(self, first: WeightedLosses) -> dict[str, Tensor]:
+        """Return the divisor of each name that a rank has in the first forward. A collective."""
+        # About the final one, so that float16 does not overflow, and the same on all ranks: the
+        # backward of SyncBatchNorm or of a gather brings gradients from other ranks, and FSDP
+        # reduces them before they are scaled.
+        names = self._names or _names_of_all_ranks([first])
+        zero = torch.zeros((), dtype=torch.float64, device=next(iter(first.values())).device)
+        weights = [first.weights.get(name, zero) for name in names]
+        if not weights:
+            return {}
+        means = nonzero(sum_over_ranks(torch.stack(weights)) / topology().world_size)
+        return dict(zip(names, means * self._num_forwards, strict=True))
 
     def _select(self, name: str) -> None:
         """Let `grad` of the parameters hold the gradients of one name."""
@@ -151,11 +163,9 @@ class WeightedGradients:
 
     def _agree_on_names(self) -> None:
         """Collect the names of all ranks, once."""
-        own = dict.fromkeys(name for part in self._parts for name in part.weights)
         if not self._names:
-            ranks = gather_to_all([*own])
-            self._names = sorted({name for names in ranks for name in names})
-        for name in own:
+            self._names = _names_of_all_ranks(self._parts)
+        for name in _names(self._parts):
             if name not in self._names:
                 raise ConfigError(
                     f"{name}: Loss with a new name: expected those of the first step "
@@ -197,6 +207,16 @@ class WeightedGradients:
             counts |= {**rare, "loss": float(not is_empty)}
         self.clear()
         return losses, {name: counts[name] for name in losses if name in counts}, is_empty
+
+
+def _names(parts: Sequence[WeightedLosses]) -> list[str]:
+    """Return the names of losses with weights, in order of appearance."""
+    return [*dict.fromkeys(name for part in parts for name in part.weights)]
+
+
+def _names_of_all_ranks(parts: Sequence[WeightedLosses]) -> list[str]:
+    """Return those of all ranks, sorted. A collective."""
+    return sorted({name for names in gather_to_all(_names(parts)) for name in names})
 
 
 class EmptyUpdates:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distrain
+from distrain.distributed.sync_batchnorm import convert_sync_batchnorm
 from distrain.errors import ConfigError, NonFiniteLoss
 from distrain.trainer.evaluate import evaluate
 
@@ -120,6 +121,53 @@ def test_each_token_counts_alike_however_the_batch_is_spread(world_size, strateg
         for name, value in losses.items():
             assert shown[name] == pytest.approx(value, rel=1e-5), (kind, accumulation, name)
         assert shown["skipped_update"] == 0.0
+
+
+class Normed(nn.Module):
+    """A weighted loss behind a norm over the batches of all ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        g = torch.Generator().manual_seed(1)
+        for p in self.parameters():
+            nn.init.normal_(p, generator=g)
+
+    def forward(self, x, weights):
+        losses = self.layers(x)[:, 0].square()
+        return distrain.Loss((losses * weights).sum(), weights.sum())
+
+
+class EachForward(distrain.Step):
+    accumulates = True
+
+    def __call__(self, batch):
+        with self.update() as update:
+            for x, weights in batch:
+                update.backward(self.model(x, weights))
+
+
+@pytest.mark.parametrize("step", [None, EachForward()])
+def test_gradients_from_other_ranks_are_scaled_alike_before_the_weights_are_known(step):
+    g = torch.Generator().manual_seed(3)
+    x, weights = torch.randn(2, 2, 2, 3, generator=g), torch.tensor([1.0, 5.0, 2.0, 9.0])
+    weights = weights.view(2, 2, 1).expand(2, 2, 2)  # per rank, forward and sample
+
+    def stepped(rank):
+        model = convert_sync_batchnorm(Normed())
+        data = [*zip(x[rank], weights[rank], strict=True)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        trainer = distrain.Trainer(model, optimizer, data, accumulation=2, step=step)
+        trainer.train(0, 1)
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    model = Normed()
+    forwards = [model(x[:, i].flatten(0, 1), weights[:, i].flatten()) for i in range(2)]
+    (sum(loss.total for loss in forwards) / weights.sum()).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    expected = nn.utils.parameters_to_vector(model.parameters()).detach()
+    for after in run_ranks(stepped, 2):
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
 
 
 class Scaled(nn.Module):
