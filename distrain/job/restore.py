@@ -72,12 +72,12 @@ def load_state(
         ConfigError: the new settings group the parameters in another way.
     """
     found = differences(state.get("settings", trainer.settings), trainer.settings)
-    changed = [k for k in found if covers(_APPLIED, k) and not covers(HORIZON_KEYS, k)]
+    changed = [key for key in found if covers(_APPLIED, key)]
     schedules = schedule if isinstance(schedule, Mapping) else {ONLY: schedule}
     changes = [
         _Change(trainer, name, optimizer, schedules[name], keys)
         for name, optimizer in trainer.optimizers.items()
-        if (keys := _keys_of(name, changed, trainer.settings["schedule"]))
+        if (keys := _keys_of(name, changed, trainer.settings["schedule"], schedules[name]))
     ]
     for change in changes:
         change.check(state)
@@ -88,11 +88,16 @@ def load_state(
         logger.info("changed since the checkpoint: %s", ", ".join(changed))
 
 
-def _keys_of(name: str, changed: Iterable[str], schedule: Conf | None) -> list[str]:
-    """Return the changed keys of one optimizer and its schedule."""
+def _keys_of(
+    name: str, changed: Iterable[str], node: Conf | None, schedule: TorchScheduler
+) -> list[str]:
+    """Return the changed keys of one optimizer and its schedule, whose node is `node`."""
+    # The state of a schedule of torch or the user holds the horizon; that of WarmupLR does not.
+    if isinstance(schedule, WarmupLR):
+        changed = [key for key in changed if not covers(HORIZON_KEYS, key)]
     if name == ONLY:
         return [*changed]
-    is_shared = "_target_" in (schedule or {})
+    is_shared = "_target_" in (node or {})
     own = f"optim.{name}", "schedule" if is_shared else f"schedule.{name}"
     return [key for key in changed if covers(own, key)]
 

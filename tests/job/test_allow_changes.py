@@ -85,6 +85,35 @@ def test_another_schedule_goes_on_at_its_own_position(tmp_path):
         assert group[key] == expected[key], key
 
 
+class Line(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of the user's own: its state holds the horizon, as of all schedules of torch."""
+
+    def __init__(self, optimizer, max_iters):
+        self.max_iters = max_iters
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [base * (1 - self.last_epoch / self.max_iters) for base in self.base_lrs]
+
+
+def made_longer(rank, folder, schedule):
+    assert train(conf_of(schedule={**schedule, "max_iters": ITERS}), folder)[0] == 0
+    assert train(conf_of(iters=16, schedule={**schedule, "max_iters": 20}), folder)[0] == 0
+    return state_of(folder, 16)["optimizer"]["param_groups"][0]["lr"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"_target_": f"{__name__}.Line"},
+        {"_target_": "distrain.schedule.WarmupLinearLR", "warmup_iters": 0},
+    ],
+)
+def test_a_longer_run_has_the_new_horizon(tmp_path, schedule):
+    (rate,) = run_ranks(made_longer, 1, tmp_path, schedule)
+    assert rate == pytest.approx(SGD["lr"] * (1 - 16 / 20))
+
+
 def grouped_otherwise(rank, folder):
     assert train(conf_of(stop={"after": CRASH}), folder)[0] is None
     train(conf_of(optim={**SGD, "weight_decay_norm": 0.0}), folder)
