@@ -71,11 +71,13 @@ def load_state(
     Raises:
         ConfigError: the new settings group the parameters in another way.
     """
-    found = differences(state.get("settings", trainer.settings), trainer.settings)
+    saved = state.get("settings", trainer.settings)
+    found = differences(saved, trainer.settings)
+    by_rules = _keys_of_rules(saved["optim"]) | _keys_of_rules(trainer.settings["optim"])
     changed = [key for key in found if covers(_APPLIED, key)]
     schedules = schedule if isinstance(schedule, Mapping) else {ONLY: schedule}
     changes = [
-        _Change(trainer, name, optimizer, schedules[name], keys)
+        _Change(trainer, name, optimizer, schedules[name], keys, by_rules)
         for name, optimizer in trainer.optimizers.items()
         if (keys := _keys_of(name, changed, trainer.settings["schedule"], schedules[name]))
     ]
@@ -100,6 +102,18 @@ def _keys_of(
     is_shared = "_target_" in (node or {})
     own = f"optim.{name}", "schedule" if is_shared else f"schedule.{name}"
     return [key for key in changed if covers(own, key)]
+
+
+def _keys_of_rules(node: Any, *, is_in_rules: bool = False) -> set[str]:
+    """Return the keys inside all `rules` of a node, which may be mappings or lists."""
+    if isinstance(node, Mapping):
+        found = set(map(str, node)) if is_in_rules else set()
+        parts = ((value, is_in_rules or key == "rules") for key, value in node.items())
+    elif isinstance(node, list | tuple):
+        found, parts = set(), ((value, is_in_rules) for value in node)
+    else:
+        return set()
+    return found.union(*(_keys_of_rules(value, is_in_rules=inside) for value, inside in parts))
 
 
 def _positions(state: Mapping[str, Any], changes: Iterable[_Change]) -> dict[str, Any]:
@@ -129,6 +143,7 @@ class _Change:
         optimizer: Optimizer,
         schedule: TorchScheduler,
         changed: Sequence[str],
+        by_rules: Iterable[str],
     ) -> None:
         self.name, self._trainer, self._changed = name, trainer, changed
         self._optimizer, self._schedule = optimizer, schedule
@@ -137,7 +152,7 @@ class _Change:
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
-        self._keys = _group_keys(changed, self._groups)
+        self._keys = _group_keys(changed, self._groups, by_rules)
         self.restarts = "lr" in self._keys and not isinstance(schedule, ReduceLROnPlateau)
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -175,8 +190,16 @@ class _Change:
                     schedule.step()
 
 
-def _group_keys(changed: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys of parameter groups whose values come from the new configuration."""
+def _group_keys(
+    changed: Iterable[str], groups: Sequence[Mapping[str, Any]], by_rules: Iterable[str]
+) -> set[str]:
+    """Return the keys of parameter groups whose values come from the new configuration.
+
+    Args:
+        changed: dotted keys of the configuration.
+        groups: of the new optimizer.
+        by_rules: keys that rules set, before or now.
+    """
     names: set[str] = set()
     for key in changed:
         last = key.rpartition(".")[2]
@@ -188,8 +211,8 @@ def _group_keys(changed: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> 
             names.add("weight_decay")
         elif any(last in group for group in groups):
             names.add(last)
-        else:  # which parameters a rule matches
-            names |= {*_RATES, "weight_decay"}
+        else:  # which parameters a rule matches, or a whole list of rules
+            names |= {*_RATES, "weight_decay", *by_rules}
     return names
 
 

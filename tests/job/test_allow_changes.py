@@ -114,6 +114,37 @@ def test_a_longer_run_has_the_new_horizon(tmp_path, schedule):
     assert rate == pytest.approx(SGD["lr"] * (1 - 16 / 20))
 
 
+def with_rules(rank, folder, before, after):
+    assert train(conf_of(stop={"after": CRASH}, optim={**SGD, "rules": before}), folder)[0] is None
+    train(conf_of(optim={**SGD, "rules": after}), folder)
+    return [group["momentum"] for group in state_of(folder)["optimizer"]["param_groups"]]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "momenta"),
+    [
+        (
+            [{"match": "net.0.*", "momentum": 0.5}],
+            [{"match": "net.0.*", "momentum": 0.3}],
+            [0.3, 0.9],
+        ),
+        (
+            {
+                "a": {"match": "net.0.*", "momentum": 0.5},
+                "b": {"match": "net.5.*", "momentum": 0.3},
+            },
+            {
+                "a": {"match": "net.5.*", "momentum": 0.5},
+                "b": {"match": "net.0.*", "momentum": 0.3},
+            },
+            [0.3, 0.9, 0.5],
+        ),
+    ],
+)
+def test_settings_of_changed_rules_take_effect(tmp_path, before, after, momenta):
+    assert run_ranks(with_rules, 1, tmp_path, before, after) == [momenta]
+
+
 def grouped_otherwise(rank, folder):
     assert train(conf_of(stop={"after": CRASH}), folder)[0] is None
     train(conf_of(optim={**SGD, "weight_decay_norm": 0.0}), folder)
