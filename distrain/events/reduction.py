@@ -158,9 +158,7 @@ class ScalarReduction:
             if self.step_s > _SLOW_STEP_S:
                 self._complete(iteration)
         if (iteration + 1) % self._period == 0:
-            self._share_stop()
-            if self._storage.early_stop:  # also after a request: training is over
-                self.stop = STOP_EARLY
+            self._share_stop(iteration)
 
     def drain(self, iteration: int) -> None:
         """Reduce all values, and wait: before a checkpoint, at the end; raises as `advance`."""
@@ -169,9 +167,10 @@ class ScalarReduction:
         if self._complete(iteration):  # the values of new names are still held
             self._close(iteration)
             self._complete(iteration)
-        self._share_stop()  # an early stop is saved: a run that resumes from here stops too
+        # an early stop is saved: a run that resumes from here stops too
+        self._share_stop(iteration)
 
-    def _share_stop(self) -> None:
+    def _share_stop(self, iteration: int) -> None:
         """Set early_stop and the requested stop on all ranks if any rank has them."""
         request = self.stop_request
         if self._world_size > 1:
@@ -181,6 +180,9 @@ class ScalarReduction:
             early, request = asked.numpy().tolist()
             self._storage.early_stop = bool(early)
         self.stop = max(self.stop, request)
+        # also after a request: training is over; hooks that save or write here have to know
+        if self._storage.early_stop and (iteration + 1) % self._period == 0:
+            self.stop = STOP_EARLY
 
     def _complete(self, iteration: int) -> bool:
         """Finish the window in flight, if any, and wait; return whether names were learned."""

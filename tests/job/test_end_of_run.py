@@ -179,7 +179,17 @@ class Count(HookBase):
         self.seen.append(self.trainer.iter)
 
 
-def evaluated(rank, folder, *, harm=None, iters=ITERS, stop_at=None, seen=None, keep_last=3):
+def evaluated(
+    rank,
+    folder,
+    *,
+    harm=None,
+    iters=ITERS,
+    stop_at=None,
+    seen=None,
+    keep_last=3,
+    period=PERIOD,
+):
     """Go on from the newest checkpoint, with evaluation, statistics of it and a best checkpoint."""
     store = InlineStore(folder / "checkpoints", keep_last=keep_last)
     newest = store.newest_valid()
@@ -187,7 +197,7 @@ def evaluated(rank, folder, *, harm=None, iters=ITERS, stop_at=None, seen=None, 
         "writer": PeriodicWriter(run_dir=str(folder)),
         "eval": FinalEvaluation(harm),
         "best": BestCheckpointer("eval/score", checkpoints=store),
-        "checkpoint": PeriodicCheckpointer(PERIOD, checkpoints=store),
+        "checkpoint": PeriodicCheckpointer(period, checkpoints=store),
         "count": Count([] if seen is None else seen),
     }
     if stop_at:
@@ -208,6 +218,18 @@ def left_behind(folder):
     state = CheckpointStore(folder / "checkpoints").load(int(names[-2][5:]))
     del state["rng"]
     return names, shown(folder), repr(state)
+
+
+@pytest.mark.parametrize("harm", ["kill", "raise"])
+def test_an_early_stop_at_a_checkpoint_keeps_its_final_evaluation(tmp_path, harm):
+    quiet, harmed = tmp_path / "quiet", tmp_path / "harmed"
+    settings = {"stop_at": 8, "period": 4}
+    assert run_ranks(evaluated, 1, quiet, **settings) == [(None, list(range(8)))]
+    with pytest.raises((RuntimeError, ValueError)):
+        run_ranks(evaluated, 1, harmed, harm=harm, **settings)
+    assert run_ranks(evaluated, 1, harmed, **settings) == [((8, True), [])]
+    assert left_behind(harmed) == left_behind(quiet)
+    assert "eval/score" in CheckpointStore(quiet / "checkpoints").load(8)["histories"]
 
 
 @pytest.mark.parametrize("iters", [10, 12])  # 12: the last iteration ends a window
