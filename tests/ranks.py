@@ -92,22 +92,30 @@ def run_ranks(
 
 
 def _collect(reads: list[Connection], ranks: list[ForkProcess], timeout_s: float) -> list[Any]:
-    """Return the results in the ranks' order; raise as soon as a rank fails."""
+    """Return the results in the ranks' order; raise when a rank fails."""
     deadline = _now_s() + timeout_s
     results: dict[int, Any] = {}
+    failures: list[tuple[float, int, Any]] = []
     while len(results) < len(ranks):
         waiting = [rank for rank in range(len(ranks)) if rank not in results]
         ready = wait([reads[rank] for rank in waiting], max(0.0, deadline - _now_s()))
+        if not ready and failures:
+            break
         if not ready:
             raise TimeoutError(f"no result of rank(s) {waiting} within {timeout_s} s")
-        failures = []
         for rank in waiting:
             if reads[rank] in ready:
                 at, error, results[rank] = _receive(rank, reads[rank], ranks[rank])
                 if error is not None:
                     failures.append((at, rank, error))
-        if failures:  # the earliest is the cause, the others may have lost their connection to it
-            raise min(failures, key=lambda failure: failure[:2])[2]
+        if not all("by peer" in str(error) for _, _, error in failures):
+            break
+        if failures:
+            # the sockets of a rank that dies close before its pipe does: the other side of a
+            # connection may tell of its end first
+            deadline = min(deadline, _now_s() + 10)
+    if failures:  # the earliest is the cause, the others may have lost their connection to it
+        raise min(failures, key=lambda failure: failure[:2])[2]
     return [results[rank] for rank in range(len(ranks))]
 
 
