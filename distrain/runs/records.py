@@ -91,6 +91,11 @@ class Files:
         return max(int(self.rows[-1]["iteration"]) + 1 if self.rows else 0, self.kept_iter)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the end of the last start is recorded, and no attempt of a job is in progress."""
+        return self.running is None and bool(self.starts) and self.starts[-1].code is not None
+
+    @property
     def launcher(self) -> type[Launcher] | None:
         """Class of the launcher of the last start; None if unknown here."""
         target = str(

@@ -11,10 +11,10 @@ from typing import Any
 from distrain.errors import ExitCode
 from distrain.gpus.queue import announced
 from distrain.gpus.shared_files import folder_path
-from distrain.launch.client import JobClient, JobStatus, State
+from distrain.launch.client import ACTIVE, JobClient, JobStatus, State
 from distrain.redact import masked_text
 from distrain.runfolder import lock
-from distrain.runs.records import Files
+from distrain.runs.records import Files, read
 
 _SILENT_S = 900.0  # without a write, until a run whose launcher reports no state is called dead
 _STATE_OF_CODE: dict[int, State] = {
@@ -24,8 +24,11 @@ _STATE_OF_CODE: dict[int, State] = {
 _STATE_OF_OUTCOME = {"finished": State.FINISHED, "stopped": State.STOPPED, "lost": State.DEAD}
 
 
-def statuses(runs: Sequence[Files]) -> tuple[list[JobStatus], str]:
-    """Return the status of each run, and the notices of the clients: each is asked once."""
+def statuses(runs: Sequence[Files]) -> tuple[list[tuple[Files, JobStatus]], str]:
+    """Return each run with its status, and the notices of the clients: each is asked once.
+
+    Runs that have ended since they were read are read again.
+    """
     by_client: dict[type[JobClient], list[Files]] = {}
     for files in runs:
         if not files.unreadable and files.client is not None:
@@ -36,7 +39,17 @@ def statuses(runs: Sequence[Files]) -> tuple[list[JobStatus], str]:
         client = kind()
         found |= client.states([files.path for files in of_kind])
         notices += [client.notice] if client.notice else []
-    return [status_of(files, found.get(files.path)) for files in runs], "; ".join(notices)
+    return [_up_to_date(files, found.get(files.path)) for files in runs], "; ".join(notices)
+
+
+def _up_to_date(files: Files, of_job: JobStatus | None) -> tuple[Files, JobStatus]:
+    status = status_of(files, of_job)
+    if status.state in ACTIVE or files.has_ended:
+        return files, status
+    # The end may have been recorded between the reads of the files and of the lock, which is freed
+    # after it: without another read such a run would be called dead.
+    files = read(files.path)
+    return files, status_of(files, of_job)
 
 
 def status_of(files: Files, of_job: JobStatus | None = None) -> JobStatus:

@@ -52,10 +52,9 @@ def summarize(folder: Path) -> tuple[list[Summary], str]:
 
 
 def _summaries(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Summary], str]:
-    runs, now = [read(path) for path in paths], time.time()
-    found, notice = statuses(runs)
-    rows = zip(names, runs, found, strict=True)
-    return [_summary(name, files, status, now) for name, files, status in rows], notice
+    found, notice = statuses([read(path) for path in paths])
+    now, rows = time.time(), zip(names, found, strict=True)
+    return [_summary(name, files, status, now) for name, (files, status) in rows], notice
 
 
 def _summary(name: str, files: Files, status: JobStatus, now: float) -> Summary:

@@ -42,7 +42,15 @@ class SlurmClient(JobClient):
     """Client of launch=slurm and launch=allocation."""
 
     def states(self, run_dirs: Sequence[Path]) -> Mapping[Path, JobStatus]:
-        jobs = {run_dir: job for run_dir in run_dirs if (job := _read(run_dir)) is not None}
+        jobs = _jobs(run_dirs)
+        found = self._statuses(jobs)
+        # An attempt may have ended, or begun, between the reads of its files and of SLURM's answer,
+        # which do not fit together then: without its end it would be called dead.
+        again = _jobs(run_dir for run_dir, job in jobs.items() if job.is_open)
+        changed = {run_dir: job for run_dir, job in again.items() if job != jobs[run_dir]}
+        return found | self._statuses(changed)
+
+    def _statuses(self, jobs: Mapping[Path, _Job]) -> dict[Path, JobStatus]:
         known = self._squeue(job.job_id for job in jobs.values() if job.is_open)
         return {run_dir: _status(run_dir, job, known) for run_dir, job in jobs.items()}
 
@@ -88,6 +96,11 @@ class SlurmClient(JobClient):
 def log_name(job_id: str) -> str:
     """Return the path in a run folder of the output of task 0 and of the batch script."""
     return f"{JOB_FOLDER}/{job_id}_0_log.out"  # submitit's name
+
+
+def _jobs(run_dirs: Iterable[Path]) -> dict[Path, _Job]:
+    """Return the jobs of the runs that have one."""
+    return {run_dir: job for run_dir in run_dirs if (job := _read(run_dir)) is not None}
 
 
 def _read(run_dir: Path) -> _Job | None:

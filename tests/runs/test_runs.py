@@ -444,3 +444,29 @@ def test_a_lock_whose_process_is_gone_is_no_running_run(tmp_path, capsys):
     assert run([str(tmp_path), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["state"], found["ranks"], found["started"]) == ("dead", 3, None)
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.yaml").write_text("trainer: {max_iter: 50}\n")
+    began = {"argv": [], "time": "2026-01-01T00:00:00+00:00"}
+    (folder / "command.json").write_text(json.dumps({"starts": [began]}))
+    process = {"pid": 1, "host": "n1"}
+
+    def holder(path):
+        """At the second look the run ends after its files were read."""
+        if found := looks.pop():
+            return found
+        (folder / "metrics.jsonl").write_text('{"iteration": 6, "loss": 1.0}\n')
+        end = {"time": "2026-01-01T00:01:00+00:00", "code": 75, "why": ""}
+        (folder / "command.json").write_text(json.dumps({"starts": [began | {"end": end}]}))
+        looks.append(None)
+        return None
+
+    looks = [None, process]
+    monkeypatch.setattr("distrain.runfolder.lock.holder", holder)
+    for state, iteration in (("running", 0), ("stopped", 7)):
+        assert run([str(tmp_path), "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["state"], found["iteration"]) == (state, iteration)

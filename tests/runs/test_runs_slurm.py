@@ -124,6 +124,21 @@ def test_slurm_is_asked_once_and_only_about_jobs_that_may_be_at_work(slurm, tmp_
     assert calls.read_text().splitlines() == [expected]
 
 
+def test_a_job_that_ends_while_slurm_is_asked_is_not_called_dead(slurm, tmp_path, capsys):
+    folder = record(tmp_path / "runs/a", running=FIRST)
+    ended = record(tmp_path / "ended", STOPPED) / "attempts.jsonl"
+    calls = slurm("squeue", "")
+    (tmp_path / "row").write_text('{"iteration": 59, "loss": 1.0}\n')
+    (tmp_path / "bin/squeue.answer").write_text(
+        f"cp {ended} {folder}; cp {tmp_path}/row {folder}/metrics.jsonl\n"
+        f"rm -f {folder}/slurm/running.json\n"
+    )
+    found = the_run(tmp_path / "runs", capsys)
+    assert (found["state"], found["why"]) == ("stopped", "SIGTERM on n1")
+    assert found["iteration"] == 60
+    assert len(calls.read_text().splitlines()) == 2
+
+
 def test_a_controller_that_is_down_is_told_and_the_files_go_on_talking(slurm, tmp_path, capsys):
     slurm("squeue", "slurm_load_jobs error: Unable to contact slurm controller", code=1)
     record(tmp_path / "runs/a", running=FIRST)
