@@ -111,8 +111,8 @@ def _collect(reads: list[Connection], ranks: list[ForkProcess], timeout_s: float
         if not all("by peer" in str(error) for _, _, error in failures):
             break
         if failures:
-            # the sockets of a rank that dies close before its pipe does: the other side of a
-            # connection may tell of its end first
+            # the sockets of a rank that dies close before its pipe does: the error of another rank,
+            # which lost its connection, may arrive first
             deadline = min(deadline, _now_s() + 10)
     if failures:  # the earliest is the cause, the others may have lost their connection to it
         raise min(failures, key=lambda failure: failure[:2])[2]
